@@ -1,0 +1,79 @@
+"""The random numbers of a row: counter-based, the same wherever they are drawn.
+
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+SC 2011). The key is the request's seed; the counter is (block of four elements,
+step, row index, stream), so that no two numbers of a seed share a counter and
+none depends on the batch in which it was drawn. Part of the wire contract: with
+it a client can draw the same latents that a server would.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+
+MAX_ROW_INDEX = 2**32 - 1
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x32-10 of counters [4, ...] under keys [2, ...]; 32-bit words, held in uint64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT) ^ c1 ^ k0,
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + np.uint64(_WEYL[0])) & _LOW, (k1 + np.uint64(_WEYL[1])) & _LOW
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3))
+
+
+def words(
+    seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, count: int
+) -> NDArray[np.uint64]:
+    """32-bit words [B, count] for B rows, each with its own seed, index and step."""
+    batch, blocks = len(seeds), math.ceil(count / 4)
+    counter = np.empty((4, batch, blocks), np.uint64)
+    counter[0] = np.arange(blocks, dtype=np.uint64)
+    counter[1] = np.asarray(steps, np.uint64)[:, None]
+    counter[2] = np.asarray(rows, np.uint64)[:, None]
+    counter[3] = np.uint64(stream)
+    key = np.stack([seeds & _LOW, seeds >> _SHIFT])[:, :, None]
+    return np.moveaxis(philox(counter, key), 0, -1).reshape(batch, blocks * 4)[:, :count]
+
+
+def uniform(
+    seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, shape: Sequence[int]
+) -> Floats:
+    """Uniform numbers in the open interval (0, 1), float32 [B, *shape]."""
+    drawn = words(seeds, rows, steps, stream, math.prod(shape))
+    # 23 bits and a half step: every value is exact in float32 and none is 0 or 1.
+    return (((drawn >> np.uint64(9)) + 0.5) * 2.0**-23).astype(np.float32).reshape(len(seeds), *shape)
+
+
+def normal(
+    seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, shape: Sequence[int]
+) -> Floats:
+    """Standard normal numbers, float32 [B, *shape], by Box and Muller's transform in float64."""
+    count = math.prod(shape)
+    drawn = words(seeds, rows, steps, stream, count + count % 2)
+    unit = np.ascontiguousarray(drawn, np.float64)
+    unit += 0.5
+    unit *= 2.0**-32
+    radius = np.sqrt(-2.0 * np.log(np.ascontiguousarray(unit[:, 0::2])))
+    angle = (2.0 * np.pi) * unit[:, 1::2]
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    return pairs.reshape(len(seeds), -1)[:, :count].astype(np.float32).reshape(len(seeds), *shape)
