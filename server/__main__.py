@@ -1,0 +1,28 @@
+"""python -m server: flags and environment to Config to App.run."""
+
+import asyncio
+import logging
+import sys
+
+from server import config
+from server.app import App
+
+
+def main() -> int:
+    """Serve until told to stop; 0 after an orderly stop, 1 when the server could not start."""
+    settings = config.parse()
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        asyncio.run(App(settings).run())
+    except (OSError, RuntimeError) as error:
+        logging.getLogger("samovar").error("cannot serve: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The server's life: start, load, serve, drain, stop.
+
+Listens at once and says NOT_SERVING until every model has been proven and warmed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import onnxruntime
+import prometheus_client
+import torch
+from grpc_reflection.v1alpha import reflection
+
+from samovar.v1 import inference_pb2 as pb
+from samovar.v1 import inference_pb2_grpc as pb_grpc
+from server import __version__
+from server.config import Config
+from server.engine import Engine
+from server.errors import ArtifactRefused
+from server.health import Health
+from server.interceptors import CallInterceptor
+from server.metrics import Metrics
+from server.repository import Model, Repository
+from server.runtime import Device
+from server.scheduler import Limits, Scheduler
+from server.service import InferenceService, ServiceLimits, server_info
+
+log = logging.getLogger("samovar")
+
+DRAIN_NOTICE_SECONDS = 0.2
+
+
+class App:
+    """One server process: everything wired together, and started and stopped in order."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = Device(_device_name(config.device), config.threads)
+        self.metrics = Metrics(prometheus_client.CollectorRegistry())
+        self.engine = Engine(Scheduler(Limits(max_waiting_rows=config.max_waiting_rows)), self.metrics)
+        self.repository = Repository(self.device, config.formats, config.max_batch_rows)
+        self.health = Health()
+        limits = ServiceLimits(config.max_message_mib << 20, config.max_rows_per_request)
+        info = server_info(self.device.name, limits, config.max_waiting_rows, config.max_batch_rows)
+        self.service = InferenceService(self.repository, self.engine, self.metrics, limits, info)
+        self.port = 0
+        self.metrics_port = 0
+        self._server: grpc.aio.Server | None = None
+        self._metrics_server: Any = None
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        stop = asyncio.Event()
+        with _stop_signals(stop):
+            await self.startup()
+            loading = asyncio.create_task(self.load())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                await loading
+                print(self.greeting(), flush=True)
+                await stopping
+            log.info("stopping: calls in flight have %g s", self.config.grace_seconds)
+            await self.shutdown()
+            await loading
+
+    async def startup(self) -> None:
+        """Listen, as NOT_SERVING."""
+        torch.set_num_threads(self.device.threads)
+        config = self.config
+        limit = config.max_message_mib << 20
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.metrics, self.repository.is_known)],
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ],
+            maximum_concurrent_rpcs=config.max_concurrent_calls,
+        )
+        pb_grpc.add_InferenceServicer_to_server(self.service, self._server)
+        await self.health.add_to(self._server)
+        reflection.enable_server_reflection(_reflected(), self._server)
+        self.port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+        self._metrics_server, _ = prometheus_client.start_http_server(
+            config.metrics_port, config.host, self.metrics.registry
+        )
+        self.metrics_port = self._metrics_server.server_port
+        self.metrics.build.info(
+            {"version": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+            | {"device": self.device.name}
+        )
+        self.metrics.rows_waiting.set_function(lambda: self.engine.num_waiting)
+        self.metrics.rows_active.set_function(lambda: self.engine.num_active)
+        await self._server.start()
+        log.info("listening on %s:%d; metrics on port %d", config.host, self.port, self.metrics_port)
+        log.info("graphs run on %s with %d CPU thread(s)", self.device.name, self.device.threads)
+
+    async def load(self) -> None:
+        """Load what there is, start the engine, and say SERVING."""
+        await asyncio.to_thread(self._load_all)
+        self.engine.start()
+        self.service.is_ready = True
+        await self.health.set_serving(True)
+
+    async def shutdown(self) -> None:
+        """Stop in order: refuse new calls, let those in flight finish, stop the engine."""
+        assert self._server is not None, "shut down before it was started. This is a bug."
+        await self.health.shut_down()
+        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
+        await self._server.stop(self.config.grace_seconds)
+        await asyncio.to_thread(self.engine.stop)
+        self._metrics_server.shutdown()
+        self._metrics_server.server_close()
+
+    def greeting(self) -> str:
+        """What is being served, and one line to try next."""
+        models = list(self.repository)
+        if not models:
+            return f"Serving nothing: no artifact under {self.config.models}. Try: python -m export starter"
+        lines = ["", "Serving:"]
+        for model in models:
+            operations = ", ".join(sorted(model.spec.programs))
+            lines.append(f"  {model.name:24} {'+'.join(model.formats):18} {operations}")
+        address = "" if self.port == 8001 else f"--address 127.0.0.1:{self.port} "
+        sampled = next((model.spec.name for model in models if "sample" in model.spec.programs), None)
+        command = f"sample {sampled} -n 64 --seed 7 -o grid.png" if sampled else "models"
+        lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{command}", ""]
+        return "\n".join(lines)
+
+    def _load_all(self) -> None:
+        for directory in sorted(_artifact_directories(self.config.models)):
+            start = time.monotonic()
+            try:
+                model = self.repository.load(directory)
+            except ArtifactRefused as refusal:
+                log.error("refused %s: %s", directory, refusal)
+                self.metrics.refused_artifacts.inc()
+                continue
+            self._admit(model, time.monotonic() - start)
+
+    def _admit(self, model: Model, seconds: float) -> None:
+        for loaded in model.programs.values():
+            self.engine.add(loaded.key, loaded.program)
+            promise = "bitwise" if loaded.is_bitwise else "seeded"
+            log.debug("%s: %s, batches of %s", loaded.key, promise, loaded.program.buckets)
+        self.metrics.model_load_seconds.labels(model.spec.name, model.spec.version).set(seconds)
+        for format_ in model.formats:
+            labels = model.spec.name, model.spec.version, format_, model.manifest.family, model.spec.digest
+            self.metrics.model_info.labels(*labels).set(1)
+        log.info("loaded %s as %s in %.1f s", model.name, ", ".join(model.formats), seconds)
+
+
+def _artifact_directories(root: Path) -> Iterator[Path]:
+    """Every <name>/<version> under the models directory; what starts with a dot is none of ours."""
+    for name in root.iterdir() if root.is_dir() else ():
+        if name.is_dir() and not name.name.startswith("."):
+            yield from (v for v in name.iterdir() if v.is_dir() and not v.name.startswith("."))
+
+
+def _device_name(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _reflected() -> list[str]:
+    ours = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+    return [ours, "grpc.health.v1.Health", reflection.SERVICE_NAME]
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set the event; afterwards they do what they did before."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,255 @@
+"""Messages to work and results to messages.
+
+Reads a request against the program that it is for and collects every violation,
+with what was expected and what was given, before anything is computed.
+"""
+
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from google.protobuf import duration_pb2
+from numpy.typing import NDArray
+
+from samovar import tensors
+from samovar.noise import MAX_ROW_INDEX
+from samovar.v1 import inference_pb2 as pb
+from server.errors import InvalidRequest, Violation
+from server.repository import LoadedProgram, Model
+from server.request import Preview, Rows, Timings, Work
+from server.spec import InputSpec, ParameterSpec, ProgramSpec, TensorSpec
+
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
+
+_GIVEN = {"float_value": "a float", "integer_value": "an integer", "boolean_value": "a boolean"}
+_ACCEPTED = {
+    "float": ("float_value", "integer_value"),
+    "integer": ("integer_value",),
+    "boolean": ("boolean_value",),
+    "choice": ("choice_value",),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request asks for, once it has been found sound."""
+
+    rows: int
+    first_row: int
+    seed: int
+    steps: int
+    work: Work
+
+
+@dataclass
+class Violations:
+    """Everything that is wrong with a request so far."""
+
+    found: list[Violation] = field(default_factory=list)
+
+    def add(self, where: str, description: str) -> None:
+        self.found.append(Violation(where, description))
+
+    def check(self) -> None:
+        """InvalidRequest when there is any."""
+        if self.found:
+            raise InvalidRequest(self.found)
+
+
+def sample_job(message: pb.SampleRequest, program: ProgramSpec, max_rows: int) -> Job:
+    """The job of a sampling request; InvalidRequest lists all violations."""
+    violations = Violations()
+    if not 1 <= message.rows <= max_rows:
+        violations.add("rows", f"expected 1 to {max_rows}, got {message.rows}")
+    if message.preview_every and not program.previewable:
+        violations.add("preview_every", "expected 0: this program has no previews")
+    inputs = _inputs(message.inputs, program, message.rows, violations)
+    return _job(message, program, message.rows, inputs, violations)
+
+
+def transform_job(message: pb.TransformRequest, program: ProgramSpec, max_rows: int) -> Job:
+    """The job of a request that sends rows through a model; InvalidRequest lists all violations."""
+    violations = Violations()
+    rows = max((tensor.shape[0] for tensor in message.inputs.values() if tensor.shape), default=1)
+    if not 1 <= rows <= max_rows:
+        violations.add("inputs", f"expected 1 to {max_rows} rows, got {rows}")
+    inputs = _inputs(message.inputs, program, rows, violations)
+    return _job(message, program, rows, inputs, violations)
+
+
+def _job(
+    message: pb.SampleRequest | pb.TransformRequest,
+    program: ProgramSpec,
+    rows: int,
+    inputs: Arrays,
+    violations: Violations,
+) -> Job:
+    parameters = _parameters(message.parameters, program.parameters, violations)
+    if message.first_row + rows > MAX_ROW_INDEX + 1:
+        violations.add("first_row", f"expected row indices below 2^32, got {message.first_row} + {rows} rows")
+    violations.check()
+    seed = message.seed if message.HasField("seed") else secrets.randbits(63)
+    return Job(rows, message.first_row, seed, program.steps.of(parameters), Work(parameters, inputs))
+
+
+def _parameters(
+    given: Mapping[str, pb.ParameterValue], specs: Sequence[ParameterSpec], violations: Violations
+) -> dict[str, float]:
+    known = {spec.name: spec for spec in specs}
+    values = {spec.name: spec.default for spec in specs}
+    for name, message in sorted(given.items()):
+        where = f"parameters[{name}]"
+        if name not in known:
+            violations.add(where, f"there is no such parameter; there are: {_listed(known)}")
+            continue
+        problem, value = _parameter(message, known[name])
+        if problem:
+            violations.add(where, problem)
+        else:
+            values[name] = value
+    return values
+
+
+def _parameter(message: pb.ParameterValue, spec: ParameterSpec) -> tuple[str, float]:
+    """What is wrong with a value, and the number that graphs see."""
+    kind = message.WhichOneof("value")
+    if kind not in _ACCEPTED[spec.kind]:
+        given = "nothing" if kind is None else _GIVEN.get(kind, f"the choice {message.choice_value!r}")
+        return f"expected {_expected(spec)}, got {given}", 0.0
+    if spec.kind == "choice":
+        if message.choice_value not in spec.choices:
+            return f"expected {_expected(spec)}, got {message.choice_value!r}", 0.0
+        return "", float(spec.choices.index(message.choice_value))
+    value = float(getattr(message, kind))
+    if not spec.minimum <= value <= spec.maximum:
+        return f"expected {_expected(spec)}, got {value:g}", 0.0
+    return "", value
+
+
+def _expected(spec: ParameterSpec) -> str:
+    if spec.kind == "choice":
+        return f"one of {_listed(spec.choices)}"
+    if spec.kind == "boolean":
+        return "a boolean"
+    article = "an integer" if spec.kind == "integer" else "a float"
+    return f"{article} from {spec.minimum:g} to {spec.maximum:g}"
+
+
+def _inputs(
+    given: Mapping[str, pb.Tensor], program: ProgramSpec, rows: int, violations: Violations
+) -> dict[str, Array]:
+    specs = {item.tensor.name: item for item in program.inputs}
+    for name in sorted(set(given) - set(specs)):
+        violations.add(f"inputs[{name}]", f"there is no such input; there are: {_listed(specs)}")
+    arrays = {name: _input(given, item, rows, violations) for name, item in specs.items()}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _input(
+    given: Mapping[str, pb.Tensor], item: InputSpec, rows: int, violations: Violations
+) -> Array | None:
+    spec, where = item.tensor, f"inputs[{item.tensor.name}]"
+    if spec.name not in given:
+        if not item.optional:
+            violations.add(where, f"expected {_described(spec)}, got nothing")
+        return np.full((1, *spec.shape), item.default, spec.dtype)
+    try:
+        array = tensors.unpack(given[spec.name])
+    except tensors.MalformedTensor as error:
+        violations.add(where, str(error))
+        return None
+    problem = _array_problem(array, spec, rows)
+    if problem:
+        violations.add(where, problem)
+    return array
+
+
+def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:
+    if array.dtype.name != spec.dtype or array.shape[1:] != spec.shape or array.ndim == 0:
+        return f"expected {_described(spec)}, got {array.dtype.name}{list(array.shape)}"
+    if len(array) not in (1, rows):
+        return f"expected 1 or {rows} rows, got {len(array)}"
+    if not np.isfinite(array).all():
+        return "expected finite numbers, got NaN or infinity"
+    low, high = array.min(initial=math.inf), array.max(initial=-math.inf)
+    if (spec.minimum is not None and low < spec.minimum) or (
+        spec.maximum is not None and high > spec.maximum
+    ):
+        return f"expected elements{_range(spec)}, got {low:g} to {high:g}"
+    return ""
+
+
+def _described(spec: TensorSpec) -> str:
+    shape = ", ".join(("rows", *map(str, spec.shape)))
+    return f"{spec.dtype}[{shape}]{_range(spec)}"
+
+
+def _range(spec: TensorSpec) -> str:
+    low = "" if spec.minimum is None else f" from {spec.minimum:g}"
+    high = "" if spec.maximum is None else f" to {spec.maximum:g}"
+    return low + high
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def run(job: Job, model: Model, loaded: LoadedProgram) -> pb.Run:
+    """What computes an answer."""
+    bitwise, seeded = pb.Run.DETERMINISM_BITWISE, pb.Run.DETERMINISM_SEEDED
+    return pb.Run(
+        artifact_sha256=model.spec.digest,
+        version=model.spec.version,
+        format=loaded.key.format,
+        seed=job.seed,
+        steps=job.steps,
+        determinism=bitwise if loaded.is_bitwise else seeded,
+    )
+
+
+def packed(outputs: Arrays) -> dict[str, pb.Tensor]:
+    """Arrays as messages, by name."""
+    return {name: tensors.pack(array) for name, array in outputs.items()}
+
+
+def rows(event: Rows) -> pb.Rows:
+    """Finished rows as a message."""
+    return pb.Rows(indices=event.indices, outputs=packed(event.outputs))
+
+
+def preview(event: Preview) -> pb.Preview:
+    """Rows on the way as a message."""
+    return pb.Preview(rows=rows(event.rows), steps_done=event.steps_done)
+
+
+def timings(event: Timings) -> pb.Timings:
+    """Seconds as durations."""
+    return pb.Timings(queue=_duration(event.queue), run=_duration(event.run), model=_duration(event.model))
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    message = duration_pb2.Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def score(outputs: Arrays, program: ProgramSpec, job: Job) -> pb.ScoreResponse:
+    """Scores in nats and in bits per dimension; kind and run are the caller's to add."""
+    assert program.score is not None, "a score program without a score passed the audit. This is a bug."
+    spec = program.score
+    nats = outputs[spec.nats]
+    response = pb.ScoreResponse(
+        nats=tensors.pack(nats),
+        bits_per_dimension=tensors.pack(-nats / (spec.dimensions * math.log(2))),
+        draws=int(job.work.parameters[spec.draws]) if spec.draws else 0,
+        outputs=packed(
+            {n: array for n, array in outputs.items() if n not in (spec.nats, spec.standard_error)}
+        ),
+    )
+    if spec.standard_error:
+        response.standard_error.CopyFrom(tensors.pack(outputs[spec.standard_error]))
+    return response

@@ -1,0 +1,183 @@
+"""The engine: one loop, schedule -> run -> deliver, on a thread of its own.
+
+Runs the programs of every model, whatever their family. Reached through submit,
+cancel and acknowledge, which never wait for a graph. Knows no transport.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
+from server.program import Program, Readout
+from server.request import Completed, Failed, Preview, Request, Timings
+from server.scheduler import Scheduler, Turn
+from server.spec import ProgramKey
+
+log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Whom the engine tells what it did; called on the device thread."""
+
+    def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None: ...
+
+    def delivered(self, program: ProgramKey, rows: int) -> None: ...
+
+    def wasted(self, program: ProgramKey, steps: int, reason: str) -> None: ...
+
+    def faulted(self, program: ProgramKey, kind: str) -> None: ...
+
+
+class Engine:
+    """Owns the device thread, the scheduler and the programs' slots."""
+
+    def __init__(
+        self, scheduler: Scheduler, observer: Observer, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._scheduler = scheduler
+        self._observer = observer
+        self._clock = clock
+        self._programs: dict[ProgramKey, Program] = {}
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def num_active(self) -> int:
+        return self._scheduler.num_active
+
+    def add(self, key: ProgramKey, program: Program) -> None:
+        """Make a program known, ready to run."""
+        with self._changed:
+            self._programs[key] = program
+            self._scheduler.open_lane(key, program.capacity)
+
+    def start(self) -> None:
+        """Start the device thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the present step; whatever is unfinished fails with ServerUnavailable."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        for key in self._programs:
+            self._fail_all(key, ServerUnavailable("the server is stopping"))
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its events go to `request.deliver`, on the device thread.
+
+        Raises Overloaded when too many rows wait, ServerUnavailable when stopping.
+        """
+        with self._changed:
+            if self._is_stopping:
+                raise ServerUnavailable("the server is stopping")
+            request.submitted_at = self._clock()
+            self._scheduler.submit(request)
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request at the next step boundary; nothing is delivered any more."""
+        with self._changed:
+            self._scheduler.close(request, "cancelled")
+            self._changed.notify()
+
+    def acknowledge(self, request: Request, rows: int) -> None:
+        """The reader of a request has taken so many of its rows."""
+        with self._changed:
+            self._scheduler.acknowledge(request, rows)
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while (turn := self._next_turn()) is not None:
+            self._take(turn)
+
+    def _next_turn(self) -> Turn | None:
+        with self._changed:
+            while not self._is_stopping:
+                self._drop_expired()
+                if turn := self._scheduler.next_turn():
+                    return turn
+                deadline = self._scheduler.next_deadline()
+                self._changed.wait(None if deadline is None else max(0.0, deadline - self._clock()))
+        return None
+
+    def _take(self, turn: Turn) -> None:
+        program = self._programs[turn.program]
+        try:
+            readouts = self._run(program, turn)
+        except Exception as error:
+            log.exception("%s failed; its rows are dropped", turn.program)
+            self._observer.faulted(turn.program, "graph")
+            program.clear()
+            self._fail_all(turn.program, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
+            return
+        for readout in readouts:
+            self._deliver(readout)
+
+    def _run(self, program: Program, turn: Turn) -> list[Readout]:
+        for request in turn.dropped:
+            self._observer.wasted(turn.program, program.slots.drop(request), request.closed_because)
+        now = self._clock()
+        for admission in turn.admissions:
+            if admission.first == 0:
+                admission.request.started_at = now
+            program.slots.admit(admission.request, admission.first, admission.count)
+        if not (rows := program.slots.num_active):
+            return []
+        taking_part = program.slots.requests
+        readouts = program.advance()
+        seconds = self._clock() - now
+        for request in taking_part:
+            request.model_seconds += seconds
+        self._observer.stepped(turn.program, rows, program.bucket(rows), seconds)
+        return readouts
+
+    def _deliver(self, readout: Readout) -> None:
+        request = readout.request
+        if not readout.is_finished:
+            if not request.is_closed:
+                request.deliver(Preview(readout.rows, readout.steps_done))
+            return
+        with self._changed:
+            if request.is_closed:
+                return
+            if not readout.is_finite:
+                self._observer.faulted(request.program, "non_finite")
+                self._close(request, ModelFailed(f"{request.program}: a row came out non-finite"), "failed")
+                return
+            self._scheduler.finish(request, len(readout.rows.indices))
+        self._observer.delivered(request.program, len(readout.rows.indices))
+        request.deliver(readout.rows)
+        if request.is_complete:
+            request.deliver(Completed(self._timings(request)))
+
+    def _timings(self, request: Request) -> Timings:
+        return Timings(
+            queue=request.started_at - request.submitted_at,
+            run=self._clock() - request.started_at,
+            model=request.model_seconds,
+        )
+
+    def _drop_expired(self) -> None:
+        for request in self._scheduler.expired(self._clock()):
+            done = f"{request.finished} of {request.rows} rows were done"
+            self._close(request, DeadlineExceeded(f"the deadline passed when {done}"), "deadline")
+
+    def _fail_all(self, program: ProgramKey, error: Exception) -> None:
+        with self._changed:
+            for request in self._scheduler.requests_of(program):
+                self._close(request, error, "failed")
+
+    def _close(self, request: Request, error: Exception, reason: str) -> None:
+        if self._scheduler.close(request, reason):
+            request.deliver(Failed(error))

@@ -1,0 +1,82 @@
+"""Everything that can be refused or go wrong, as exceptions. Knows no status codes.
+
+SamovarError
+├── RequestError                 the caller can do something about it
+│   ├── InvalidRequest           every violation, with what was expected and what was given
+│   ├── ModelNotFound            no such model, version or format is served
+│   ├── OperationNotSupported    the model lacks the operation; names the ones it has
+│   ├── Overloaded               too many rows wait; says when to come back
+│   └── DeadlineExceeded         the caller's deadline passed before the rows were done
+├── ServerError                  the caller can do nothing about it
+│   ├── ModelFailed              a graph raised, or a row came out non-finite
+│   └── ServerUnavailable        starting or stopping: another replica may answer
+└── ArtifactRefused              an artifact that must not be served, and why
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class SamovarError(Exception):
+    """The root."""
+
+
+class RequestError(SamovarError):
+    """The caller can do something about it."""
+
+
+class ServerError(SamovarError):
+    """The caller can do nothing about it."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing that is wrong with a request: where, and what was expected and given."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(RequestError):
+    """The request cannot be understood; `violations` lists everything that is wrong."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        listed = "; ".join(f"{violation.field}: {violation.description}" for violation in self.violations)
+        super().__init__(f"invalid request: {listed}")
+
+
+class ModelNotFound(RequestError):
+    """No such model, version or format is served; the message names those that are."""
+
+
+class OperationNotSupported(RequestError):
+    """The model has no program for the operation; `supported` names those it has."""
+
+    def __init__(self, model: str, operation: str, supported: Sequence[str]) -> None:
+        self.model, self.operation, self.supported = model, operation, tuple(supported)
+        super().__init__(f"{model} has no operation {operation!r}; it has {', '.join(self.supported)}")
+
+
+class Overloaded(RequestError):
+    """Too many rows wait already; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class DeadlineExceeded(RequestError):
+    """The deadline passed; whatever was unfinished has been dropped."""
+
+
+class ModelFailed(ServerError):
+    """The model's graphs raised, or a row came out non-finite."""
+
+
+class ServerUnavailable(ServerError):
+    """The server is starting or stopping."""
+
+
+class ArtifactRefused(SamovarError):
+    """An artifact that must not be served; the message is one line that says why."""

@@ -1,0 +1,180 @@
+"""What surrounds every call: metrics, logging, and the one table from errors to codes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from server.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailed,
+    ModelNotFound,
+    OperationNotSupported,
+    Overloaded,
+    SamovarError,
+    ServerUnavailable,
+)
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+SERVICE = "/samovar.v1.Inference/"
+DOMAIN = "samovar"
+
+CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    OperationNotSupported: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_SUPPORTED"),
+    Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    ModelFailed: (grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
+    ServerUnavailable: (grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
+}
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
+    """The canonical code of an error, and the google.rpc.Status that goes with it.
+
+    An error that no one foresaw is INTERNAL and says nothing of its inside.
+    """
+    code, reason = CODES.get(type(error), (grpc.StatusCode.INTERNAL, "UNEXPECTED"))  # type: ignore[arg-type]
+    message = (
+        str(error) if isinstance(error, SamovarError) else "the server met an error that it did not expect"
+    )
+    details = [
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error)),
+        *_details(error),
+    ]
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return code, status
+
+
+def _facts(error: Exception) -> dict[str, str]:
+    if isinstance(error, OperationNotSupported):
+        return {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
+    return {}
+
+
+def _details(error: Exception) -> Iterator[Message]:
+    if isinstance(error, InvalidRequest):
+        yield error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                for v in error.violations
+            ]
+        )
+    if isinstance(error, OperationNotSupported):
+        violation = error_details_pb2.PreconditionFailure.Violation(
+            type="OPERATION", subject=error.model, description=str(error)
+        )
+        yield error_details_pb2.PreconditionFailure(violations=[violation])
+    if isinstance(error, Overloaded):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+@dataclass
+class Outcome:
+    """How a call ended; OK until something else is known."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Counts, times and logs the calls of the Inference service, and answers their errors."""
+
+    def __init__(self, metrics: Metrics, is_known_model: Callable[[str], bool]) -> None:
+        self._metrics = metrics
+        self._is_known_model = is_known_model
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(SERVICE):
+            return handler
+        wrap, make = (
+            (self._streaming, grpc.unary_stream_rpc_method_handler)
+            if handler.response_streaming
+            else (self._unary, grpc.unary_unary_rpc_method_handler)
+        )
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        return make(
+            wrap(behaviour, method.removeprefix(SERVICE)),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _unary(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Message, context: Context) -> Message:
+            with self._observed(method, request, context) as outcome:
+                try:
+                    response: Message = await behaviour(request, context)
+                except Exception as error:
+                    await _abort(error, method, context, outcome)
+                return response
+
+        return call
+
+    def _streaming(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Message, context: Context) -> AsyncIterator[Message]:
+            with self._observed(method, request, context) as outcome:
+                try:
+                    async with aclosing(behaviour(request, context)) as responses:
+                        async for response in responses:
+                            yield response
+                except Exception as error:
+                    await _abort(error, method, context, outcome)
+
+        return call
+
+    @contextmanager
+    def _observed(self, method: str, request: Message, context: Context) -> Iterator[Outcome]:
+        outcome, start = Outcome(), time.monotonic()
+        model = self._model_label(request)
+        self._metrics.calls_in_flight.inc()
+        try:
+            yield outcome
+        except (asyncio.CancelledError, GeneratorExit):
+            remaining = context.time_remaining()
+            is_late = remaining is not None and remaining <= 0
+            outcome.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            seconds = time.monotonic() - start
+            self._metrics.calls_in_flight.dec()
+            self._metrics.requests.labels(method, model, outcome.code.name).inc()
+            self._metrics.request_seconds.labels(method, model).observe(seconds)
+            log.debug("%s %s %s %.1f ms", method, model, outcome.code.name, 1000 * seconds)
+
+    def _model_label(self, request: Any) -> str:
+        name: str = request.model.name if "model" in request.DESCRIPTOR.fields_by_name else ""
+        return name if self._is_known_model(name) else ""
+
+
+async def _abort(error: Exception, method: str, context: Context, outcome: Outcome) -> NoReturn:
+    outcome.code, status = status_of(error)
+    if not isinstance(error, SamovarError):
+        log.error("%s met an error that it did not expect", method, exc_info=error)
+    await context.abort(
+        outcome.code, status.message, (("grpc-status-details-bin", status.SerializeToString()),)
+    )

@@ -1,0 +1,134 @@
+"""Manifest messages as frozen specs, and as clients see them.
+
+Knows the contract's messages and trusts them: what may be wrong is audit.py's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from samovar import tensors
+from samovar.v1 import inference_pb2, manifest_pb2
+from server.spec import (
+    GoldenRows,
+    GraphSpec,
+    InputSpec,
+    ModelSpec,
+    NoiseSpec,
+    ParameterKind,
+    ParameterSpec,
+    ProgramSpec,
+    ScoreSpec,
+    StepCount,
+    TensorSpec,
+)
+
+Graphs = Mapping[str, manifest_pb2.Graph]
+
+PARAMETER_KINDS: dict[int, ParameterKind] = {
+    manifest_pb2.Parameter.TYPE_FLOAT: "float",
+    manifest_pb2.Parameter.TYPE_INTEGER: "integer",
+    manifest_pb2.Parameter.TYPE_BOOLEAN: "boolean",
+    manifest_pb2.Parameter.TYPE_CHOICE: "choice",
+}
+
+
+def model_spec(manifest: manifest_pb2.Manifest, directory: Path, digest: str) -> ModelSpec:
+    """What a sound manifest, found in this directory under this digest, promises."""
+    graphs = {graph.name: graph for graph in manifest.graphs}
+    files: dict[str, dict[str, Path]] = {}
+    for graph in manifest.graphs:
+        for file in graph.files:
+            files.setdefault(file.format, {})[graph.name] = directory / file.path
+    return ModelSpec(
+        name=manifest.name,
+        version=manifest.version,
+        digest=digest,
+        programs={message.operation: program_spec(message, graphs) for message in manifest.programs},
+        files=files,
+        golden=[_golden_rows(message) for message in manifest.golden_rows],
+    )
+
+
+def program_spec(message: manifest_pb2.Program, graphs: Graphs) -> ProgramSpec:
+    return ProgramSpec(
+        operation=message.operation,
+        readout=_graph_spec(graphs[message.readout]),
+        init=_graph_spec(graphs[message.init]) if message.init else None,
+        step=_graph_spec(graphs[message.step]) if message.step else None,
+        state=tuple(tensor_spec(tensor) for tensor in message.state),
+        steps=StepCount(
+            message.steps.fixed,
+            message.steps.parameter,
+            message.steps.units_per_step or 1,
+            message.steps.done,
+        ),
+        parameters=tuple(_parameter_spec(parameter) for parameter in message.parameters),
+        inputs=tuple(
+            InputSpec(tensor_spec(item.tensor), item.optional, item.default_value) for item in message.inputs
+        ),
+        noise=tuple(_noise_spec(item) for item in message.noise),
+        score=_score_spec(message.score) if message.HasField("score") else None,
+        previewable=message.previewable,
+    )
+
+
+def tensor_spec(message: manifest_pb2.TensorSpec) -> TensorSpec:
+    return TensorSpec(
+        name=message.name,
+        dtype=tensors.DTYPES[message.dtype].name if message.dtype in tensors.DTYPES else "",
+        shape=tuple(message.shape),
+        minimum=message.minimum if message.HasField("minimum") else None,
+        maximum=message.maximum if message.HasField("maximum") else None,
+    )
+
+
+def golden_array(message: manifest_pb2.GoldenTensor) -> tensors.Array:
+    """The array; MalformedTensor when its shape and bytes do not agree."""
+    return tensors.unpack(inference_pb2.Tensor(dtype=message.dtype, shape=message.shape, data=message.data))
+
+
+def public(manifest: manifest_pb2.Manifest) -> manifest_pb2.Manifest:
+    """The manifest as clients see it: without its golden rows."""
+    copy = manifest_pb2.Manifest()
+    copy.CopyFrom(manifest)
+    copy.ClearField("golden_rows")
+    return copy
+
+
+def _graph_spec(message: manifest_pb2.Graph) -> GraphSpec:
+    return GraphSpec(
+        message.name, tuple(map(tensor_spec, message.inputs)), tuple(map(tensor_spec, message.outputs))
+    )
+
+
+def _parameter_spec(message: manifest_pb2.Parameter) -> ParameterSpec:
+    return ParameterSpec(
+        name=message.name,
+        kind=PARAMETER_KINDS.get(message.type, "float"),
+        default=message.default_value,
+        minimum=message.minimum,
+        maximum=message.maximum,
+        choices=tuple(message.choices),
+    )
+
+
+def _noise_spec(message: manifest_pb2.Noise) -> NoiseSpec:
+    is_normal = message.distribution == manifest_pb2.Noise.DISTRIBUTION_NORMAL
+    return NoiseSpec(tensor_spec(message.tensor), "normal" if is_normal else "uniform", message.stream)
+
+
+def _score_spec(message: manifest_pb2.Score) -> ScoreSpec:
+    return ScoreSpec(message.dimensions, message.nats, message.standard_error, message.draws)
+
+
+def _golden_rows(message: manifest_pb2.GoldenRows) -> GoldenRows:
+    return GoldenRows(
+        operation=message.operation,
+        seed=message.seed,
+        first_row=message.first_row,
+        rows=message.rows,
+        parameters=dict(message.parameters),
+        inputs={name: golden_array(tensor) for name, tensor in message.inputs.items()},
+        outputs={name: golden_array(tensor) for name, tensor in message.outputs.items()},
+        tolerance=dict(message.tolerance),
+    )

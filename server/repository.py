@@ -1,0 +1,133 @@
+"""The models that are served: found, doubted, proven by their golden rows, warmed.
+
+Knows every format that a runtime exists for, and no family.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samovar.v1 import manifest_pb2
+from server import artifact
+from server.errors import ArtifactRefused, ModelNotFound, OperationNotSupported
+from server.probe import Probe
+from server.program import Program
+from server.runtime import RUNTIMES, Device, Graph
+from server.spec import ModelSpec, ProgramKey, ProgramSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedProgram:
+    """A program that is ready to run, and whether its rows' bits depend on their company."""
+
+    key: ProgramKey
+    spec: ProgramSpec
+    program: Program
+    is_bitwise: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """An artifact whose every program is ready, in every format that is served."""
+
+    spec: ModelSpec
+    manifest: manifest_pb2.Manifest
+    formats: tuple[str, ...]
+    programs: Mapping[tuple[str, str], LoadedProgram]
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name}/{self.spec.version}"
+
+    def program(self, operation: str, format_: str = "") -> LoadedProgram:
+        """The program of an operation; OperationNotSupported or ModelNotFound when there is none."""
+        if operation not in self.spec.programs:
+            raise OperationNotSupported(self.name, operation, sorted(self.spec.programs))
+        if format_ and format_ not in self.formats:
+            raise ModelNotFound(f"{self.name} is served as {', '.join(self.formats)}, not as {format_!r}")
+        return self.programs[format_ or self.formats[0], operation]
+
+
+class Repository:
+    """Finds and loads artifacts; answers which model a request means."""
+
+    def __init__(self, device: Device, formats: Sequence[str], max_batch_rows: int) -> None:
+        self._device = device
+        self._formats = tuple(formats)
+        self._buckets = _buckets(max_batch_rows)
+        self._models: dict[str, dict[str, Model]] = {}
+
+    def __iter__(self) -> Iterator[Model]:
+        """Models by name, newest version first."""
+        for name in sorted(self._models):
+            yield from self._versions(name)
+
+    def default(self, name: str) -> Model:
+        """The newest version of a model that is known."""
+        return self._versions(name)[0]
+
+    def select(self, name: str, version: str = "") -> Model:
+        """The model that a request means; ModelNotFound names what there is."""
+        if name not in self._models:
+            known = ", ".join(sorted(self._models)) or "none yet"
+            raise ModelNotFound(f"there is no model {name!r}; there are: {known}")
+        if version and version not in self._models[name]:
+            known = ", ".join(model.spec.version for model in self._versions(name))
+            raise ModelNotFound(f"{name} has no version {version!r}; it has: {known}")
+        return self._models[name][version] if version else self.default(name)
+
+    def is_known(self, name: str) -> bool:
+        return name in self._models
+
+    def load(self, directory: Path) -> Model:
+        """Load models/<name>/<version>; ArtifactRefused when it must not be served."""
+        manifest, spec = artifact.read(directory)
+        formats = tuple(name for name in self._formats if name in spec.files)
+        if not formats:
+            raise ArtifactRefused(
+                f"it comes as {', '.join(spec.files)}; this server runs {', '.join(self._formats)}"
+            )
+        programs = {}
+        for format_ in formats:
+            graphs = self._open(spec, format_)
+            for operation in spec.programs:
+                programs[format_, operation] = self._prepare(spec, format_, operation, graphs)
+        model = Model(spec, manifest, formats, programs)
+        self._models.setdefault(spec.name, {})[spec.version] = model
+        return model
+
+    def _versions(self, name: str) -> list[Model]:
+        return sorted(self._models[name].values(), key=lambda model: -int(model.spec.version))
+
+    def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
+        files = spec.files[format_]
+        return {
+            name: RUNTIMES[format_](files[name], graph, self._device) for name, graph in spec.graphs().items()
+        }
+
+    def _prepare(
+        self, spec: ModelSpec, format_: str, operation: str, graphs: Mapping[str, Graph]
+    ) -> LoadedProgram:
+        key = ProgramKey(spec.name, spec.version, format_, operation)
+        program = spec.programs[operation]
+        golden = [rows for rows in spec.golden if rows.operation == operation]
+        try:
+            probe = Probe(program, graphs, self._device)
+            for rows in golden:
+                probe.prove(rows, self._buckets[-1])
+            buckets, is_bitwise = probe.stable_buckets(golden, self._buckets)
+        except ArtifactRefused as refusal:
+            raise ArtifactRefused(f"{operation} as {format_}: {refusal}") from None
+        except Exception as error:  # a graph may raise anything
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactRefused(f"{operation} as {format_} does not run: {reason}") from None
+        ready = Program(program, graphs, buckets, self._device.torch)
+        return LoadedProgram(key, program, ready, is_bitwise)
+
+
+def _buckets(largest: int) -> tuple[int, ...]:
+    """Batch sizes to try: the powers of two, and the largest."""
+    return tuple(sorted({*(2**exponent for exponent in range(largest.bit_length())), largest}))

@@ -1,0 +1,106 @@
+"""A request for rows, its progress, and what is delivered to whoever waits for it.
+
+Arrays pass through here unread: this module and the scheduler know counts only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.spec import ProgramKey
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every row of a request computes: parameters, and inputs with batch axis 1 or rows."""
+
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Finished rows: the index of each, and the outputs in the same order."""
+
+    indices: Sequence[int]
+    outputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A readout of rows that are still on the way."""
+
+    rows: Rows
+    steps_done: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a request's time went, in seconds: waiting, then in the batch, of which in graphs."""
+
+    queue: float
+    run: float
+    model: float
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The last event of a request that succeeded."""
+
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that did not."""
+
+    error: Exception
+
+
+Event = Rows | Preview | Completed | Failed
+Deliver = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times."""
+
+    program: ProgramKey
+    rows: int
+    steps: int
+    deliver: Deliver
+    seed: int = 0
+    first_row: int = 0
+    work: Work = Work()
+    deadline: float | None = None
+    preview_every: int = 0
+    window: int = 1 << 32
+
+    admitted: int = 0
+    finished: int = 0
+    acknowledged: int = 0
+    closed_because: str = ""
+    submitted_at: float = 0.0
+    started_at: float = 0.0
+    model_seconds: float = 0.0
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self.closed_because)
+
+    @property
+    def num_active(self) -> int:
+        return self.admitted - self.finished
+
+    @property
+    def num_waiting(self) -> int:
+        return self.rows - self.admitted
+
+    @property
+    def num_admissible(self) -> int:
+        """Rows that may enter now: no more are on the way than the reader has room for."""
+        return min(self.num_waiting, self.window - (self.admitted - self.acknowledged))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finished == self.rows

@@ -1,0 +1,12 @@
+"""One graph, many ways to execute it: a runtime per file format."""
+
+from server.runtime.base import Device, Graph, OpenGraph
+from server.runtime.onnx import OnnxGraph
+from server.runtime.torchscript import TorchScriptGraph
+
+RUNTIMES: dict[str, OpenGraph] = {
+    "onnx": OnnxGraph,
+    "torchscript": TorchScriptGraph,
+}
+
+__all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph"]

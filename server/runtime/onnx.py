@@ -1,0 +1,98 @@
+"""Graphs in ONNX, by ONNX Runtime on the CPU or on CUDA."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+
+from server.errors import ArtifactRefused
+from server.runtime.base import Device
+from server.spec import GraphSpec, TensorSpec
+
+_ELEMENT_TYPES = {
+    "bool": "tensor(bool)",
+    "uint8": "tensor(uint8)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+}
+
+
+class OnnxGraph:
+    """An ONNX Runtime session, fed by name."""
+
+    def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
+        self._spec = spec
+        self._device = device
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), _session_options(device), providers=_providers(device)
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise ArtifactRefused(f"{path.name} is not an ONNX graph: {str(error).splitlines()[0]}") from None
+        _check_types(path, "inputs", self._session.get_inputs(), spec.inputs)
+        # Outputs are positional: a step's outputs bear the names of its inputs, which ONNX forbids.
+        _check_types(path, "outputs", self._session.get_outputs(), spec.outputs)
+        _check_names(path, self._session.get_inputs(), spec.inputs)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self._device.is_cuda:
+            return self._call_bound(inputs)
+        feed = {tensor.name: array.numpy() for tensor, array in zip(self._spec.inputs, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in self._session.run(self._outputs, feed)]
+
+    def _call_bound(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Run on tensors that are and stay in the GPU's memory."""
+        binding = self._session.io_binding()
+        batch = inputs[0].shape[0]
+        outputs = [
+            torch.empty((batch, *tensor.shape), dtype=getattr(torch, tensor.dtype), device=self._device.torch)
+            for tensor in self._spec.outputs
+        ]
+        for tensor, array in zip(self._spec.inputs, inputs, strict=True):
+            binding.bind_input(tensor.name, *self._place(array.contiguous(), tensor.dtype))
+        for name, tensor, array in zip(self._outputs, self._spec.outputs, outputs, strict=True):
+            binding.bind_output(name, *self._place(array, tensor.dtype))
+        # The two libraries have streams of their own.
+        torch.cuda.current_stream(self._device.torch).synchronize()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return outputs
+
+    def _place(self, array: torch.Tensor, dtype: str) -> tuple[Any, ...]:
+        return "cuda", self._device.torch.index or 0, dtype, tuple(array.shape), array.data_ptr()
+
+
+def _session_options(device: Device) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = device.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _providers(device: Device) -> list[Any]:
+    if not device.is_cuda:
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ArtifactRefused(
+            "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
+        )
+    return [("CUDAExecutionProvider", {"device_id": device.torch.index or 0}), "CPUExecutionProvider"]
+
+
+def _check_types(path: Path, side: str, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
+    actual = [(item.type, list(item.shape[1:])) for item in given]
+    wanted = [(_ELEMENT_TYPES[tensor.dtype], list(tensor.shape)) for tensor in expected]
+    if actual != wanted:
+        raise ArtifactRefused(f"{path.name} has the {side} {actual}, its manifest says {wanted}")
+
+
+def _check_names(path: Path, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
+    actual, wanted = [item.name for item in given], [tensor.name for tensor in expected]
+    if actual != wanted:
+        raise ArtifactRefused(f"{path.name} takes {actual}, its manifest says {wanted}")

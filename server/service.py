@@ -1,0 +1,286 @@
+"""The Inference service: one method per RPC. Decodes, submits, encodes.
+
+Reads each request against the model's own program; branches on no family.
+Errors are raised as they are: interceptors.py turns them into codes.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from samovar.v1 import inference_pb2 as pb
+from samovar.v1 import inference_pb2_grpc as pb_grpc
+from server import __version__, codec
+from server.call import Call
+from server.codec import Job
+from server.engine import Engine
+from server.errors import InvalidRequest, ServerUnavailable, Violation
+from server.manifest import public
+from server.metrics import Metrics
+from server.repository import LoadedProgram, Model, Repository
+from server.request import Completed, Preview, Request, Rows, Timings
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Arrays = dict[str, NDArray[Any]]
+
+PAGE_SIZE = 100
+# Headroom for what a message holds besides its tensors.
+MESSAGE_OVERHEAD_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What one call may ask for."""
+
+    max_message_bytes: int = 64 << 20
+    max_rows: int = 100_000
+    chunk_bytes: int = 1 << 20
+    window_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """The program that a request means."""
+
+    model: Model
+    loaded: LoadedProgram
+
+
+class InferenceService(pb_grpc.InferenceServicer):
+    """Serves the repository's models through the engine."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        engine: Engine,
+        metrics: Metrics,
+        limits: ServiceLimits,
+        info: pb.ServerInfo,
+    ) -> None:
+        self._repository = repository
+        self._engine = engine
+        self._metrics = metrics
+        self._limits = limits
+        self._info = info
+        self.is_ready = False
+
+    async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
+        target = self._target(request.model, "sample")
+        job = codec.sample_job(request, target.loaded.spec, self._limits.max_rows)
+        first = pb.SampleResponse(run=codec.run(job, target.model, target.loaded))
+        with self._submit(job, target, context, preview_every=request.preview_every) as call:
+            async for batch in call.batches():
+                for message in self._messages(batch, target):
+                    first.MergeFrom(message)
+                    yield first
+                    first = pb.SampleResponse()
+
+    async def Reconstruct(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
+        return await self._transform(request, context, "reconstruct")
+
+    async def Energy(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
+        return await self._transform(request, context, "energy")
+
+    async def Encode(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
+        return await self._transform(request, context, "encode")
+
+    async def Decode(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
+        return await self._transform(request, context, "decode")
+
+    async def Classify(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
+        return await self._transform(request, context, "classify")
+
+    async def Score(self, request: pb.TransformRequest, context: Context) -> pb.ScoreResponse:
+        target = self._target(request.model, "score")
+        job, outputs, timings = await self._collect(request, context, target)
+        response = codec.score(outputs, target.loaded.spec, job)
+        response.run.CopyFrom(codec.run(job, target.model, target.loaded))
+        manifest = target.model.manifest
+        response.score.CopyFrom(next(p.score for p in manifest.programs if p.operation == "score"))
+        response.timings.CopyFrom(codec.timings(timings))
+        return response
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        self._check_ready()
+        models = list(self._repository)
+        start = _page_start(request, len(models))
+        end = start + (min(request.page_size, PAGE_SIZE) or PAGE_SIZE)
+        return pb.ListModelsResponse(
+            models=[self._describe(model) for model in models[start:end]],
+            next_page_token=str(end) if end < len(models) else "",
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
+        self._check_ready()
+        return self._describe(self._repository.select(request.model.name, request.model.version))
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.ServerInfo:
+        return self._info
+
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            raise ServerUnavailable(
+                "the server is loading its models or stopping; health says when it serves"
+            )
+
+    def _target(self, selector: pb.ModelSelector, operation: str) -> Target:
+        self._check_ready()
+        model = self._repository.select(selector.name, selector.version)
+        return Target(model, model.program(operation, selector.format))
+
+    def _describe(self, model: Model) -> pb.Model:
+        return pb.Model(
+            manifest=public(model.manifest),
+            artifact_sha256=model.spec.digest,
+            formats=model.formats,
+            is_default=model is self._repository.default(model.spec.name),
+        )
+
+    def _submit(self, job: Job, target: Target, context: Context, preview_every: int = 0) -> Call:
+        call = Call(self._engine)
+        remaining = context.time_remaining()
+        row_bytes = target.loaded.spec.output_row_bytes
+        capacity = target.loaded.program.capacity
+        call.submit(
+            Request(
+                program=target.loaded.key,
+                rows=job.rows,
+                steps=job.steps,
+                deliver=call.deliver,
+                seed=job.seed,
+                first_row=job.first_row,
+                work=job.work,
+                deadline=None if remaining is None else time.monotonic() + remaining,
+                preview_every=preview_every,
+                window=max(2 * capacity, self._limits.window_bytes // max(row_bytes, 1)),
+            )
+        )
+        return call
+
+    async def _transform(
+        self, request: pb.TransformRequest, context: Context, operation: str
+    ) -> pb.TransformResponse:
+        target = self._target(request.model, operation)
+        job, outputs, timings = await self._collect(request, context, target)
+        return pb.TransformResponse(
+            run=codec.run(job, target.model, target.loaded),
+            outputs=codec.packed(outputs),
+            timings=codec.timings(timings),
+        )
+
+    async def _collect(
+        self, request: pb.TransformRequest, context: Context, target: Target
+    ) -> tuple[Job, Arrays, Timings]:
+        """All rows of a transform in the order of the request."""
+        program = target.loaded.spec
+        job = codec.transform_job(request, program, self._limits.max_rows)
+        self._check_fits(job, target)
+        outputs = {
+            tensor.name: np.empty((job.rows, *tensor.shape), tensor.dtype) for tensor in program.outputs
+        }
+        with self._submit(job, target, context) as call:
+            async for batch in call.batches():
+                for event in batch:
+                    if isinstance(event, Rows):
+                        _place(event, outputs, job.first_row)
+                    elif isinstance(event, Completed):
+                        timings = event.timings
+        self._observe_queue(target, timings)
+        return job, outputs, timings
+
+    def _check_fits(self, job: Job, target: Target) -> None:
+        limit = self._limits.max_message_bytes - MESSAGE_OVERHEAD_BYTES
+        # A score comes back twice: in nats and in bits per dimension.
+        row_bytes = target.loaded.spec.output_row_bytes + (8 if target.loaded.spec.score else 0)
+        if job.rows * row_bytes > limit:
+            most = limit // row_bytes
+            raise InvalidRequest(
+                [
+                    Violation(
+                        "inputs",
+                        f"expected at most {most} rows, whose answer fits into one message, got {job.rows}: "
+                        f"send the rest with first_row {job.first_row + most}",
+                    )
+                ]
+            )
+
+    def _messages(self, batch: list[Any], target: Target) -> list[pb.SampleResponse]:
+        """A batch of events in as few messages as the chunk size allows; at least one."""
+        messages = [
+            pb.SampleResponse(rows=codec.rows(chunk))
+            for chunk in _chunks(batch, target.loaded.spec.output_row_bytes, self._limits.chunk_bytes)
+        ] or [pb.SampleResponse()]
+        messages[0].previews.extend(codec.preview(event) for event in batch if isinstance(event, Preview))
+        if isinstance(batch[-1], Completed):
+            messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
+            self._observe_queue(target, batch[-1].timings)
+        return messages
+
+    def _observe_queue(self, target: Target, timings: Timings) -> None:
+        key = target.loaded.key
+        self._metrics.queue_seconds.labels(key.operation, key.model).observe(timings.queue)
+
+
+def _chunks(batch: list[Any], row_bytes: int, chunk_bytes: int) -> list[Rows]:
+    """The finished rows of a batch of events, regrouped to about `chunk_bytes` each."""
+    finished = [event for event in batch if isinstance(event, Rows)]
+    if not finished:
+        return []
+    indices = [index for event in finished for index in event.indices]
+    outputs = {
+        name: np.concatenate([event.outputs[name] for event in finished]) for name in finished[0].outputs
+    }
+    size = max(1, chunk_bytes // max(row_bytes, 1))
+    return [
+        Rows(
+            indices[start : start + size],
+            {name: array[start : start + size] for name, array in outputs.items()},
+        )
+        for start in range(0, len(indices), size)
+    ]
+
+
+def _place(event: Rows, outputs: Arrays, first_row: int) -> None:
+    positions = np.asarray(event.indices) - first_row
+    for name, array in event.outputs.items():
+        outputs[name][positions] = array
+
+
+def _page_start(request: pb.ListModelsRequest, count: int) -> int:
+    violations = codec.Violations()
+    if request.page_size < 0:
+        violations.add("page_size", f"expected at least 0, got {request.page_size}")
+    token = request.page_token
+    if token and not (token.isascii() and token.isdigit() and int(token) < count):
+        violations.add("page_token", f"expected a next_page_token of this list, got {token!r}")
+    violations.check()
+    return int(token or 0)
+
+
+def server_info(
+    device: str, limits: ServiceLimits, max_waiting_rows: int, max_batch_rows: int
+) -> pb.ServerInfo:
+    """What serves, and within which limits."""
+    libraries = ("torch", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "numpy")
+    return pb.ServerInfo(
+        version=__version__,
+        device=device,
+        library_versions={name: version for name in libraries if (version := _version(name))},
+        max_message_bytes=limits.max_message_bytes,
+        max_rows_per_request=limits.max_rows,
+        max_waiting_rows=max_waiting_rows,
+        max_batch_rows=max_batch_rows,
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,197 @@
+"""What an artifact promises, as frozen data: models, programs, graphs, tensors.
+
+Knows neither the file that it came from (manifest.py) nor how graphs run (runtime/).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+STEP_INDEX = "step_index"
+NUM_STEPS = "num_steps"
+
+ITEM_SIZES = {"bool": 1, "uint8": 1, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
+
+ParameterKind = Literal["float", "integer", "boolean", "choice"]
+PARAMETER_DTYPES: dict[ParameterKind, str] = {
+    "float": "float32",
+    "integer": "int64",
+    "boolean": "bool",
+    "choice": "int64",
+}
+
+
+@dataclass(frozen=True)
+class ProgramKey:
+    """What a program is called inside a server."""
+
+    model: str
+    version: str
+    format: str
+    operation: str
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.version}/{self.operation} ({self.format})"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor of a row, without the batch axis; dtype is NumPy's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One setting of a request; graphs see it as a scalar per row."""
+
+    name: str
+    kind: ParameterKind
+    default: float
+    minimum: float
+    maximum: float
+    choices: tuple[str, ...] = ()
+
+    @property
+    def tensor(self) -> TensorSpec:
+        return TensorSpec(self.name, PARAMETER_DTYPES[self.kind])
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A tensor that a request gives; `default` fills every element when an optional one is left out."""
+
+    tensor: TensorSpec
+    optional: bool = False
+    default: float = 0.0
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Random numbers that graphs consume, by the streams of samovar.noise."""
+
+    tensor: TensorSpec
+    distribution: Literal["normal", "uniform"]
+    stream: int
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """How many steps a row takes: `fixed`, or as many as cover the value of `parameter`."""
+
+    fixed: int = 0
+    parameter: str = ""
+    units_per_step: int = 1
+    done: str = ""
+
+    def of(self, parameters: Mapping[str, float]) -> int:
+        """Steps of a row with these parameters."""
+        if not self.parameter:
+            return self.fixed
+        return math.ceil(parameters[self.parameter] / self.units_per_step)
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What kind of number a program returns; the strings name outputs and a parameter."""
+
+    dimensions: int
+    nats: str
+    standard_error: str = ""
+    draws: str = ""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A pure function of tensors: inputs and outputs in the order of the function's."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One operation: init -> step x n -> readout over rows."""
+
+    operation: str
+    readout: GraphSpec
+    init: GraphSpec | None = None
+    step: GraphSpec | None = None
+    state: tuple[TensorSpec, ...] = ()
+    steps: StepCount = StepCount()
+    parameters: tuple[ParameterSpec, ...] = ()
+    inputs: tuple[InputSpec, ...] = ()
+    noise: tuple[NoiseSpec, ...] = ()
+    score: ScoreSpec | None = None
+    previewable: bool = False
+
+    @property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        return tuple(graph for graph in (self.init, self.step, self.readout) if graph is not None)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.readout.outputs
+
+    @property
+    def output_row_bytes(self) -> int:
+        return sum(tensor.row_bytes for tensor in self.outputs)
+
+    def defaults(self) -> dict[str, float]:
+        """The parameters of a request that gives none."""
+        return {parameter.name: parameter.default for parameter in self.parameters}
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Everything that a graph's input may be bound to, by name."""
+        counters = [TensorSpec(name, "int64") for name in (STEP_INDEX, NUM_STEPS)]
+        declared = [
+            *self.state,
+            *(parameter.tensor for parameter in self.parameters),
+            *(item.tensor for item in self.inputs),
+            *(item.tensor for item in self.noise),
+        ]
+        return {tensor.name: tensor for tensor in (*counters, *declared)}
+
+
+@dataclass(frozen=True)
+class GoldenRows:
+    """A small request with its known answer; arrays have the batch axis."""
+
+    operation: str
+    seed: int
+    first_row: int
+    rows: int
+    parameters: Mapping[str, float]
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    tolerance: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One artifact: its identity, its programs, and per format the file of every graph."""
+
+    name: str
+    version: str
+    digest: str
+    programs: Mapping[str, ProgramSpec]
+    files: Mapping[str, Mapping[str, Path]]
+    golden: Sequence[GoldenRows]
+
+    def graphs(self) -> dict[str, GraphSpec]:
+        """Every graph that a program calls, by name."""
+        return {graph.name: graph for program in self.programs.values() for graph in program.graphs}

@@ -1,0 +1,245 @@
+"""The loop: every row is delivered once, with the bytes that it would have alone."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine import Engine
+from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
+from server.request import Completed, Request
+from server.runtime import Graph
+from server.scheduler import Limits, Scheduler
+from tests import toys
+from tests.toys import KEY, Ledger, Reader, request
+
+
+class Gate:
+    """A graph that waits for permission: each `step` lets one call of the wrapped graph through."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._allowed = threading.Semaphore(0)
+        self._entered = threading.Semaphore(0)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        self._entered.release()
+        assert self._allowed.acquire(timeout=30), "nobody opened the gate"
+        return self._graph(inputs)
+
+    def await_call(self) -> None:
+        assert self._entered.acquire(timeout=30), "the graph was not called"
+
+    def open(self, calls: int = 1) -> None:
+        self._allowed.release(calls)
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """An engine over one toy program."""
+
+    def __init__(self, graphs: Mapping[str, Graph] = toys.GRAPHS, limits: Limits | None = None) -> None:
+        self.ledger = Ledger()
+        self.clock = Clock()
+        self.engine = Engine(Scheduler(limits), self.ledger, self.clock)
+        self.engine.add(KEY, toys.program(graphs=graphs))
+        self.engine.start()
+
+    def submit(self, **settings: object) -> tuple[Request, Reader]:
+        reader = Reader()
+        asked = request(reader, **settings)  # type: ignore[arg-type]
+        self.engine.submit(asked)
+        return asked, reader
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.engine.stop()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate(toys.walk)
+
+
+@pytest.fixture
+def gated(gate: Gate) -> Iterator[Bench]:
+    made = Bench({**toys.GRAPHS, "walk": gate})
+    yield made
+    gate.open(10_000)
+    made.engine.stop()
+
+
+def alone(seed: int, index: int, steps: int, scale: float) -> bytes:
+    """A row's bytes when it is the only one in the world."""
+    program = toys.program(buckets=(8,))
+    program.slots.admit(request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}), 0, 1)
+    while True:
+        for readout in program.advance():
+            value: bytes = readout.rows.outputs["value"].tobytes()
+            return value
+
+
+requests = st.lists(
+    st.tuples(
+        st.integers(1, 20),
+        st.integers(1, 9),
+        st.integers(0, 2**64 - 1),
+        st.integers(0, 2**32 - 50),
+        st.sampled_from([0.5, 1.0, 2.0]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(requests)
+def test_rows_have_the_bytes_that_they_have_alone(asked: list[tuple[int, int, int, int, float]]) -> None:
+    bench = Bench()
+    readers = [
+        bench.submit(rows=rows, steps=steps, seed=seed, first_row=first, parameters={"scale": scale})[1]
+        for rows, steps, seed, first, scale in asked
+    ]
+    for reader, (rows, steps, seed, first, scale) in zip(readers, asked, strict=True):
+        delivered = reader.rows()
+        assert sorted(delivered) == list(range(first, first + rows))
+        for index in (first, first + rows - 1):
+            assert delivered[index] == alone(seed, index, steps, scale)
+    bench.engine.stop()
+
+
+def test_one_request_of_many_rows_equals_many_of_one(bench: Bench) -> None:
+    _, together = bench.submit(rows=64, seed=5)
+    apart = [bench.submit(rows=1, seed=5, first_row=row)[1] for row in range(64)]
+    assert together.rows() == {row: reader.rows()[row] for row, reader in enumerate(apart)}
+
+
+def test_rows_that_come_later_share_the_steps(gated: Bench, gate: Gate) -> None:
+    _, long = gated.submit(steps=3)
+    gate.await_call()
+    _, short = gated.submit(steps=1)
+    gate.open(3)
+    short.wait()
+    long.wait()
+    assert gated.ledger.turns == [1, 2, 1]
+
+
+def test_previews_come_every_k_steps_and_not_of_finished_rows(bench: Bench) -> None:
+    _, reader = bench.submit(rows=2, steps=5, preview_every=2)
+    reader.wait()
+    assert [list(preview.steps_done) for preview in reader.previews()] == [[2, 2], [4, 4]]
+
+
+def test_cancelled_rows_leave_at_the_next_step(gated: Bench, gate: Gate) -> None:
+    cancelled, reader = gated.submit(rows=3, steps=100)
+    gate.await_call()
+    _, other = gated.submit(rows=1, steps=3)
+    gated.engine.cancel(cancelled)
+    gate.open(1000)
+    other.wait()
+    assert gated.ledger.turns == [3, 1, 1, 1]
+    assert gated.ledger.wasted_steps["cancelled"] == 3
+    assert reader.events == []
+    assert gated.engine.num_active == 0
+
+
+def test_a_passed_deadline_drops_what_is_unfinished(gated: Bench, gate: Gate) -> None:
+    _, late = gated.submit(rows=2, steps=100, deadline=5.0)
+    gate.await_call()
+    gated.clock.now = 6.0
+    gate.open(1)
+    assert isinstance(late.error(), DeadlineExceeded)
+    _, next_one = gated.submit(rows=1, steps=1)
+    gate.open(1)
+    next_one.wait()
+    assert gated.ledger.wasted_steps == {"deadline": 2}
+
+
+def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
+    calls = iter([True])
+
+    def breaks_once(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if next(calls, False):
+            raise RuntimeError("secret detail")
+        return toys.walk(inputs)
+
+    broken = Bench({**toys.GRAPHS, "walk": breaks_once})
+    _, failed = broken.submit(rows=3)
+    error = failed.error()
+    assert isinstance(error, ModelFailed)
+    assert "secret" not in str(error)
+    _, fine = broken.submit(rows=3)
+    assert len(fine.rows()) == 3
+    assert broken.ledger.faults == ["graph"]
+    broken.engine.stop()
+
+
+def test_a_non_finite_row_fails_alone() -> None:
+    def overflows(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
+
+    bench = Bench({**toys.GRAPHS, "walk": overflows})
+    _, poisoned = bench.submit(rows=2, parameters={"scale": 9.0})
+    _, neighbour = bench.submit(rows=2)
+    assert isinstance(poisoned.error(), ModelFailed)
+    assert len(neighbour.rows()) == 2
+    assert "non_finite" in bench.ledger.faults
+    bench.engine.stop()
+
+
+def test_too_many_waiting_rows_are_refused_at_once(gate: Gate) -> None:
+    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(max_waiting_rows=10))
+    bench.submit(rows=1)
+    gate.await_call()
+    bench.submit(rows=10)
+    with pytest.raises(Overloaded, match="limit of 10"):
+        bench.submit(rows=1)
+    gate.open(10_000)
+    bench.engine.stop()
+
+
+def test_a_slow_reader_holds_back_its_own_request_only(bench: Bench) -> None:
+    slow, reader = bench.submit(rows=100, steps=1, window=8)
+    _, quick = bench.submit(rows=100, steps=1)
+    assert len(quick.rows()) == 100
+    assert slow.admitted == 8
+    while not slow.is_complete:
+        bench.engine.acknowledge(slow, slow.finished - slow.acknowledged)
+    assert len(reader.rows()) == 100
+
+
+def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
+    bench = Bench({**toys.GRAPHS, "walk": gate})
+    _, reader = bench.submit(rows=100, steps=1000)
+    gate.await_call()
+    gate.open(1)
+    stopper = threading.Thread(target=bench.engine.stop)
+    stopper.start()
+    gate.open(10)
+    assert isinstance(reader.error(), ServerUnavailable)
+    stopper.join()
+    with pytest.raises(ServerUnavailable):
+        bench.submit()
+
+
+def test_timings_add_up(bench: Bench) -> None:
+    _, reader = bench.submit(rows=3)
+    last = reader.wait()[-1]
+    assert isinstance(last, Completed)
+    assert last.timings.queue == last.timings.run == 0.0
