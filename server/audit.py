@@ -168,6 +168,16 @@ def _parameter_problems(program: manifest_pb2.Program, graphs: messages.Graphs) 
 
 
 def _noise_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> Iterator[str]:
+    readers = [
+        tensor.name
+        for role in (program.init, program.step, program.readout)
+        if role
+        for tensor in graphs[role].inputs
+    ]
+    for item in program.noise:
+        # init and the first step would draw the same numbers.
+        if readers.count(item.tensor.name) != 1:
+            yield f"noise {item.tensor.name} is read by {readers.count(item.tensor.name)} graphs, not by one"
     yield from _duplicates("noise stream", (str(item.stream) for item in program.noise))
     for item in program.noise:
         if not item.distribution:

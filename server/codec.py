@@ -171,11 +171,11 @@ def _input(
 def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:
     if array.dtype.name != spec.dtype or array.shape[1:] != spec.shape or array.ndim == 0:
         return f"expected {_described(spec)}, got {array.dtype.name}{list(array.shape)}"
-    if len(array) not in (1, rows):
+    if len(array) not in (1, rows) or not len(array):
         return f"expected 1 or {rows} rows, got {len(array)}"
     if not np.isfinite(array).all():
         return "expected finite numbers, got NaN or infinity"
-    low, high = array.min(initial=math.inf), array.max(initial=-math.inf)
+    low, high = array.min(), array.max()
     if (spec.minimum is not None and low < spec.minimum) or (
         spec.maximum is not None and high > spec.maximum
     ):
@@ -238,18 +238,19 @@ def _duration(seconds: float) -> duration_pb2.Duration:
 
 
 def score(outputs: Arrays, program: ProgramSpec, job: Job) -> pb.ScoreResponse:
-    """Scores in nats and in bits per dimension; kind and run are the caller's to add."""
+    """Scores in nats, and in bits per dimension where that means something; the caller adds kind and run."""
     assert program.score is not None, "a score program without a score passed the audit. This is a bug."
     spec = program.score
     nats = outputs[spec.nats]
     response = pb.ScoreResponse(
         nats=tensors.pack(nats),
-        bits_per_dimension=tensors.pack(-nats / (spec.dimensions * math.log(2))),
         draws=int(job.work.parameters[spec.draws]) if spec.draws else 0,
         outputs=packed(
             {n: array for n, array in outputs.items() if n not in (spec.nats, spec.standard_error)}
         ),
     )
+    if spec.is_normalized:
+        response.bits_per_dimension.CopyFrom(tensors.pack(-nats / (spec.dimensions * math.log(2))))
     if spec.standard_error:
         response.standard_error.CopyFrom(tensors.pack(outputs[spec.standard_error]))
     return response

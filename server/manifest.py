@@ -118,7 +118,13 @@ def _noise_spec(message: manifest_pb2.Noise) -> NoiseSpec:
 
 
 def _score_spec(message: manifest_pb2.Score) -> ScoreSpec:
-    return ScoreSpec(message.dimensions, message.nats, message.standard_error, message.draws)
+    return ScoreSpec(
+        dimensions=message.dimensions,
+        is_normalized=message.kind != manifest_pb2.Score.KIND_UNNORMALIZED,
+        nats=message.nats,
+        standard_error=message.standard_error,
+        draws=message.draws,
+    )
 
 
 def _golden_rows(message: manifest_pb2.GoldenRows) -> GoldenRows:

@@ -92,9 +92,8 @@ class Repository:
             )
         programs = {}
         for format_ in formats:
-            graphs = self._open(spec, format_)
-            for operation in spec.programs:
-                programs[format_, operation] = self._prepare(spec, format_, operation, graphs)
+            for loaded in self._prepare(spec, format_):
+                programs[format_, loaded.key.operation] = loaded
         model = Model(spec, manifest, formats, programs)
         self._models.setdefault(spec.name, {})[spec.version] = model
         return model
@@ -108,24 +107,33 @@ class Repository:
             name: RUNTIMES[format_](files[name], graph, self._device) for name, graph in spec.graphs().items()
         }
 
-    def _prepare(
-        self, spec: ModelSpec, format_: str, operation: str, graphs: Mapping[str, Graph]
-    ) -> LoadedProgram:
-        key = ProgramKey(spec.name, spec.version, format_, operation)
-        program = spec.programs[operation]
-        golden = [rows for rows in spec.golden if rows.operation == operation]
-        try:
-            probe = Probe(program, graphs, self._device)
-            for rows in golden:
-                probe.prove(rows, self._buckets[-1])
-            buckets, is_bitwise = probe.stable_buckets(golden, self._buckets)
-        except ArtifactRefused as refusal:
-            raise ArtifactRefused(f"{operation} as {format_}: {refusal}") from None
-        except Exception as error:  # a graph may raise anything
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactRefused(f"{operation} as {format_} does not run: {reason}") from None
-        ready = Program(program, graphs, buckets, self._device.torch)
-        return LoadedProgram(key, program, ready, is_bitwise)
+    def _prepare(self, spec: ModelSpec, format_: str) -> list[LoadedProgram]:
+        """Every program of a model in one format, proven and warm."""
+        graphs = self._open(spec, format_)
+        stable = self._prove(spec, format_, graphs)
+        # One set for the whole model: a readout that quantises hides what its kernels do.
+        common = set(self._buckets).intersection(*filter(None, stable.values()))
+        loaded = []
+        for program in spec.programs.values():
+            is_bitwise = all(stable[graph.name] for graph in program.graphs)
+            buckets = sorted(common) if is_bitwise else self._buckets
+            key = ProgramKey(spec.name, spec.version, format_, program.operation)
+            ready = Program(program, graphs, buckets, self._device.torch)
+            loaded.append(LoadedProgram(key, program, ready, is_bitwise))
+        return loaded
+
+    def _prove(self, spec: ModelSpec, format_: str, graphs: Mapping[str, Graph]) -> dict[str, set[int]]:
+        """Replay the golden rows; the buckets in which each graph is bitwise row-stable."""
+        probe = Probe(graphs, self._buckets, self._device.torch)
+        for golden in spec.golden:
+            try:
+                probe.prove(spec.programs[golden.operation], golden)
+            except ArtifactRefused as refusal:
+                raise ArtifactRefused(f"{golden.operation} as {format_}: {refusal}") from None
+            except Exception as error:  # a graph may raise anything
+                reason = " ".join(str(error).split())[:300]
+                raise ArtifactRefused(f"{golden.operation} as {format_} does not run: {reason}") from None
+        return probe.stable_buckets()
 
 
 def _buckets(largest: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ class ServiceLimits:
     max_message_bytes: int = 64 << 20
     max_rows: int = 100_000
     chunk_bytes: int = 1 << 20
-    window_bytes: int = 16 << 20
+    window_bytes: int = 2 << 20
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class ScoreSpec:
     """What kind of number a program returns; the strings name outputs and a parameter."""
 
     dimensions: int
+    is_normalized: bool
     nats: str
     standard_error: str = ""
     draws: str = ""

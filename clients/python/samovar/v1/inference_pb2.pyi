@@ -579,7 +579,7 @@ class ScoreResponse(google.protobuf.message.Message):
 
     @property
     def bits_per_dimension(self) -> Global___Tensor:
-        """The same in bits per dimension: -nats / (dimensions x ln 2)."""
+        """The same in bits per dimension: -nats / (dimensions x ln 2). Absent for unnormalised scores."""
 
     @property
     def standard_error(self) -> Global___Tensor:

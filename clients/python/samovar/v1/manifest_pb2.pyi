@@ -623,8 +623,9 @@ Global___Input: typing_extensions.TypeAlias = Input
 
 @typing.final
 class Noise(google.protobuf.message.Message):
-    """Noise is a tensor of random numbers, drawn anew for every row and every call
-    from the counter-based generator that docs/seeds.md defines.
+    """Noise is a tensor of random numbers, drawn anew for every row and every call of
+    the one graph of the program that reads it, from the counter-based generator
+    that docs/seeds.md defines.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

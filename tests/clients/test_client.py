@@ -1,0 +1,236 @@
+"""The blocking client against a real server."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from samovar import (
+    Cancelled,
+    Client,
+    Determinism,
+    InvalidRequest,
+    ModelNotFound,
+    Preview,
+    Rows,
+    ScoreKind,
+    ServerError,
+    Timings,
+    Unavailable,
+)
+from samovar.v1 import inference_pb2 as pb
+from tests.clients.counting import COUNTER, UNAVAILABLE, Counting, Server, images, version
+
+
+def test_samples_come_in_the_order_of_their_rows(client: Client) -> None:
+    result = client.sample("counter", 7, seed=5, first_row=2)
+    assert result.value.tolist() == images(5, np.arange(2, 9)).tolist()
+    assert list(result.outputs) == ["image", "count"]
+    assert result.outputs["count"].tolist() == list(range(2, 9))
+
+
+def test_a_result_says_what_ran_and_where_the_time_went(client: Client) -> None:
+    result = client.sample("counter", seed=5, format="torchscript")
+    assert result.run.artifact_sha256 == "counter-2"
+    assert (result.run.version, result.run.format, result.run.seed, result.run.steps) == (
+        "2",
+        "torchscript",
+        5,
+        4,
+    )
+    assert result.run.determinism is Determinism.BITWISE
+    assert result.timings == Timings(queue=0.5, run=1.0, model=0.5)
+
+
+def test_parameters_travel_by_their_python_type(client: Client, service: Counting) -> None:
+    given = {"steps": np.int32(3), "scale": 0.5, "greedy": True, "order": "down"}
+    client.sample("counter", parameters=given)  # type: ignore[arg-type]
+    (request,) = service.requests
+    assert isinstance(request, pb.SampleRequest)
+    assert {name: value.WhichOneof("value") for name, value in request.parameters.items()} == {
+        "steps": "integer_value",
+        "scale": "float_value",
+        "greedy": "boolean_value",
+        "order": "choice_value",
+    }
+
+
+def test_a_sample_takes_inputs(client: Client) -> None:
+    one = client.sample("counter", 3, seed=0, inputs={"label": 2})
+    assert one.value.tolist() == images(0, np.arange(3), label=2).tolist()
+
+
+def test_a_seed_is_drawn_when_none_is_given(client: Client) -> None:
+    seeds = {client.sample("counter").run.seed for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**64}, {"first_row": 2**32}, {"seed": 1.5}])
+def test_numbers_that_no_message_holds_are_refused(client: Client, wrong: dict[str, int]) -> None:
+    with pytest.raises(InvalidRequest, match=rf"{next(iter(wrong))}: expected an integer"):
+        client.sample("counter", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_option_is_an_error(client: Client) -> None:
+    with pytest.raises(TypeError, match="no option 'sed'; there are version, format, seed"):
+        client.sample("counter", sed=1)  # type: ignore[call-arg]
+
+
+def test_a_stream_tells_of_rows_as_they_finish_and_of_those_on_the_way(client: Client) -> None:
+    with client.stream("counter", 6, seed=0, preview_every=2) as stream:
+        events = list(stream)
+    preview, *finished = events
+    assert isinstance(preview, Preview)
+    assert preview.steps_done.tolist() == [2] * 6
+    assert preview.outputs["image"][:, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert all(isinstance(event, Rows) for event in finished)
+    assert [event.indices.tolist() for event in finished] == [[5, 4], [3, 2], [1, 0]]
+    assert stream.run.seed == 0
+    assert stream.timings.run == 1.0
+
+
+def test_a_stream_does_not_know_what_runs_before_it_is_read(client: Client) -> None:
+    with client.stream("counter") as stream, pytest.raises(ServerError, match="read its first event"):
+        _ = stream.run
+
+
+def test_leaving_a_stream_cancels_the_servers_work(client: Client, service: Counting) -> None:
+    service.holds = True
+    with client.stream("counter", 6, seed=0) as stream:
+        assert next(stream).indices.tolist() == [5, 4]
+    assert service.cancelled.wait(10)
+    with pytest.raises(Cancelled):
+        next(stream)
+
+
+def test_another_thread_can_cancel(client: Client, service: Counting) -> None:
+    service.holds = True
+    with client.stream("counter", 6) as stream:
+        next(stream)
+        threading.Thread(target=stream.cancel).start()
+        with pytest.raises(Cancelled):
+            next(stream)
+    assert service.cancelled.wait(10)
+
+
+def test_transforms_keep_the_order_of_rows(client: Client) -> None:
+    rows = images(0, np.arange(5))
+    assert client.reconstruct("counter", rows).value.tolist() == rows.tolist()
+    latents = client.encode("counter", rows.astype(np.int64)).value
+    assert latents.tolist() == [[float(i), float(-i)] for i in range(5)]
+    assert client.decode("counter", {"latent": latents.astype(np.float64)}).value.tolist() == rows.tolist()
+    assert client.classify("counter", rows).value.argmax(axis=1).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_scores_say_what_they_are(client: Client) -> None:
+    scores = client.score("counter", images(0, np.arange(3)), parameters={"draws": 20})
+    assert scores.kind is ScoreKind.LOWER_BOUND
+    assert (scores.dimensions, scores.space, scores.draws) == (48, "integers 0..16", 20)
+    assert scores.value.tolist() == scores.nats.tolist() == [-0.0, -48.125, -96.25]
+    assert scores.bits_per_dimension == pytest.approx(-scores.nats / (48 * np.log(2)))
+    assert scores.standard_error is not None
+    assert scores.standard_error.tolist() == [0.5] * 3
+    assert list(scores.outputs) == ["brightness"]
+
+
+def test_what_the_server_cannot_take_at_once_is_sent_in_parts() -> None:
+    """The server refuses messages above 128 KiB; 4000 rows are 192 000 bytes."""
+    with Server(Counting(max_message_bytes=128 * 1024)) as server, Client(server.address) as client:
+        rows = images(3, np.arange(4000))
+        scores = client.score("counter", rows, first_row=8)
+    parts = [request for request in server.service.requests if isinstance(request, pb.TransformRequest)]
+    assert len(parts) > 1
+    assert len({part.seed for part in parts}) == 1
+    assert {part.model.version for part in parts} == {"2"}
+    sizes = [part.inputs["image"].shape[0] for part in parts]
+    assert [part.first_row for part in parts] == [8 + sum(sizes[:index]) for index in range(len(parts))]
+    expected = -rows.sum(axis=(1, 2), dtype=np.int64) - np.arange(8, 4008) / 8
+    assert scores.nats.tolist() == expected.tolist()
+    assert scores.timings.run == len(parts)
+
+
+def test_an_unavailable_server_is_asked_again_with_the_same_request(
+    client: Client, service: Counting
+) -> None:
+    service.refusals = [UNAVAILABLE, UNAVAILABLE]
+    result = client.reconstruct("counter", images(0, np.arange(2)))
+    assert len(service.requests) == 3
+    assert len({request.SerializeToString(deterministic=True) for request in service.requests}) == 1
+    assert len(result.value) == 2
+
+
+def test_streams_and_large_requests_are_retried_too(client: Client, service: Counting) -> None:
+    service.refusals = [UNAVAILABLE]
+    assert len(client.sample("counter", 3).value) == 3
+    service.refusals = [UNAVAILABLE]
+    rows = np.zeros((50_000, 8, 6), np.uint8)
+    assert len(client.reconstruct("counter", rows).value) == len(rows)
+
+
+def test_a_server_that_stays_unavailable_is_given_up(client: Client, service: Counting) -> None:
+    service.refusals = [UNAVAILABLE] * 9
+    with pytest.raises(Unavailable, match="loading"):
+        client.sample("counter")
+    assert len(service.requests) == 5
+
+
+def test_a_model_is_described_once(client: Client, service: Counting) -> None:
+    for _ in range(3):
+        client.sample("counter")
+    assert service.described == 1
+
+
+def test_a_model_is_described_again_when_another_artifact_answers(client: Client, service: Counting) -> None:
+    client.sample("counter")
+    service.models[0] = version(COUNTER, 3, 3)
+    assert client.sample("counter").run.version == "3"
+    client.sample("counter")
+    assert service.described == 2
+
+
+def test_a_model_is_described_again_after_a_refusal(client: Client, service: Counting) -> None:
+    client.sample("counter")
+    with pytest.raises(InvalidRequest):
+        client.sample("counter", inputs={"colour": 1})
+    client.sample("counter")
+    assert service.described == 2
+
+
+def test_a_description_is_complete(client: Client) -> None:
+    model = client.model("counter")
+    assert (model.name, model.version, model.is_default, model.formats) == (
+        "counter",
+        "2",
+        True,
+        ("onnx", "torchscript"),
+    )
+    sample = model.operations["sample"]
+    assert [(each.name, each.type, each.default) for each in sample.parameters] == [
+        ("steps", "integer", 4),
+        ("scale", "float", 1.0),
+        ("greedy", "boolean", False),
+        ("order", "choice", "up"),
+    ]
+    assert str(sample.inputs[0].tensor) == "int64[]"
+    assert (sample.inputs[0].tensor.maximum, sample.outputs[1].maximum) == (3.0, None)
+    assert [str(output) for output in sample.outputs] == ["uint8[8, 6]", "int64[]"]
+    assert model.quality[0].standard_error == 0.01
+    assert model.quality[0].floor is None
+    assert model.provenance.created.year == 2023
+    assert client.model("counter", version="1").is_default is False
+    with pytest.raises(ModelNotFound):
+        client.model("counter", version="4")
+
+
+def test_models_come_in_pages(server: Server, client: Client) -> None:
+    server.service.page_size = 1
+    assert [(model.name, model.version) for model in client.models()] == [
+        ("counter", "2"),
+        ("counter", "1"),
+        ("speaker", "1"),
+    ]
+
+
+def test_the_server_states_its_limits(client: Client) -> None:
+    info = client.server_info()
+    assert (info.version, info.device, info.max_batch_rows) == ("9.9", "abacus", 4)

@@ -1,0 +1,34 @@
+"""What several tests share: tiny untrained artifacts, and a real server over them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import samovar
+from export import data, recipe
+from export.families import FAMILIES
+from tests.serving import RunningServer, serving
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny untrained artifact of every family, in both formats: digits-<family>/1."""
+    directory = tmp_path_factory.mktemp("models")
+    digits = data.digits()
+    for entry in FAMILIES.values():
+        recipe.untrained(recipe.Recipe(entry.load(), digits, directory, preset="tiny"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(models: Path) -> Iterator[RunningServer]:
+    """A server over the tiny artifacts, shared: leave it as you found it."""
+    with serving(models) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[samovar.Client]:
+    with samovar.Client(server.address, timeout=60.0) as connected:
+        yield connected

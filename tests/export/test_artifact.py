@@ -1,0 +1,144 @@
+"""Artifacts: whole or not at all, and whatever is changed afterwards is noticed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+from torch import Tensor, nn
+
+from export import artifact, verify
+from export.artifact import Example, Model
+from export.program import Input, Program, TensorSpec, Value
+from samovar.v1 import manifest_pb2
+
+X = TensorSpec("x", shape=(2,))
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Centre(nn.Module):
+    """Breaks the contract: every row sees the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def model_of(module: nn.Module, rows: int = 3) -> Model:
+    program = Program("decode", module.eval(), (TensorSpec("y", shape=(2,)),), "Test.", inputs=(Input(X),))
+    example = Example(
+        "decode", rows=rows, inputs={"x": np.arange(rows * 2, dtype=np.float32).reshape(rows, 2)}
+    )
+    return Model("pair", "none", "A test.", Value("vector", X), (program,), (example,))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    return artifact.write(model_of(Double()), tmp_path, formats=("torchscript",))
+
+
+def change_manifest(directory: Path, change: Callable[[manifest_pb2.Manifest], None]) -> None:
+    manifest = artifact.read(directory)
+    change(manifest)
+    (directory / artifact.MANIFEST).write_text(json_format.MessageToJson(manifest))
+
+
+def test_versions_count_up(written: Path) -> None:
+    second = artifact.write(model_of(Double()), written.parent.parent, formats=("torchscript",))
+    assert (written.name, second.name) == ("1", "2")
+    assert artifact.versions(written.parent) == [1, 2]
+
+
+def test_an_artifact_is_never_overwritten(written: Path) -> None:
+    with pytest.raises(artifact.ArtifactError, match="exists already"):
+        artifact.write(model_of(Double()), written.parent.parent, version="1")
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [("Two Words", "1"), ("../up", "1"), ("pair", "0"), ("pair", "1.0")]
+)
+def test_names_and_versions_that_servers_refuse_are_refused(name: str, version: str, tmp_path: Path) -> None:
+    with pytest.raises(artifact.ArtifactError, match="expected a"):
+        artifact.destination(tmp_path, name, version)
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
+    """The graph file is written, then verification finds that rows are not independent."""
+    with pytest.raises(artifact.ArtifactError, match="golden rows in company"):
+        artifact.write(model_of(Centre()), tmp_path, formats=("torchscript",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_the_other_versions(written: Path) -> None:
+    with pytest.raises(artifact.ArtifactError):
+        artifact.write(model_of(Centre()), written.parent.parent, formats=("torchscript",))
+    assert [path.name for path in written.parent.iterdir()] == ["1"]
+
+
+def test_a_written_artifact_verifies(written: Path) -> None:
+    report = verify.verify(written)
+    assert report.failures == []
+    assert "decode   torchscript  golden rows" in verify.table(report)
+
+
+def test_a_flipped_byte_is_noticed(written: Path) -> None:
+    path = written / "decode.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert verify.verify(written).failures == [
+        "decode.pt: its SHA-256 is not the one in the manifest; export it again"
+    ]
+
+
+def test_a_missing_file_is_noticed(written: Path) -> None:
+    (written / "decode.pt").unlink()
+    assert verify.verify(written).failures == ["decode.pt: the manifest names it, but it is missing"]
+
+
+def test_a_changed_golden_value_is_noticed(written: Path) -> None:
+    def change(manifest: manifest_pb2.Manifest) -> None:
+        output = manifest.golden_rows[0].outputs["y"]
+        output.data = (artifact.golden_array(output) + np.float32(0.5)).tobytes()
+
+    change_manifest(written, change)
+    failures = verify.verify(written).failures
+    assert len(failures) == 2
+    assert "expected a difference of at most 0.001, got 0.5" in failures[0]
+
+
+def test_a_golden_value_that_is_not_a_number_is_noticed(written: Path) -> None:
+    def change(manifest: manifest_pb2.Manifest) -> None:
+        output = manifest.golden_rows[0].outputs["y"]
+        output.data = np.full(6, np.nan, np.float32).tobytes()
+
+    change_manifest(written, change)
+    assert verify.verify(written).failures
+
+
+def test_a_path_out_of_the_directory_is_noticed(written: Path) -> None:
+    shutil.copy(written / "decode.pt", written.parent / "decode.pt")
+
+    def change(manifest: manifest_pb2.Manifest) -> None:
+        manifest.graphs[0].files[0].path = "../decode.pt"
+
+    change_manifest(written, change)
+    assert verify.verify(written).failures == ["../decode.pt: expected a file name inside the artifact"]
+
+
+def test_a_program_without_golden_rows_is_noticed(written: Path) -> None:
+    change_manifest(written, lambda manifest: manifest.ClearField("golden_rows"))
+    assert verify.verify(written).failures == ["decode: expected golden rows, found none"]
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"nme": "x"}'])
+def test_what_is_no_manifest_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / artifact.MANIFEST).write_text(content)
+    with pytest.raises(artifact.ArtifactError, match=r"holds no manifest.json|expected a manifest"):
+        verify.verify(tmp_path)

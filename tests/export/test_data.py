@@ -1,0 +1,82 @@
+"""Data: the fixed split, and folders in the Hugging Face layout."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from export import data
+
+
+def test_digits_are_split_for_good(digits: data.Dataset) -> None:
+    assert (len(digits.train), len(digits.validation), len(digits.test)) == (1185, 162, 450)
+    assert digits.train.rows.shape[1:] == digits.value.tensor.shape == (8, 8)
+    assert (digits.train.rows.dtype, digits.train.rows.max(), digits.value.levels) == (np.uint8, 16, 17)
+    assert digits.sha256 == data.digits().sha256
+
+
+def test_no_row_is_in_two_parts(digits: data.Dataset) -> None:
+    """Up to the duplicates that the data set has of itself: it has none."""
+    rows = np.concatenate([digits.train.rows, digits.validation.rows, digits.test.rows])
+    assert len(np.unique(rows.reshape(len(rows), -1), axis=0)) == 1797
+
+
+def write_folder(directory: Path, mode: str, names: list[str] | None) -> None:
+    channels = {"L": (), "RGB": (3,)}[mode]
+    for part, count in (("train", 40), ("test", 10)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 6, 5, *channels), np.uint8)
+        table = pyarrow.table(
+            {
+                "image": [{"bytes": png(image), "path": None} for image in images],
+                "label": [index % 2 for index in range(count)],
+            }
+        )
+        if names:
+            features = {"label": {"names": names, "_type": "ClassLabel"}}
+            described = json.dumps({"info": {"features": features}})
+            table = table.replace_schema_metadata({"huggingface": described})
+        pyarrow.parquet.write_table(table, directory / f"{part}.parquet")
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("L", (6, 5)), ("RGB", (6, 5, 3))])
+def test_folders_give_their_own_dimensions(mode: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "My Images"
+    folder.mkdir()
+    write_folder(folder, mode, ["cat", "dog"])
+    loaded = data.load("digits", folder)
+    assert (loaded.name, loaded.value.levels) == ("my-images", 256)
+    assert loaded.value.tensor.shape == shape
+    assert loaded.value.class_labels == ("cat", "dog")
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (35, 5, 10)
+
+
+def test_folders_without_class_names_number_them(tmp_path: Path) -> None:
+    write_folder(tmp_path, "L", None)
+    assert data.folder(tmp_path).value.class_labels == ("0", "1")
+
+
+def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"holds train.parquet and test.parquet"):
+        data.folder(tmp_path)
+
+
+def test_a_folder_with_other_columns_is_refused(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"img": [1], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(data.DataError, match="expected the columns image and label, got img, label"):
+        data.folder(tmp_path)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(data.DataError, match="expected one of digits"):
+        data.load("mnist")

@@ -1,0 +1,73 @@
+"""What being a family means, for every family: tiny untrained networks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from export import artifact, data, graph, recipe, verify
+from export.families import FAMILIES
+from export.program import OPERATIONS
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_table_of_contents_tells_the_truth(family: str, digits: data.Dataset) -> None:
+    loaded = FAMILIES[family].load()
+    programs = loaded.programs(loaded.network(digits, loaded.presets["tiny"]), digits)
+    assert loaded.name == family
+    assert (
+        tuple(program.operation for program in programs) == loaded.operations == FAMILIES[family].operations
+    )
+    assert set(loaded.operations) <= set(OPERATIONS)
+    assert set(loaded.presets) == {"tiny", "starter", "full"}
+
+
+def test_every_format_reproduces_the_modules_in_any_company(family: str, artifacts: dict[str, Path]) -> None:
+    report = verify.verify(artifacts[family])
+    assert report.failures == []
+    assert {finding.format for finding in report.findings} == set(graph.FORMATS)
+    assert {finding.operation for finding in report.findings} == set(FAMILIES[family].operations)
+
+
+def test_rows_are_bitwise_independent_in_onnx(family: str, artifacts: dict[str, Path]) -> None:
+    findings = [f for f in verify.verify(artifacts[family]).findings if f.check == "independence"]
+    assert [f.difference for f in findings if f.format == "onnx"] == [0.0] * len(FAMILIES[family].operations)
+
+
+def test_every_program_is_described_for_people(family: str, artifacts: dict[str, Path]) -> None:
+    manifest = artifact.read(artifacts[family])
+    assert manifest.description
+    for program in manifest.programs:
+        assert program.doc
+        assert all(parameter.doc for parameter in program.parameters)
+        assert all(entry.tensor.doc for entry in program.inputs)
+        assert all(spec.doc for spec in [*program.state, *program.outputs])
+
+
+def test_some_golden_rows_have_parameters(family: str, artifacts: dict[str, Path]) -> None:
+    manifest = artifact.read(artifacts[family])
+    for program in manifest.programs:
+        golden = [entry for entry in manifest.golden_rows if entry.operation == program.operation]
+        assert golden
+        assert not program.parameters or any(entry.parameters for entry in golden)
+
+
+def test_the_manifest_is_readable_json(family: str, artifacts: dict[str, Path]) -> None:
+    written = json.loads((artifacts[family] / artifact.MANIFEST).read_text())
+    assert written["format_version"] == 1
+    assert written["provenance"]["dataset"] == "digits"
+    assert {entry["name"] for entry in written["graphs"]} >= {
+        program["readout"] for program in written["programs"]
+    }
+
+
+def test_training_measuring_and_writing_go_through(family: str, digits: data.Dataset, tmp_path: Path) -> None:
+    order = recipe.Recipe(FAMILIES[family].load(), digits, tmp_path, preset="tiny", formats=("torchscript",))
+    manifest = artifact.read(recipe.make(order))
+    assert manifest.quality
+    assert (tmp_path / manifest.name / "1" / recipe.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert manifest.provenance.settings["steps"] == "1"

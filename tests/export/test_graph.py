@@ -1,0 +1,93 @@
+"""Graphs: files compute what modules do in any batch, and impure ones are refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import graph
+from export.program import TensorSpec
+
+
+class Mix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where((choice == 1).unsqueeze(1), self.layer(x), x), choice + 1
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+class Idle(nn.Module):
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        return 2 * x
+
+
+X = TensorSpec("x", shape=(4,))
+CHOICE = TensorSpec("choice", "int64")
+
+
+def graph_of(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> graph.Graph:
+    return graph.Graph("mix", module, tuple(inputs), tuple(outputs))
+
+
+@pytest.fixture(scope="module")
+def mix() -> graph.Graph:
+    torch.manual_seed(0)
+    return graph_of(Mix().eval().requires_grad_(False), [X, CHOICE], [X, CHOICE])
+
+
+@pytest.mark.parametrize("format", graph.FORMATS)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_file_computes_what_its_module_does(
+    mix: graph.Graph, format: str, batch: int, tmp_path: Path
+) -> None:
+    path = graph.write(mix, format, tmp_path)
+    arrays = [np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32), np.arange(batch) % 2]
+    for got, expected in zip(graph.load(path, format)(arrays), graph.eager(mix.module)(arrays), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_onnx_files_are_one_file_with_the_names_of_the_contract(mix: graph.Graph, tmp_path: Path) -> None:
+    model = onnx.load(graph.write(mix, "onnx", tmp_path))
+    assert [entry.name for entry in model.graph.input] == ["x", "choice"]
+    assert [entry.name for entry in model.graph.output] == ["x_out", "choice_out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mix.onnx"]
+
+
+def test_a_module_in_training_mode_is_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    with pytest.raises(graph.GraphError, match="training mode; call eval"):
+        graph.write(graph_of(module, [X], [X]), "torchscript", tmp_path)
+
+
+def test_a_file_with_active_dropout_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    path = tmp_path / "mix.pt"
+    torch.jit.trace(module, torch.zeros(3, 4), check_trace=False).save(path)  # type: ignore[no-untyped-call]
+    with pytest.raises(graph.GraphError, match="aten::dropout"):
+        graph.load(path, "torchscript")
+
+
+@pytest.mark.parametrize(("format", "found"), [("onnx", "RandomNormal"), ("torchscript", "aten::randn_like")])
+def test_randomness_in_a_graph_is_refused(format: str, found: str, tmp_path: Path) -> None:
+    path = graph.write(graph_of(Noisy().eval(), [X], [TensorSpec("y", shape=(4,))]), format, tmp_path)
+    with pytest.raises(graph.GraphError, match=found):
+        graph.load(path, format)
+
+
+@pytest.mark.parametrize("format", graph.FORMATS)
+def test_an_argument_that_is_not_used_is_refused(format: str, tmp_path: Path) -> None:
+    idle = graph_of(Idle().eval(), [X, TensorSpec("unused")], [TensorSpec("y", shape=(4,))])
+    with pytest.raises(graph.GraphError, match="takes 'unused' but does not use it"):
+        graph.write(idle, format, tmp_path)

@@ -1,0 +1,41 @@
+"""Measures: known answers, and the floor of equal distributions."""
+
+import numpy as np
+import pytest
+
+from export import measure
+
+
+def test_frechet_distance_of_shifted_normals_is_the_squared_shift() -> None:
+    a = np.random.default_rng(0).normal(size=(500, 5))
+    assert measure.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert measure.frechet_distance(a, a + 2) == pytest.approx(5 * 4)
+
+
+def test_frechet_distance_of_scaled_normals_is_that_of_their_spreads() -> None:
+    """With C = k^2 I scaled by s: tr(C + s^2 C - 2 s C) = (1 - s)^2 tr(C)."""
+    a = np.random.default_rng(0).normal(size=(500, 4))
+    a -= a.mean(0)
+    assert measure.frechet_distance(a, 3 * a) == pytest.approx(4 * np.trace(np.cov(a, rowvar=False)))
+
+
+def test_two_samples_of_one_distribution_cannot_be_told_apart() -> None:
+    rows = np.random.default_rng(0).integers(0, 17, (800, 4), np.uint8)
+    assert measure.two_sample_accuracy(rows[:400], rows[400:]) == pytest.approx(0.5, abs=0.06)
+
+
+def test_two_distributions_can_be_told_apart() -> None:
+    rows = np.random.default_rng(0).integers(0, 9, (800, 4), np.uint8)
+    assert measure.two_sample_accuracy(rows[:400], rows[400:] + 20) == 1.0
+
+
+def test_copies_are_noticed() -> None:
+    rows = np.random.default_rng(0).integers(0, 255, (400, 8), np.uint8)
+    assert measure.two_sample_accuracy(rows, rows) < 0.35
+
+
+def test_bits_per_dimension_of_uniform_integers() -> None:
+    nats = np.full(10, -64 * np.log(17))
+    quality = measure.bits_per_dimension(nats, 64, 500)
+    assert (quality.value, quality.unit) == (pytest.approx(np.log2(17)), "bits/dim")
+    assert quality.standard_error == pytest.approx(0)

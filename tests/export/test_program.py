@@ -1,0 +1,107 @@
+"""Programs: names are bound, and what does not fit is refused in words."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from torch import Tensor, nn
+
+from export import graph
+from export.program import Input, Noise, Parameter, Program, ProgramError, Score, Steps, TensorSpec, arguments
+
+
+class Walk(nn.Module):
+    def forward(self, position: Tensor, kick: Tensor, scale: Tensor, step_index: Tensor) -> Tensor:
+        return position + kick * scale + step_index
+
+
+class Read(nn.Module):
+    def forward(self, position: Tensor) -> Tensor:
+        return position * 1
+
+
+class Greedy(nn.Module):
+    def forward(self, *position: Tensor) -> Tensor:
+        return position[0]
+
+
+POSITION = TensorSpec("position")
+PROGRAM = Program(
+    operation="sample",
+    step=Walk(),
+    readout=Read(),
+    outputs=(TensorSpec("place"),),
+    doc="A random walk.",
+    state=(POSITION,),
+    steps=Steps(parameter="length"),
+    parameters=(
+        Parameter("length", "integer", 4, 1, 9),
+        Parameter("scale", "float", 1, 0, 2),
+    ),
+    noise=(Noise("kick", "normal", (), 0),),
+)
+
+
+def test_arguments_are_the_names_of_forward() -> None:
+    assert arguments(Walk()) == ("position", "kick", "scale", "step_index")
+
+
+def test_scope_gives_modules_typed_scalars_for_parameters() -> None:
+    assert PROGRAM.scope["length"].dtype == "int64"
+    assert PROGRAM.scope["scale"].dtype == "float32"
+    assert PROGRAM.scope["num_steps"] == TensorSpec("num_steps", "int64")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda: replace(PROGRAM, noise=()),
+            "step Walk takes 'kick', which is none of this program's tensors",
+        ),
+        (lambda: replace(PROGRAM, inputs=(Input(POSITION),)), "'position' means two things"),
+        (lambda: replace(PROGRAM, outputs=PROGRAM.outputs * 2), "'place' means two things"),
+        (lambda: replace(PROGRAM, noise=(*PROGRAM.noise, Noise("b", "uniform", (), 0))), "share stream 0"),
+        (lambda: replace(PROGRAM, operation="dream"), "expected one of sample"),
+        (lambda: replace(PROGRAM, outputs=()), "at least one output"),
+        (lambda: replace(PROGRAM, steps=None), "expected both step and steps"),
+        (
+            lambda: replace(PROGRAM, steps=Steps(parameter="scale")),
+            "'scale', which is not an integer parameter",
+        ),
+        (lambda: replace(PROGRAM, steps=Steps(fixed=3, parameter="length")), "either fixed or a parameter"),
+        (
+            lambda: replace(PROGRAM, steps=Steps(fixed=3, done="position")),
+            "'position', which is not a boolean",
+        ),
+        (lambda: replace(PROGRAM, operation="score"), "expected a score"),
+        (lambda: replace(PROGRAM, readout=Greedy()), "named positional arguments only"),
+        (
+            lambda: replace(PROGRAM, operation="score", score=Score("exact", 1, "real numbers", "nats")),
+            "the score names 'nats', which is not an output",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Callable[[], Program], message: str) -> None:
+    with pytest.raises(ProgramError, match=message):
+        change()
+
+
+def test_a_default_outside_its_bounds_is_refused() -> None:
+    with pytest.raises(ProgramError, match="'scale': expected a default between 0 and 1, got 2"):
+        Parameter("scale", "float", 2, 0, 1)
+
+
+def test_a_module_of_two_programs_is_one_graph() -> None:
+    read = Read()
+    decode = Program("decode", read, (TensorSpec("place"),), "Read.", inputs=(Input(POSITION),))
+    graphs = graph.collect([decode, replace(PROGRAM, readout=read)])
+    assert [entry.name for entry in graphs] == ["decode", "sample_step"]
+
+
+def test_a_module_used_with_different_tensors_is_refused() -> None:
+    read = Read()
+    wide = TensorSpec("position", shape=(2,))
+    decode = Program("decode", read, (TensorSpec("place"),), "Read.", inputs=(Input(wide),))
+    with pytest.raises(ProgramError, match="different tensors"):
+        graph.collect([decode, replace(PROGRAM, readout=read)])

@@ -1,0 +1,162 @@
+"""The VAE: its density is one, its draws follow it, its bound is a bound and is computed exactly."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export import artifact, data, replay
+from export.families.base import Preset
+from export.families.vae import DRAWS_PER_STEP, FAMILY, LATENT_DIMENSIONS, VAE, PixelMixture
+from export.training import Settings, fit
+from samovar import noise
+
+LEVELS = 17
+
+
+def randomise(network: torch.nn.Module, scale: float) -> None:
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.add_(scale * torch.randn_like(weights))
+
+
+@pytest.fixture(scope="module")
+def network(digits: data.Dataset) -> VAE:
+    torch.manual_seed(0)
+    vae = FAMILY.network(digits, Preset(width=16, depth=1, training=Settings(steps=1)))
+    randomise(vae, 0.1)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def player(network: VAE, digits: data.Dataset) -> replay.Player:
+    return artifact.player(digits.value, FAMILY.programs(network, digits))
+
+
+def score(player: replay.Player, images: np.ndarray, draws: int, seed: int = 0) -> replay.Tensors:
+    rows = replay.request(
+        player.program("score"), seed, range(len(images)), {"draws": draws}, {"image": images}
+    )
+    return player.play("score", rows)
+
+
+def test_pixel_mass_sums_to_one() -> None:
+    torch.manual_seed(0)
+    parameters = (4 * torch.randn(50, 15)).double()
+    masses = torch.stack(
+        [PixelMixture(parameters, LEVELS).log_mass(torch.full((50,), v)) for v in range(LEVELS)]
+    )
+    torch.testing.assert_close(masses.exp().sum(0), torch.ones(50).double())
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_draws_follow_the_mass(levels: int) -> None:
+    """Inversion over an even grid of uniforms gives every level its mass."""
+    torch.manual_seed(1)
+    count = 400_000
+    for parameters in torch.randn(4, 9).double():
+        mixture = PixelMixture(parameters.expand(count, -1), levels)
+        drawn = mixture.quantise(mixture.draw((torch.arange(count).double() + 0.5) / count))
+        mass = PixelMixture(parameters.expand(levels, -1), levels).log_mass(torch.arange(levels)).exp()
+        torch.testing.assert_close(
+            drawn.long().bincount(minlength=levels) / count, mass.float(), atol=2e-4, rtol=0
+        )
+
+
+def test_the_mean_is_the_mean_of_the_mass() -> None:
+    """To half a level: the closed form is of the clipped continuous mixture."""
+    torch.manual_seed(2)
+    parameters = torch.randn(50, 9)
+    masses = torch.stack(
+        [PixelMixture(parameters, LEVELS).log_mass(torch.full((50,), v)) for v in range(LEVELS)]
+    )
+    exact = (masses.exp() * torch.arange(LEVELS).unsqueeze(1)).sum(0)
+    torch.testing.assert_close(PixelMixture(parameters, LEVELS).mean(), exact, atol=0.25, rtol=0)
+
+
+@pytest.mark.parametrize("draws", [1, 7, 10, 25])
+def test_the_score_is_the_bound_of_exactly_so_many_draws(
+    draws: int, network: VAE, player: replay.Player, digits: data.Dataset
+) -> None:
+    images = digits.test.rows[:3]
+    weights = log_weights(network, images, draws, seed=6)
+    answer = score(player, images, draws, seed=6)
+    expected = weights.logsumexp(1) - np.log(draws)
+    np.testing.assert_allclose(answer["log_likelihood"], expected.numpy(), rtol=1e-5)
+
+
+def test_the_standard_error_is_the_delta_method(
+    network: VAE, player: replay.Player, digits: data.Dataset
+) -> None:
+    images, draws = digits.test.rows[:3], 40
+    weights = log_weights(network, images, draws, seed=6).double()
+    scaled = (weights - weights.amax(1, keepdim=True)).exp()
+    expected = scaled.std(1) / scaled.mean(1) / np.sqrt(draws)
+    answer = score(player, images, draws, seed=6)["standard_error"]
+    np.testing.assert_allclose(answer, expected.numpy(), rtol=1e-3)
+
+
+def log_weights(network: VAE, images: np.ndarray, draws: int, seed: int) -> Tensor:
+    """Directly from the documented noise, without steps and masks."""
+    steps = -(-draws // DRAWS_PER_STEP)
+    rows = np.arange(len(images))
+    drawn = [
+        noise.normal(
+            np.full(len(rows), seed, np.uint64),
+            rows,
+            np.full(len(rows), step),
+            0,
+            (DRAWS_PER_STEP, LATENT_DIMENSIONS),
+        )
+        for step in range(steps)
+    ]
+    image = torch.from_numpy(images)
+    with torch.no_grad():
+        mean, std = network.encode(image)
+        return network.log_weights(image, mean, std, torch.from_numpy(np.concatenate(drawn, 1)[:, :draws]))
+
+
+def test_bounds_rise_to_the_exact_value(digits: data.Dataset) -> None:
+    """ELBO <= E[IW-5] <= E[IW-50] <= log p(x), the last by quadrature over a latent of two dimensions."""
+    torch.manual_seed(3)
+    settings = Settings(steps=150, learning_rate=1e-2, ema_decay=0.9, evaluations=1)
+    vae = VAE(digits.value.tensor.shape, LEVELS, 2, Preset(width=16, depth=1, training=settings))
+    fit(vae, digits, settings)
+    image = torch.from_numpy(digits.test.rows[:2])
+    with torch.no_grad():
+        mean, std = vae.encode(image)
+        weights = vae.log_weights(image, mean, std, torch.randn(2, 5_000, 2)).double()
+        exact = quadrature(vae, image)
+    bounds = [(weights.unflatten(1, (-1, k)).logsumexp(2) - np.log(k)).mean(1) for k in (1, 5, 50)]
+    ladder = torch.stack([*bounds, exact])
+    assert (ladder.diff(dim=0) > -1e-3).all()
+    torch.testing.assert_close(weights.logsumexp(1) - np.log(5_000), exact, atol=0.05, rtol=0)
+
+
+def quadrature(vae: VAE, image: Tensor) -> Tensor:
+    """log p(x) = log of the integral of p(x | z) N(z; 0, I) over a grid on [-6, 6]^2, in nats [B]."""
+    axis = torch.linspace(-6, 6, 121)
+    grid = torch.cartesian_prod(axis, axis)
+    prior = -0.5 * grid.square().sum(1) - np.log(2 * np.pi) + 2 * np.log(12 / 120)
+    mass = vae.decode(grid.unsqueeze(0)).log_mass(image.unsqueeze(1)).flatten(2).sum(-1)
+    return (mass + prior).double().logsumexp(1)
+
+
+def test_a_temperature_of_zero_forgets_the_noise(player: replay.Player) -> None:
+    rows = replay.request(player.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
+    images = player.play("sample", rows)["image"]
+    assert (images == images[0]).all()
+
+
+def test_reconstructing_the_mean_is_decoding_the_encoded_mean(
+    player: replay.Player, digits: data.Dataset
+) -> None:
+    images = digits.test.rows[:3]
+    encoded = player.play(
+        "encode", replay.request(player.program("encode"), 0, range(3), {}, {"image": images})
+    )
+    decoded = player.play(
+        "decode", replay.request(player.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
+    )
+    again = replay.request(player.program("reconstruct"), 9, range(3), {}, {"image": images})
+    np.testing.assert_array_equal(player.play("reconstruct", again)["image"], decoded["image"])

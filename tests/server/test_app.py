@@ -1,0 +1,172 @@
+"""A server's life: health, metrics, reflection, drain; and the process that people start."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+import samovar
+from server import health
+from server.config import parse
+from tests.serving import RunningServer, listening, serving
+
+ROOT = Path(__file__).parents[2]
+DIFFUSION = "digits-diffusion"
+
+
+def scrape(server: RunningServer) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Samples by name and sorted label values."""
+    with urllib.request.urlopen(server.metrics_url) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.values()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def is_serving(server: RunningServer) -> bool:
+    return asyncio.run(health.is_serving(server.address, 5.0))
+
+
+def test_a_server_is_not_serving_until_its_models_are_loaded(models: Path) -> None:
+    with listening(models) as server:
+        assert not is_serving(server)
+        with samovar.Client(server.address, timeout=2.0) as client, pytest.raises(samovar.SamovarError):
+            client.models()
+        server.load()
+        assert is_serving(server)
+        server.stop()
+        assert not is_serving(server)
+
+
+def test_calls_in_flight_finish_while_the_server_drains(models: Path) -> None:
+    with (
+        serving(models, grace_seconds=60.0) as server,
+        samovar.Client(server.address, timeout=60.0) as client,
+    ):
+        parameters = {"steps": 20}
+        with client.stream(DIFFUSION, 200, seed=1, preview_every=1, parameters=parameters) as stream:
+            events = iter(stream)
+            next(events)
+            stopper = threading.Thread(target=server.stop)
+            stopper.start()
+            rows = sum(len(event.indices) for event in events if isinstance(event, samovar.Rows))
+        stopper.join()
+    assert rows == 200
+
+
+def test_metrics_count_what_happened(models: Path) -> None:
+    with serving(models) as server, samovar.Client(server.address) as client:
+        client.sample(DIFFUSION, 10, parameters={"steps": 4})
+        with pytest.raises(samovar.ModelNotFound):
+            client.sample("no-such-model", 1)
+        metrics = scrape(server)
+    assert metrics["samovar_requests_total", ("OK", "Sample", DIFFUSION)] == 1
+    assert not any("no-such-model" in labels for _, labels in metrics)
+    assert metrics["samovar_rows_total", (DIFFUSION, "sample")] == 10
+    assert metrics["samovar_steps_total", (DIFFUSION, "onnx", "sample")] == 4
+    assert metrics["samovar_step_rows_sum", (DIFFUSION, "onnx", "sample")] == 40
+    assert metrics["samovar_request_duration_seconds_count", ("Sample", DIFFUSION)] == 1
+    assert metrics["samovar_queue_duration_seconds_count", (DIFFUSION, "sample")] == 1
+    assert metrics["samovar_rows_waiting", ()] == metrics["samovar_rows_active", ()] == 0
+    assert sum(value for (name, _), value in metrics.items() if name == "samovar_model_info") == 4
+    assert any(name == "samovar_build_info" for name, _ in metrics)
+
+
+def test_metric_names_carry_their_units(server: RunningServer) -> None:
+    names = {name for name, _ in scrape(server)}
+    timed = {name for name in names if "duration" in name}
+    assert timed
+    assert all(re.fullmatch(r"samovar_\w+_seconds(_bucket|_sum|_count|_created)?", name) for name in timed)
+
+
+def test_reflection_lists_the_services(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        response = next(iter(stub.ServerReflectionInfo(iter([request]))))
+    services = {service.name for service in response.list_services_response.service}
+    assert {"samovar.v1.Inference", "grpc.health.v1.Health"} <= services
+
+
+def test_flags_win_over_environment_and_environment_over_defaults() -> None:
+    environment = {"SAMOVAR_PORT": "9001", "SAMOVAR_FORMATS": "torchscript"}
+    assert parse([], environment).port == 9001
+    assert parse(["--port", "9002"], environment).port == 9002
+    assert parse([], environment).formats == ("torchscript",)
+    assert parse([], {}).port == 8001
+
+
+@pytest.mark.parametrize("flags", [["--port", "x"], ["--formats", "cuneiform"], ["--max-batch-rows", "0"]])
+def test_a_wrong_flag_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(flags, {})
+    assert exit_.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def process(models: Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m server` as a person starts it, on free ports."""
+    command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0"]
+    started = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ}
+    )
+    yield started
+    started.kill()
+    started.wait()
+    assert started.stdout
+    started.stdout.close()
+
+
+def test_the_process_says_what_it_serves_and_stops_in_order(process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "Try next" in line:
+            break
+    said = "".join(lines)
+    assert "digits-vae/1" in said
+    address = re.search(r"--address (\S+)", said)
+    assert address
+    with samovar.Client(address[1]) as client:
+        assert len(client.sample("digits-vae", 3).value) == 3
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert "Traceback" not in process.stdout.read()
+
+
+def test_a_taken_port_is_said_in_one_line(models: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [
+            sys.executable,
+            "-m",
+            "server",
+            "--models",
+            str(models),
+            "--port",
+            port,
+            "--metrics-port",
+            "0",
+        ]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 1
+    assert "cannot serve" in finished.stderr
+    assert "Traceback" not in finished.stderr

@@ -1,0 +1,166 @@
+"""Programs over slots: rows of any age share calls, end when they should, and never mix."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from samovar import noise
+from server.program import Program, Readout
+from server.request import Request, Work
+from server.spec import GraphSpec, StepCount, TensorSpec
+from tests import toys
+from tests.toys import request
+
+
+def run(program: Program) -> list[Readout]:
+    """Advance until no row is left; the finished readouts."""
+    readouts = []
+    while program.slots.num_active:
+        readouts += program.advance()
+    return [readout for readout in readouts if readout.is_finished]
+
+
+def walked(asked: Request, index: int) -> np.ndarray:
+    """What the walk of a row must come to, from the noise that the seed contract names."""
+    total = np.zeros(2, np.float32)
+    for step in range(asked.steps):
+        seed = np.array([asked.seed], np.uint64)
+        drawn = noise.normal(seed, np.array([index]), np.array([step]), toys.NOISE.stream, (2,))[0]
+        total = total + np.float32(asked.work.parameters["scale"]) * drawn + np.float32(step)
+    return total
+
+
+def test_rows_of_different_lengths_and_parameters_share_calls_and_do_not_mix() -> None:
+    program = toys.program()
+    asked = [
+        request(rows=2, steps=steps, seed=steps, first_row=10 * steps, parameters={"scale": steps / 2})
+        for steps in (5, 1, 3)
+    ]
+    for one in asked:
+        program.slots.admit(one, 0, 2)
+    finished = run(program)
+    assert [readout.request for readout in finished] == [asked[1], asked[2], asked[0]]
+    for readout in finished:
+        for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
+            assert np.allclose(value, walked(readout.request, index), atol=1e-5)
+
+
+def test_a_row_that_joins_late_starts_at_step_zero() -> None:
+    program = toys.program()
+    early, late = request(steps=4, seed=1), request(steps=4, seed=2)
+    program.slots.admit(early, 0, 1)
+    program.advance()
+    program.slots.admit(late, 0, 1)
+    for readout in run(program):
+        assert np.allclose(readout.rows.outputs["value"][0], walked(readout.request, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
+    program = toys.program()
+    asked = [request(rows=2, steps=4, seed=seed) for seed in range(3)]
+    for one in asked:
+        program.slots.admit(one, 0, 2)
+    program.advance()
+    assert program.slots.drop(asked[dropped]) == 2
+    finished = run(program)
+    assert {readout.request for readout in finished} == set(asked) - {asked[dropped]}
+    for readout in finished:
+        for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
+            assert np.allclose(value, walked(readout.request, index), atol=1e-5)
+
+
+def test_inputs_go_to_their_own_rows_or_to_all() -> None:
+    starts = np.arange(6, dtype=np.float32).reshape(3, 2)
+    program = toys.program()
+    own = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts}))
+    shared = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
+    program.slots.admit(own, 0, 2)
+    program.slots.admit(own, 2, 1)
+    program.slots.admit(shared, 0, 3)
+    values = {readout.request: readout.rows.outputs["value"] for readout in run(program)}
+    assert np.array_equal(values[own], starts)
+    assert np.array_equal(values[shared], np.repeat(starts[1:2], 3, 0))
+
+
+def test_slots_do_not_remember_their_last_row() -> None:
+    program = toys.program(dataclasses.replace(toys.WALK, init=None))
+    first, second = request(steps=2, seed=1), request(steps=2, seed=1)
+    program.slots.admit(first, 0, 1)
+    before = run(program)[0].rows.outputs["value"]
+    program.slots.admit(second, 0, 1)
+    assert np.array_equal(run(program)[0].rows.outputs["value"], before)
+
+
+def test_a_program_without_steps_reads_out_at_once() -> None:
+    program = toys.program(toys.ECHO)
+    starts = np.ones((2, 2), np.float32)
+    program.slots.admit(request(rows=2, steps=0, work=Work({}, {"start": starts})), 0, 2)
+    (readout,) = program.advance()
+    assert np.array_equal(readout.rows.outputs["value"], starts)
+    assert program.slots.num_active == 0
+
+
+def test_a_row_that_says_it_is_done_ends_early() -> None:
+    done = TensorSpec("done", "bool")
+    walk = GraphSpec("until", (*toys.WALK.step.inputs, done) if toys.WALK.step else (), (toys.TOTAL, done))
+    begin = GraphSpec("begin", (toys.START.tensor,), (toys.TOTAL, done))
+    spec = dataclasses.replace(
+        toys.WALK,
+        init=begin,
+        step=walk,
+        state=(toys.TOTAL, done),
+        steps=StepCount(parameter="steps", done="done"),
+    )
+
+    def start(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [inputs[0].clone(), torch.zeros(len(inputs[0]), dtype=torch.bool)]
+
+    def until_far(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs[:4])
+        return [total, total.abs().amax(1) > 4]
+
+    program = toys.program(spec, {**toys.GRAPHS, "begin": start, "until": until_far})
+    program.slots.admit(request(rows=8, steps=100, parameters={"scale": 2.0}), 0, 8)
+    finished = run(program)
+    lengths = [steps for readout in finished for steps in readout.steps_done]
+    assert len(lengths) == 8
+    assert len(set(lengths)) > 1
+    assert max(lengths) < 100
+    assert all(np.abs(readout.rows.outputs["value"]).max(1).min() > 4 for readout in finished)
+
+
+def test_calls_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
+    sizes = []
+
+    def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        sizes.append(len(inputs[0]))
+        return toys.walk(inputs)
+
+    program = toys.program(graphs={**toys.GRAPHS, "walk": watched}, buckets=(2, 8))
+    for rows in (1, 2, 3, 8):
+        program.slots.admit(request(rows=rows, steps=1), 0, rows)
+        run(program)
+    assert sizes == [2, 2, 8, 8]
+
+
+def test_padding_never_reaches_anybody() -> None:
+    def poisons_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        total[3:] = torch.nan
+        return [total]
+
+    program = toys.program(graphs={**toys.GRAPHS, "walk": poisons_padding}, buckets=(8,))
+    program.slots.admit(request(rows=3, steps=4), 0, 3)
+    assert all(readout.is_finite for readout in run(program))
+    program.slots.admit(request(rows=1, steps=1), 0, 1)
+    assert all(readout.is_finite for readout in run(program))
+
+
+def test_more_rows_than_slots_is_a_bug() -> None:
+    program = toys.program(buckets=(4,))
+    with pytest.raises(AssertionError, match="This is a bug"):
+        program.slots.admit(request(rows=5), 0, 5)

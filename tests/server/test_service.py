@@ -1,0 +1,294 @@
+"""The wire, through a real server: answers, violations, errors, limits, chunks, cancellation."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+import samovar
+from samovar import tensors
+from samovar.v1 import inference_pb2 as pb
+from samovar.v1 import inference_pb2_grpc as pb_grpc
+from samovar.v1 import manifest_pb2
+from tests.serving import RunningServer, serving
+
+VAE, DIFFUSION = "digits-vae", "digits-diffusion"
+IMAGES = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8) % 17
+
+
+@pytest.fixture(scope="module")
+def stub(server: RunningServer) -> Iterator[pb_grpc.InferenceStub]:
+    with grpc.insecure_channel(server.address) as channel:
+        yield pb_grpc.InferenceStub(channel)
+
+
+def selector(name: str = VAE, version: str = "", format: str = "") -> pb.ModelSelector:
+    return pb.ModelSelector(name=name, version=version, format=format)
+
+
+def refusal(call: grpc.RpcError) -> tuple[grpc.StatusCode, dict[str, str]]:
+    """Code and violations by field."""
+    status = rpc_status.from_call(call)
+    assert status is not None, "the error carries no google.rpc.Status"
+    violations = {}
+    for detail in status.details:
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(bad_request):
+            violations = {v.field: v.description for v in bad_request.field_violations}
+    return call.code(), violations
+
+
+def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.InferenceStub) -> None:
+    request = pb.SampleRequest(
+        model=selector(DIFFUSION),
+        rows=0,
+        parameters={
+            "steps": pb.ParameterValue(float_value=2.5),
+            "eta": pb.ParameterValue(float_value=7.0),
+            "sampler": pb.ParameterValue(choice_value="magic"),
+            "magic": pb.ParameterValue(boolean_value=True),
+        },
+        inputs={"picture": tensors.pack(IMAGES)},
+    )
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(request))
+    code, violations = refusal(raised.value)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert set(violations) == {
+        "rows", "parameters[steps]", "parameters[eta]", "parameters[sampler]", "parameters[magic]",
+        "inputs[picture]",
+    }  # fmt: skip
+    assert violations["rows"].startswith("expected 1 to ")
+    assert violations["rows"].endswith("got 0")
+    assert violations["parameters[eta]"] == "expected a float from 0 to 1, got 7"
+    assert "got a float" in violations["parameters[steps]"]
+    assert "dpmpp2m" in violations["parameters[sampler]"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "complaint"),
+    [
+        (pb.Tensor(), "expected a dtype"),
+        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[3, 8, 8], data=b"\0" * 191), "got 191"),
+        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[-1, 8, 8]), "at least 0"),
+        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[0, 8, 8]), "got 0"),
+        (
+            pb.Tensor(dtype=manifest_pb2.DataType.ValueType(99), shape=[1], data=b"\0"),
+            "expected a dtype, got 99",
+        ),
+        (
+            tensors.pack(IMAGES.astype(np.float32)),
+            "expected uint8[rows, 8, 8] from 0 to 16, got float32[3, 8, 8]",
+        ),
+        (tensors.pack(IMAGES[0]), "got uint8[8, 8]"),
+        (tensors.pack(IMAGES.reshape(3, 64)), "got uint8[3, 64]"),
+        (tensors.pack(IMAGES + np.uint8(1)), "got 1 to 17"),
+        (tensors.pack(np.array(3, np.uint8)), "got uint8[]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_says_why(
+    stub: pb_grpc.InferenceStub, tensor: pb.Tensor, complaint: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Reconstruct(pb.TransformRequest(model=selector(), inputs={"image": tensor}))
+    code, violations = refusal(raised.value)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert complaint in "; ".join(violations.values())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(stub: pb_grpc.InferenceStub, value: float) -> None:
+    latent = tensors.pack(np.full((2, 16), value, np.float32))
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Decode(pb.TransformRequest(model=selector(), inputs={"latent": latent}))
+    assert "expected finite numbers" in refusal(raised.value)[1]["inputs[latent]"]
+
+
+def test_a_missing_input_is_named(stub: pb_grpc.InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Score(pb.TransformRequest(model=selector()))
+    assert refusal(raised.value)[1] == {
+        "inputs[image]": "expected uint8[rows, 8, 8] from 0 to 16, got nothing"
+    }
+
+
+def test_row_indices_end_at_two_to_the_32(stub: pb_grpc.InferenceStub) -> None:
+    last = pb.SampleRequest(model=selector(), rows=1, first_row=2**32 - 1, seed=1)
+    assert len(list(stub.Sample(last))) == 1
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(pb.SampleRequest(model=selector(), rows=2, first_row=2**32 - 1)))
+    assert "2^32" in refusal(raised.value)[1]["first_row"]
+
+
+def test_previews_of_a_program_without_any_are_refused(stub: pb_grpc.InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, preview_every=1)))
+    assert "preview_every" in refusal(raised.value)[1]
+
+
+@pytest.mark.parametrize("method", ["Energy", "Classify", "Score", "Encode"])
+def test_an_operation_that_a_model_lacks_names_those_it_has(stub: pb_grpc.InferenceStub, method: str) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        getattr(stub, method)(pb.TransformRequest(model=selector(DIFFUSION)))
+    status = rpc_status.from_call(raised.value)
+    assert status is not None
+    assert status.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("OPERATION_NOT_SUPPORTED", "samovar")
+    assert "sample" in info.metadata["supported"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        (selector("nothing"), "digits-vae"),
+        (selector("../digits-vae"), "digits-vae"),
+        (selector(""), "digits-vae"),
+        (selector(version="9"), "it has: 1"),
+        (selector(format="cuneiform"), "onnx, torchscript"),
+    ],
+)
+def test_a_model_that_is_not_there_names_those_that_are(
+    stub: pb_grpc.InferenceStub, chosen: pb.ModelSelector, named: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(pb.SampleRequest(model=chosen, rows=1)))
+    assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+    assert named in (raised.value.details() or "")
+
+
+def test_a_small_answer_is_one_message_with_everything(stub: pb_grpc.InferenceStub) -> None:
+    messages = list(stub.Sample(pb.SampleRequest(model=selector(), rows=5, seed=3)))
+    assert sum(len(message.rows.indices) for message in messages) == 5
+    run = messages[0].run
+    assert len(run.artifact_sha256) == 64
+    assert (run.version, run.format, run.seed, run.steps) == ("1", "onnx", 3, 0)
+    assert messages[-1].HasField("timings")
+    assert all(not message.HasField("run") for message in messages[1:])
+
+
+def test_a_seed_that_was_drawn_is_told_and_repeats_the_answer(client: samovar.Client) -> None:
+    first = client.sample(VAE, 4)
+    again = client.sample(VAE, 4, seed=first.run.seed)
+    assert np.array_equal(first.value, again.value)
+
+
+def test_large_samples_come_in_chunks(stub: pb_grpc.InferenceStub) -> None:
+    messages = list(stub.Sample(pb.SampleRequest(model=selector(), rows=40_000, seed=3)))
+    assert len(messages) > 1
+    assert max(message.ByteSize() for message in messages) < 2 << 20
+    assert sorted(index for message in messages for index in message.rows.indices) == list(range(40_000))
+
+
+def test_previews_show_rows_on_the_way(client: samovar.Client) -> None:
+    with client.stream(DIFFUSION, 3, seed=1, preview_every=2, parameters={"steps": 7}) as stream:
+        events = list(stream)
+    previews = [event for event in events if isinstance(event, samovar.Preview)]
+    assert [list(preview.steps_done) for preview in previews] == [[2] * 3, [4] * 3, [6] * 3]
+    plain = client.sample(DIFFUSION, 3, seed=1, parameters={"steps": 7})
+    finished = [event for event in events if isinstance(event, samovar.Rows)]
+    assert np.array_equal(finished[0].outputs["image"], plain.value)
+
+
+def test_a_score_says_what_it_is(client: samovar.Client) -> None:
+    scores = client.score(VAE, IMAGES, seed=1, parameters={"draws": 25})
+    assert scores.kind == samovar.ScoreKind.LOWER_BOUND
+    assert scores.draws == 25
+    assert scores.standard_error is not None
+    assert scores.bits_per_dimension is not None
+    assert np.allclose(scores.bits_per_dimension, -scores.nats / (64 * np.log(2)))
+
+
+def test_one_row_of_an_input_serves_every_row(client: samovar.Client) -> None:
+    same = client.sample(DIFFUSION, 4, seed=1, inputs={"label": np.array([3])}, parameters={"steps": 2})
+    each = client.sample(DIFFUSION, 4, seed=1, inputs={"label": np.full(4, 3)}, parameters={"steps": 2})
+    assert np.array_equal(same.value, each.value)
+
+
+def test_timings_say_where_the_time_went(client: samovar.Client) -> None:
+    timings = client.sample(DIFFUSION, 4, parameters={"steps": 10}).timings
+    assert 0 <= timings.queue < 60
+    assert 0 < timings.model <= timings.run < 60
+
+
+def test_models_are_listed_in_pages(stub: pb_grpc.InferenceStub) -> None:
+    first = stub.ListModels(pb.ListModelsRequest(page_size=1))
+    second = stub.ListModels(pb.ListModelsRequest(page_size=1, page_token=first.next_page_token))
+    names = [page.models[0].manifest.name for page in (first, second)]
+    assert names == sorted(names)
+    assert len(set(names)) == 2
+    assert all(not model.manifest.golden_rows for model in first.models)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="x"))
+    assert set(refusal(raised.value)[1]) == {"page_size", "page_token"}
+
+
+def test_a_passed_deadline_is_deadline_exceeded(client: samovar.Client, server: RunningServer) -> None:
+    with pytest.raises(samovar.DeadlineExceeded):
+        client.sample(DIFFUSION, 50_000, timeout=0.2, parameters={"steps": 200})
+    assert_idle(server)
+
+
+def test_a_cancelled_call_frees_its_rows(client: samovar.Client, server: RunningServer) -> None:
+    with client.stream(DIFFUSION, 5_000, preview_every=1, parameters={"steps": 200}) as stream:
+        next(iter(stream))
+        assert server.app.engine.num_active > 0
+    assert_idle(server)
+
+
+def test_a_slow_reader_is_not_computed_for_without_bound(server: RunningServer) -> None:
+    engine = server.app.engine
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    with grpc.insecure_channel(server.address, narrow) as channel:
+        call = pb_grpc.InferenceStub(channel).Sample(pb.SampleRequest(model=selector(), rows=100_000, seed=1))
+        next(call)
+        await_true(lambda: engine.num_waiting > 0 and engine.num_active == 0, "the engine did not pause")
+        assert sum(len(message.rows.indices) for message in call) > 50_000
+    assert_idle(server)
+
+
+def await_true(condition: Callable[[], bool], complaint: str) -> None:
+    patience = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < patience, complaint
+        time.sleep(0.01)
+
+
+def assert_idle(server: RunningServer) -> None:
+    """Soon no row is left in the engine."""
+    engine = server.app.engine
+    await_true(lambda: engine.num_active == engine.num_waiting == 0, "rows were left in the engine")
+
+
+def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed(models: Path) -> None:
+    with serving(models, max_message_mib=1) as server, grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        latents = tensors.pack(np.zeros((16_384, 16), np.float32)[:15_000])
+        assert stub.Decode(pb.TransformRequest(model=selector(), inputs={"latent": latents})).outputs
+        images = tensors.pack(np.zeros((10_000, 8, 8), np.uint8))
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.Encode(pb.TransformRequest(model=selector(), inputs={"image": images}))
+        assert "first_row" in refusal(raised.value)[1]["inputs"]
+
+
+def test_the_client_splits_what_does_not_fit(models: Path, client: samovar.Client) -> None:
+    images = np.arange(20_000 * 64, dtype=np.uint32).astype(np.uint8).reshape(-1, 8, 8) % 17
+    with serving(models, max_message_mib=1) as server, samovar.Client(server.address) as small:
+        parameters = {"latent": "draw"}
+        split = small.reconstruct(VAE, images, seed=5, parameters=parameters)
+    whole = client.reconstruct(VAE, images, seed=5, parameters=parameters)
+    assert np.array_equal(split.value, whole.value)
+
+
+def test_too_many_waiting_rows_are_refused_with_a_time_to_retry(models: Path) -> None:
+    with serving(models, max_waiting_rows=100) as server, samovar.Client(server.address) as client:
+        with pytest.raises(samovar.Overloaded) as refused:
+            client.sample(DIFFUSION, 101)
+        assert refused.value.retry_delay
+        assert len(client.sample(DIFFUSION, 100, parameters={"steps": 1}).value) == 100

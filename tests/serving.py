@@ -1,0 +1,72 @@
+"""A real server on port 0, on an event loop in a thread of its own."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from server.app import App
+from server.config import Config
+
+
+class RunningServer:
+    """An App that serves until it is stopped."""
+
+    def __init__(self, config: Config) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
+        self._is_stopped = False
+        self._thread.start()
+        self.app = self.call(_make(config))
+        self.call(self.app.startup())
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.app.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.app.metrics_port}/metrics"
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine on the server's loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    def load(self) -> None:
+        """Load the models and start serving."""
+        self.call(self.app.load())
+
+    def stop(self) -> None:
+        """Drain and stop; once is enough."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self.call(self.app.shutdown())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _make(config: Config) -> App:
+    return App(config)
+
+
+@contextmanager
+def listening(models: Path, **settings: Any) -> Iterator[RunningServer]:
+    """A server that listens but has not loaded its models."""
+    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "grace_seconds": 5.0}
+    server = RunningServer(Config(models=models, **{**defaults, **settings}))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def serving(models: Path, **settings: Any) -> Iterator[RunningServer]:
+    """A server over a models directory, ready to answer."""
+    with listening(models, **settings) as server:
+        server.load()
+        yield server
