@@ -1,7 +1,7 @@
 """One call's side of a request: where the device thread's events reach the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from server.engine import Engine
 from server.request import Completed, Event, Failed, Request, Rows
@@ -17,12 +17,12 @@ class Call:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._arrived: asyncio.Queue[Sequence[Event]] = asyncio.Queue()
         self._request: Request | None = None
 
-    def deliver(self, event: Event) -> None:
-        """Take an event, on any thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Take events, on any thread."""
+        self._loop.call_soon_threadsafe(self._arrived.put_nowait, events)
 
     def submit(self, request: Request) -> None:
         """Hand the request to the engine, once; Overloaded or ServerUnavailable when it will not."""
@@ -42,9 +42,9 @@ class Call:
         Raises the error that the request failed with.
         """
         while True:
-            batch = [await self._events.get()]
-            while not self._events.empty():
-                batch.append(self._events.get_nowait())
+            batch = list(await self._arrived.get())
+            while not self._arrived.empty():
+                batch += self._arrived.get_nowait()
             last = batch[-1]
             if isinstance(last, Failed):
                 raise last.error

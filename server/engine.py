@@ -146,7 +146,7 @@ class Engine:
         request = readout.request
         if not readout.is_finished:
             if not request.is_closed:
-                request.deliver(Preview(readout.rows, readout.steps_done))
+                request.deliver([Preview(readout.rows, readout.steps_done)])
             return
         with self._changed:
             if request.is_closed:
@@ -157,9 +157,8 @@ class Engine:
                 return
             self._scheduler.finish(request, len(readout.rows.indices))
         self._observer.delivered(request.program, len(readout.rows.indices))
-        request.deliver(readout.rows)
-        if request.is_complete:
-            request.deliver(Completed(self._timings(request)))
+        last = [Completed(self._timings(request))] if request.is_complete else []
+        request.deliver([readout.rows, *last])
 
     def _timings(self, request: Request) -> Timings:
         return Timings(
@@ -180,4 +179,4 @@ class Engine:
 
     def _close(self, request: Request, error: Exception, reason: str) -> None:
         if self._scheduler.close(request, reason):
-            request.deliver(Failed(error))
+            request.deliver([Failed(error)])

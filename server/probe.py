@@ -96,7 +96,7 @@ class Probe:
                 program=ProgramKey("probe", "", "", spec.operation),
                 rows=1,
                 steps=spec.steps.of(parameters),
-                deliver=lambda event: None,
+                deliver=lambda events: None,
                 seed=golden.seed,
                 first_row=golden.first_row + offset,
                 work=Work(parameters, inputs),

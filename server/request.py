@@ -58,7 +58,7 @@ class Failed:
 
 
 Event = Rows | Preview | Completed | Failed
-Deliver = Callable[[Event], None]
+Deliver = Callable[[Sequence[Event]], None]
 
 
 @dataclass(eq=False)

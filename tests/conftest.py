@@ -4,11 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import samovar
 from export import data, recipe
 from export.families import FAMILIES
 from tests.serving import RunningServer, serving
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests may share their cores: threads that spin for each other cost more than they gain."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

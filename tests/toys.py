@@ -1,13 +1,13 @@
 """Toy programs and graphs: enough to test everything below the edge, with nothing trained."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from server.program import Program
-from server.request import Completed, Event, Failed, Preview, Request, Rows, Work
+from server.request import Completed, Deliver, Event, Failed, Preview, Request, Rows, Work
 from server.runtime import Graph
 from server.spec import (
     GraphSpec,
@@ -77,9 +77,9 @@ class Reader:
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def deliver(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Completed | Failed):
+    def deliver(self, events: Sequence[Event]) -> None:
+        self.events += events
+        if isinstance(events[-1], Completed | Failed):
             self.ended.set()
 
     def wait(self) -> list[Event]:
@@ -114,7 +114,7 @@ def request(
 ) -> Request:
     """A request of the walk."""
     work = Work({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
-    deliver: Callable[[Event], None] = (reader or Reader()).deliver
+    deliver: Deliver = (reader or Reader()).deliver
     return Request(KEY, rows, steps, deliver, **{"work": work, **settings})  # type: ignore[arg-type]
 
 

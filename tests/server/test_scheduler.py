@@ -23,7 +23,7 @@ def scheduler(**limits: int) -> Scheduler:
 
 
 def request(rows: int, program: ProgramKey = LEFT, **settings: object) -> Request:
-    return Request(program, rows, 1, lambda event: None, **settings)  # type: ignore[arg-type]
+    return Request(program, rows, 1, lambda events: None, **settings)  # type: ignore[arg-type]
 
 
 def next_turn(policy: Scheduler) -> Turn:
