@@ -41,6 +41,7 @@ class App:
     """One server process: everything wired together, and started and stopped in order."""
 
     def __init__(self, config: Config) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
         self.device = Device(_device_name(config.device), config.threads)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
@@ -150,6 +151,7 @@ class App:
     def _admit(self, model: Model, seconds: float) -> None:
         for loaded in model.programs.values():
             self.engine.add(loaded.key, loaded.program)
+            self.metrics.expect(loaded.key)
             promise = "bitwise" if loaded.is_bitwise else "seeded"
             log.debug("%s: %s, batches of %s", loaded.key, promise, loaded.program.buckets)
         self.metrics.model_load_seconds.labels(model.spec.name, model.spec.version).set(seconds)

@@ -8,6 +8,9 @@ _REQUEST_SECONDS = [0.001 * 2**exponent for exponent in range(18)]
 _STEP_SECONDS = [0.00005 * 2**exponent for exponent in range(17)]
 _ROWS = [2**exponent for exponent in range(10)]
 
+WASTE_REASONS = ("cancelled", "deadline", "failed")
+FAULT_KINDS = ("graph", "non_finite")
+
 
 class Metrics:
     """The server's metrics, and the engine's observer. Only known models become labels."""
@@ -78,6 +81,16 @@ class Metrics:
             ["model", "version"], registry=registry,
         )  # fmt: skip
         self.build = Info("samovar_build", "Versions and device.", registry=registry)
+
+    def expect(self, program: ProgramKey) -> None:
+        """Series of a program that is served start at 0, so that rates see their first event."""
+        self.requests.labels(program.operation.capitalize(), program.model, "OK")
+        self.rows.labels(program.model, program.operation)
+        self.steps.labels(program.model, program.operation, program.format)
+        for reason in WASTE_REASONS:
+            self.wasted_steps.labels(program.model, program.operation, reason)
+        for kind in FAULT_KINDS:
+            self.faults.labels(program.model, program.operation, kind)
 
     def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""

@@ -78,6 +78,7 @@ def _session_options(device: Device) -> onnxruntime.SessionOptions:
 def _providers(device: Device) -> list[Any]:
     if not device.is_cuda:
         return ["CPUExecutionProvider"]
+    onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise ArtifactRefused(
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
