@@ -9,8 +9,9 @@ import pytest
 from google.protobuf import json_format
 from torch import Tensor, nn
 
-from export import artifact, verify
-from export.artifact import Example, Model
+from export import artifact, golden, layout, verify
+from export.artifact import Model
+from export.golden import Example
 from export.program import Input, Program, TensorSpec, Value
 from samovar.v1 import manifest_pb2
 
@@ -42,20 +43,20 @@ def written(tmp_path: Path) -> Path:
     return artifact.write(model_of(Double()), tmp_path, formats=("torchscript",))
 
 
-def change_manifest(directory: Path, change: Callable[[manifest_pb2.Manifest], None]) -> None:
-    manifest = artifact.read(directory)
+def change_manifest(written: Path, change: Callable[[manifest_pb2.Manifest], None]) -> None:
+    manifest = layout.read(written)
     change(manifest)
-    (directory / artifact.MANIFEST).write_text(json_format.MessageToJson(manifest))
+    layout.seal(json_format.MessageToJson(manifest), written)
 
 
 def test_versions_count_up(written: Path) -> None:
     second = artifact.write(model_of(Double()), written.parent.parent, formats=("torchscript",))
     assert (written.name, second.name) == ("1", "2")
-    assert artifact.versions(written.parent) == [1, 2]
+    assert layout.versions(written.parent) == [1, 2]
 
 
 def test_an_artifact_is_never_overwritten(written: Path) -> None:
-    with pytest.raises(artifact.ArtifactError, match="exists already"):
+    with pytest.raises(layout.ArtifactError, match="exists already"):
         artifact.write(model_of(Double()), written.parent.parent, version="1")
 
 
@@ -63,19 +64,19 @@ def test_an_artifact_is_never_overwritten(written: Path) -> None:
     ("name", "version"), [("Two Words", "1"), ("../up", "1"), ("pair", "0"), ("pair", "1.0")]
 )
 def test_names_and_versions_that_servers_refuse_are_refused(name: str, version: str, tmp_path: Path) -> None:
-    with pytest.raises(artifact.ArtifactError, match="expected a"):
+    with pytest.raises(layout.ArtifactError, match="expected a"):
         artifact.destination(tmp_path, name, version)
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
     """The graph file is written, then verification finds that rows are not independent."""
-    with pytest.raises(artifact.ArtifactError, match="golden rows in company"):
+    with pytest.raises(layout.ArtifactError, match="golden rows in company"):
         artifact.write(model_of(Centre()), tmp_path, formats=("torchscript",))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_other_versions(written: Path) -> None:
-    with pytest.raises(artifact.ArtifactError):
+    with pytest.raises(layout.ArtifactError):
         artifact.write(model_of(Centre()), written.parent.parent, formats=("torchscript",))
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
@@ -96,6 +97,14 @@ def test_a_flipped_byte_is_noticed(written: Path) -> None:
     ]
 
 
+def test_an_edited_manifest_is_noticed(written: Path) -> None:
+    path = written / layout.MANIFEST
+    path.write_text(path.read_text().replace("A test.", "A toast."))
+    assert verify.verify(written).failures == [
+        "manifest.json: it is not what manifest.sha256 was made for: it was changed after export"
+    ]
+
+
 def test_a_missing_file_is_noticed(written: Path) -> None:
     (written / "decode.pt").unlink()
     assert verify.verify(written).failures == ["decode.pt: the manifest names it, but it is missing"]
@@ -104,7 +113,7 @@ def test_a_missing_file_is_noticed(written: Path) -> None:
 def test_a_changed_golden_value_is_noticed(written: Path) -> None:
     def change(manifest: manifest_pb2.Manifest) -> None:
         output = manifest.golden_rows[0].outputs["y"]
-        output.data = (artifact.golden_array(output) + np.float32(0.5)).tobytes()
+        output.data = (golden.array(output) + np.float32(0.5)).tobytes()
 
     change_manifest(written, change)
     failures = verify.verify(written).failures
@@ -139,6 +148,6 @@ def test_a_program_without_golden_rows_is_noticed(written: Path) -> None:
 @pytest.mark.parametrize("content", [None, "{", '{"nme": "x"}'])
 def test_what_is_no_manifest_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
-        (tmp_path / artifact.MANIFEST).write_text(content)
-    with pytest.raises(artifact.ArtifactError, match=r"holds no manifest.json|expected a manifest"):
+        (tmp_path / layout.MANIFEST).write_text(content)
+    with pytest.raises(layout.ArtifactError, match=r"holds no manifest.json|expected a manifest"):
         verify.verify(tmp_path)

@@ -194,4 +194,5 @@ def test_previews_are_images(player: replay.Player) -> None:
     assert player.program("sample").previewable
     readout = player.graphs[player.program("sample").readout]
     (image,) = readout([np.array([[[-9.0, 0.0, 9.0]]], np.float32)])
-    assert (image.dtype, image.tolist()) == (np.uint8, [[[0, 8, 16]]])
+    assert image.dtype == np.uint8
+    assert image.tolist() == [[[0, 8, 16]]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from export import artifact, data, graph, recipe, verify
+from export import data, graph, layout, recipe, verify
 from export.families import FAMILIES
 from export.program import OPERATIONS
 
@@ -39,7 +39,7 @@ def test_rows_are_bitwise_independent_in_onnx(family: str, artifacts: dict[str, 
 
 
 def test_every_program_is_described_for_people(family: str, artifacts: dict[str, Path]) -> None:
-    manifest = artifact.read(artifacts[family])
+    manifest = layout.read(artifacts[family])
     assert manifest.description
     for program in manifest.programs:
         assert program.doc
@@ -49,7 +49,7 @@ def test_every_program_is_described_for_people(family: str, artifacts: dict[str,
 
 
 def test_some_golden_rows_have_parameters(family: str, artifacts: dict[str, Path]) -> None:
-    manifest = artifact.read(artifacts[family])
+    manifest = layout.read(artifacts[family])
     for program in manifest.programs:
         golden = [entry for entry in manifest.golden_rows if entry.operation == program.operation]
         assert golden
@@ -57,7 +57,7 @@ def test_some_golden_rows_have_parameters(family: str, artifacts: dict[str, Path
 
 
 def test_the_manifest_is_readable_json(family: str, artifacts: dict[str, Path]) -> None:
-    written = json.loads((artifacts[family] / artifact.MANIFEST).read_text())
+    written = json.loads((artifacts[family] / layout.MANIFEST).read_text())
     assert written["format_version"] == 1
     assert written["provenance"]["dataset"] == "digits"
     assert {entry["name"] for entry in written["graphs"]} >= {
@@ -67,7 +67,7 @@ def test_the_manifest_is_readable_json(family: str, artifacts: dict[str, Path]) 
 
 def test_training_measuring_and_writing_go_through(family: str, digits: data.Dataset, tmp_path: Path) -> None:
     order = recipe.Recipe(FAMILIES[family].load(), digits, tmp_path, preset="tiny", formats=("torchscript",))
-    manifest = artifact.read(recipe.make(order))
+    manifest = layout.read(recipe.make(order))
     assert manifest.quality
     assert (tmp_path / manifest.name / "1" / recipe.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert manifest.provenance.settings["steps"] == "1"

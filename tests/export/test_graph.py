@@ -52,7 +52,10 @@ def test_a_file_computes_what_its_module_does(
     mix: graph.Graph, format: str, batch: int, tmp_path: Path
 ) -> None:
     path = graph.write(mix, format, tmp_path)
-    arrays = [np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32), np.arange(batch) % 2]
+    arrays: list[graph.Array] = [
+        np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32),
+        np.arange(batch) % 2,
+    ]
     for got, expected in zip(graph.load(path, format)(arrays), graph.eager(mix.module)(arrays), strict=True):
         assert got.dtype == expected.dtype
         np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -1,0 +1,1 @@
+"""The exporter: trains models offline and turns them into artifacts. It never imports the server."""

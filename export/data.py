@@ -1,0 +1,136 @@
+"""Data sets as arrays of integers with a fixed split. Knows no model.
+
+Rows are always the stored integers: scaling belongs to the models, so that
+densities are of integers and bits per dimension need no offset.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from export.program import TensorSpec, Value
+
+VALIDATION_SHARE = 0.12
+
+
+class DataError(ValueError):
+    """A data set that is not there, or not laid out as expected."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows uint8 [N, *shape] with labels int64 [N]."""
+
+    rows: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | NDArray[Any]) -> "Part":
+        return Part(self.rows[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Validation rows, cut from the training rows, choose a model; test rows report on it."""
+
+    name: str
+    value: Value
+    train: Part
+    validation: Part
+    test: Part
+    sha256: str
+
+
+def digits() -> Dataset:
+    """8x8 digits with 17 levels (Alpaydin and Kaynak, UCI, 1998): 1347 rows to learn, 450 to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    rows, labels = load_digits(return_X_y=True)
+    shaped, classes = rows.astype(np.uint8).reshape(-1, 8, 8), labels.astype(np.int64)
+    split = train_test_split(shaped, classes, test_size=450, stratify=classes, random_state=0)
+    learn, test = Part(split[0], split[2]), Part(split[1], split[3])
+    return _dataset("digits", 17, tuple(map(str, range(10))), learn, test)
+
+
+DATASETS: dict[str, Callable[[], Dataset]] = {"digits": digits}
+
+
+def load(name: str, directory: Path | None = None) -> Dataset:
+    """A data set by name, or from a folder; DataError when there is none."""
+    if directory is not None:
+        return folder(directory)
+    if name not in DATASETS:
+        raise DataError(
+            f"expected one of {', '.join(DATASETS)} as --data, or a folder as --data-dir; got {name!r}"
+        )
+    return DATASETS[name]()
+
+
+def folder(directory: Path) -> Dataset:
+    """Images in train.parquet and test.parquet: image struct<bytes, path>, label int64.
+
+    Grey images become [height, width], others [height, width, channels], with 256 levels.
+    """
+    learn, names = _parquet(directory / "train.parquet")
+    test, _ = _parquet(directory / "test.parquet")
+    name = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
+    labels = names or tuple(map(str, range(int(learn.labels.max()) + 1)))
+    return _dataset(name, 256, labels, learn, test)
+
+
+def _dataset(name: str, levels: int, class_labels: tuple[str, ...], learn: Part, test: Part) -> Dataset:
+    from sklearn.model_selection import train_test_split
+
+    chosen, held = train_test_split(
+        np.arange(len(learn)), test_size=VALIDATION_SHARE, stratify=learn.labels, random_state=0
+    )
+    pixels = TensorSpec(
+        "image", "uint8", learn.rows.shape[1:], 0, levels - 1, doc=f"brightness, integers 0..{levels - 1}"
+    )
+    return Dataset(
+        name=name,
+        value=Value("image", pixels, levels=levels, class_labels=class_labels),
+        train=learn[chosen],
+        validation=learn[held],
+        test=test,
+        sha256=hashlib.sha256(learn.rows[chosen].tobytes()).hexdigest(),
+    )
+
+
+def _parquet(path: Path) -> tuple[Part, tuple[str, ...]]:
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise DataError(f"expected {path}: a data folder holds train.parquet and test.parquet")
+    table = pyarrow.parquet.read_table(path)
+    if not {"image", "label"} <= set(table.column_names):
+        raise DataError(f"{path}: expected the columns image and label, got {', '.join(table.column_names)}")
+    cells = tqdm(table["image"].to_pylist(), desc=f"  reading {path.name}", unit="image", dynamic_ncols=True)
+    images = [_decode(cell["bytes"]) for cell in cells]
+    if len({image.shape for image in images}) != 1:
+        raise DataError(f"{path}: expected images of one size and mode")
+    return Part(np.stack(images), table["label"].to_numpy().astype(np.int64)), _class_names(table)
+
+
+def _decode(encoded: bytes) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+
+
+def _class_names(table: Any) -> tuple[str, ...]:
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    features = json.loads(metadata)["info"]["features"] if metadata else {}
+    return tuple(features.get("label", {}).get("names", ()))

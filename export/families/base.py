@@ -1,0 +1,52 @@
+"""What a family must provide. The exporter works with nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from export.data import Dataset
+from export.figure import Panel
+from export.golden import Example
+from export.program import Program
+from export.replay import Player
+from export.training import Network, Settings
+from samovar.v1 import manifest_pb2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of network and the training that suits it: `width` channels or units, `depth` layers.
+
+    `judge` trains the classifier that samples are measured by, on `measured_rows` test rows.
+    """
+
+    width: int
+    depth: int
+    training: Settings
+    dropout: float = 0.0
+    judge: Settings = field(default_factory=lambda: Settings(steps=500))
+    measured_rows: int = 450
+
+
+class Family(Protocol):
+    """A kind of generative model: a network, its loss, and the programs that make it a service."""
+
+    name: str
+    description: str
+    operations: tuple[str, ...]
+    presets: Mapping[str, Preset]
+
+    def network(self, data: Dataset, preset: Preset) -> Network:
+        """An untrained network that fits the data."""
+
+    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+        """The operations of a trained network."""
+
+    def examples(self, data: Dataset) -> tuple[Example, ...]:
+        """Requests whose answers the artifact carries: a few for every operation, some with parameters."""
+
+    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+        """Figures on test rows, measured by running the programs."""
+
+    def panels(self, player: Player, data: Dataset) -> list[Panel]:
+        """What the artifact's picture shows: real rows beside what the programs make."""

@@ -1,0 +1,69 @@
+"""Golden rows: small requests with known answers, the proof that an artifact computes what it should."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import manifest, replay
+from samovar.tensors import DTYPES
+from samovar.v1 import manifest_pb2
+
+# Kernels of different libraries and batch sizes differ in the last bits of a float32; steps add them up.
+_RELATIVE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small request whose answer the artifact carries; choices are given by index."""
+
+    operation: str
+    seed: int = 0
+    first_row: int = 0
+    rows: int = 3
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> range:
+        """The index of every row."""
+        return range(self.first_row, self.first_row + self.rows)
+
+
+def record(eager: replay.Player, example: Example) -> manifest_pb2.GoldenRows:
+    """A request with the answer that the modules give."""
+    rows = replay.request(
+        eager.program(example.operation), example.seed, example.indices, example.parameters, example.inputs
+    )
+    outputs = eager.play(example.operation, rows)
+    return manifest_pb2.GoldenRows(
+        operation=example.operation,
+        seed=example.seed,
+        first_row=example.first_row,
+        rows=example.rows,
+        parameters=example.parameters,
+        inputs={name: manifest.golden_tensor(array) for name, array in example.inputs.items()},
+        outputs={name: manifest.golden_tensor(array) for name, array in outputs.items()},
+        tolerance={name: _tolerance(array) for name, array in outputs.items()},
+    )
+
+
+def request(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> replay.Rows:
+    """The rows that golden rows ask for."""
+    indices = range(golden.first_row, golden.first_row + golden.rows)
+    inputs = {name: array(tensor) for name, tensor in golden.inputs.items()}
+    return replay.request(program, golden.seed, indices, golden.parameters, inputs)
+
+
+def array(tensor: manifest_pb2.GoldenTensor) -> NDArray[Any]:
+    """The array inside a golden tensor."""
+    return np.frombuffer(tensor.data, DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
+
+
+def _tolerance(array: NDArray[Any]) -> float:
+    if array.dtype.kind in "uib":
+        # Rounding to a level may fall the other way by one.
+        return 1.0
+    return float(f"{_RELATIVE_TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0))):.1e}")

@@ -1,0 +1,255 @@
+"""Graphs: modules as files, and files as functions of arrays.
+
+A graph is a pure function of tensors with the batch axis first. It holds no
+randomness and no training mode; a file that does is refused after it is read
+back from disk. Knows nothing of programs beyond the names of a graph's tensors.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+
+from export.program import Program, ProgramError, TensorSpec, arguments
+
+Array = NDArray[Any]
+Call = Callable[[Sequence[Array]], list[Array]]
+
+OPSET = 20
+# Two would let torch.export specialise on it, as it does on one; three is the smallest honest batch.
+_EXAMPLE_ROWS = 3
+_SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt"}
+FORMATS = tuple(_SUFFIXES)
+
+
+class GraphError(RuntimeError):
+    """A module that cannot become a graph, or a file that must not be one."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A named module with its arguments and results in order, all per row."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def path(self, format: str) -> str:
+        """The file name in a format."""
+        return self.name + _SUFFIXES[format]
+
+
+def collect(programs: Sequence[Program]) -> list[Graph]:
+    """The graphs of some programs; a module that several use is one graph.
+
+    A program's only graph is named by its operation, the others by operation
+    and role, such as `sample_step`.
+    """
+    graphs: dict[int, Graph] = {}
+    for program in programs:
+        for role, module, outputs in program.modules:
+            only = program.init is None and program.step is None
+            name = program.operation if only else f"{program.operation}_{role}"
+            inputs = tuple(_bare(program.scope[argument]) for argument in arguments(module))
+            graph = Graph(name, module, inputs, tuple(map(_bare, outputs)))
+            known = graphs.setdefault(id(module), graph)
+            _refuse_disagreement(known, graph)
+    return list(graphs.values())
+
+
+def _bare(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.name, spec.dtype, spec.shape)
+
+
+def _refuse_disagreement(first: Graph, second: Graph) -> None:
+    if (first.inputs, first.outputs) != (second.inputs, second.outputs):
+        raise ProgramError(
+            f"{type(first.module).__name__} is used as {first.name} and as {second.name} with different "
+            f"tensors: {first.inputs} -> {first.outputs} and {second.inputs} -> {second.outputs}; "
+            "use two modules, or give the tensors the same names and shapes"
+        )
+
+
+def write(graph: Graph, format: str, directory: Path) -> Path:
+    """Write a graph in one format; GraphError when it is not a pure, deterministic function."""
+    training = [
+        name or type(graph.module).__name__
+        for name, module in graph.module.named_modules()
+        if module.training
+    ]
+    if training:
+        raise GraphError(
+            f"graph {graph.name}: {training[0]} is in training mode; call eval() before exporting"
+        )
+    path = directory / graph.path(format)
+    _WRITERS[format](graph, path)
+    return path
+
+
+def load(path: Path, format: str) -> Call:
+    """Read a graph as a function of arrays in argument order; GraphError when it holds randomness."""
+    return _LOADERS[format](path)
+
+
+def eager(module: nn.Module) -> Call:
+    """A module as a function of arrays in argument order."""
+    return _torch_call(module)
+
+
+def _torch_call(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Call:
+    def call(arrays: Sequence[Array]) -> list[Array]:
+        with torch.no_grad():
+            results = function(*map(torch.tensor, arrays))
+        return [result.numpy() for result in ((results,) if isinstance(results, Tensor) else results)]
+
+    return call
+
+
+def _examples(graph: Graph) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.zeros((_EXAMPLE_ROWS, *spec.shape), dtype=getattr(torch, spec.dtype)) for spec in graph.inputs
+    )
+
+
+def _write_onnx(graph: Graph, path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    with _quiet():
+        program = torch.onnx.export(
+            graph.module,
+            _examples(graph),
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=_onnx_outputs(graph),
+            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=False)
+    model = onnx.load(path)
+    used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+    _refuse_unused(graph, [spec.name in used for spec in graph.inputs])
+
+
+def _onnx_outputs(graph: Graph) -> list[str]:
+    """ONNX has one name space for inputs and outputs, so a state that comes and goes changes its name."""
+    taken = {spec.name for spec in graph.inputs}
+    return [f"{spec.name}_out" if spec.name in taken else spec.name for spec in graph.outputs]
+
+
+def _refuse_unused(graph: Graph, used: Sequence[bool]) -> None:
+    for spec, is_used in zip(graph.inputs, used, strict=True):
+        if not is_used:
+            raise GraphError(
+                f"graph {graph.name}: {type(graph.module).__name__}.forward takes {spec.name!r} but does "
+                "not use it; remove the argument"
+            )
+
+
+def _write_torchscript(graph: Graph, path: Path) -> None:
+    with torch.no_grad(), _quiet():
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            graph.module, _examples(graph), check_trace=False
+        )
+        frozen = torch.jit.freeze(traced)
+    _refuse_unused(graph, [bool(value.uses()) for value in list(frozen.graph.inputs())[1:]])
+    frozen.save(str(path))
+
+
+_KNOWN_WARNINGS = (
+    (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning, ""),
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning, ""),
+    (r"# The axis name: batch will not be used", UserWarning, ""),
+    (r"Converting a tensor to a Python boolean", TracerWarning, r"torch\.nn\.functional"),
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """TorchScript is deprecated upstream, and the ONNX exporter warns of its own code."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message, category, module in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message, category, module)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_onnx(path: Path) -> Call:
+    model = onnx.load(path)
+    _refuse_random(path, {node.op_type for node in _onnx_nodes(model)})
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [argument.name for argument in session.get_inputs()]
+
+    def call(arrays: Sequence[Array]) -> list[Array]:
+        results: list[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
+        return results
+
+    return call
+
+
+def _onnx_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        yield node
+        for attribute in node.attribute:
+            pending += [*attribute.g.node, *(inner for graph in attribute.graphs for inner in graph.node)]
+
+
+def _load_torchscript(path: Path) -> Call:
+    with _quiet():
+        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    # The graph is kept while its nodes are read: they do not keep it.
+    inlined = module.inlined_graph
+    _refuse_random(path, _torchscript_kinds(inlined))
+    return _torch_call(module)
+
+
+def _torchscript_kinds(block: Any) -> set[str]:
+    kinds: set[str] = set()
+    for node in block.nodes():
+        kinds.add(node.kind())
+        for inner in node.blocks():
+            kinds |= _torchscript_kinds(inner)
+    return kinds
+
+
+_RANDOM = {
+    "Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",
+    "Multinomial", "aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout",
+    "aten::native_dropout",
+    "aten::bernoulli", "aten::bernoulli_", "aten::rand", "aten::rand_like", "aten::randn", "aten::randn_like",
+    "aten::randint", "aten::randint_like", "aten::randperm", "aten::normal", "aten::normal_",
+    "aten::uniform_", "aten::multinomial", "aten::exponential_",
+}  # fmt: skip
+
+
+def _refuse_random(path: Path, kinds: set[str]) -> None:
+    found = sorted(kinds & _RANDOM)
+    if found:
+        raise GraphError(
+            f"{path.name}: expected a pure function, found {', '.join(found)}; export modules in eval mode, "
+            "and take random numbers as noise arguments"
+        )
+
+
+_WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript}
+_LOADERS = {"onnx": _load_onnx, "torchscript": _load_torchscript}

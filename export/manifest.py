@@ -1,0 +1,140 @@
+"""Programs as messages of the artifact contract. Translation only: no files, no graphs, no judgement."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.graph import Graph
+from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from samovar.tensors import data_type, pack
+from samovar.v1 import manifest_pb2
+
+FORMAT_VERSION = 1
+
+_KINDS = {
+    "image": manifest_pb2.Value.KIND_IMAGE,
+    "vector": manifest_pb2.Value.KIND_VECTOR,
+    "tokens": manifest_pb2.Value.KIND_TOKENS,
+}
+_TYPES = {
+    "float": manifest_pb2.Parameter.TYPE_FLOAT,
+    "integer": manifest_pb2.Parameter.TYPE_INTEGER,
+    "boolean": manifest_pb2.Parameter.TYPE_BOOLEAN,
+    "choice": manifest_pb2.Parameter.TYPE_CHOICE,
+}
+_DISTRIBUTIONS = {
+    "normal": manifest_pb2.Noise.DISTRIBUTION_NORMAL,
+    "uniform": manifest_pb2.Noise.DISTRIBUTION_UNIFORM,
+}
+_SCORES = {
+    "exact": manifest_pb2.Score.KIND_EXACT,
+    "lower_bound": manifest_pb2.Score.KIND_LOWER_BOUND,
+    "estimate": manifest_pb2.Score.KIND_ESTIMATE,
+    "unnormalized": manifest_pb2.Score.KIND_UNNORMALIZED,
+}
+
+
+def value_message(value: Value) -> manifest_pb2.Value:
+    """What one row of data is."""
+    return manifest_pb2.Value(
+        kind=_KINDS[value.kind],
+        tensor=tensor_message(value.tensor),
+        levels=value.levels,
+        vocabulary=value.vocabulary,
+        class_labels=value.class_labels,
+    )
+
+
+def tensor_message(spec: TensorSpec) -> manifest_pb2.TensorSpec:
+    """One tensor of a row."""
+    return manifest_pb2.TensorSpec(
+        name=spec.name,
+        dtype=data_type(np.dtype(spec.dtype)),
+        shape=spec.shape,
+        minimum=spec.minimum,
+        maximum=spec.maximum,
+        doc=spec.doc,
+    )
+
+
+def graph_message(graph: Graph) -> manifest_pb2.Graph:
+    """A graph, without its files."""
+    return manifest_pb2.Graph(
+        name=graph.name,
+        inputs=map(tensor_message, graph.inputs),
+        outputs=map(tensor_message, graph.outputs),
+    )
+
+
+def program_message(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.Program:
+    """A program whose modules are among the graphs."""
+    names = {id(graph.module): graph.name for graph in graphs}
+    roles = {role: names[id(module)] for role, module, _ in program.modules}
+    return manifest_pb2.Program(
+        operation=program.operation,
+        doc=program.doc,
+        init=roles.get("init", ""),
+        step=roles.get("step", ""),
+        readout=roles["readout"],
+        state=map(tensor_message, program.state),
+        steps=_steps_message(program.steps) if program.steps else None,
+        parameters=map(_parameter_message, program.parameters),
+        inputs=map(_input_message, program.inputs),
+        noise=map(_noise_message, program.noise),
+        outputs=map(tensor_message, program.outputs),
+        score=_score_message(program.score) if program.score else None,
+        previewable=program.previewable,
+    )
+
+
+def golden_tensor(array: NDArray[np.generic]) -> manifest_pb2.GoldenTensor:
+    """An array inside a manifest."""
+    packed = pack(array)
+    return manifest_pb2.GoldenTensor(dtype=packed.dtype, shape=array.shape, data=packed.data)
+
+
+def _steps_message(steps: Steps) -> manifest_pb2.Steps:
+    units = steps.units_per_step if steps.units_per_step > 1 else 0
+    return manifest_pb2.Steps(
+        units_per_step=units,
+        done=steps.done or "",
+        **({"parameter": steps.parameter} if steps.fixed is None else {"fixed": steps.fixed}),
+    )
+
+
+def _parameter_message(parameter: Parameter) -> manifest_pb2.Parameter:
+    return manifest_pb2.Parameter(
+        name=parameter.name,
+        type=_TYPES[parameter.type],
+        default_value=parameter.default,
+        minimum=parameter.minimum,
+        maximum=parameter.maximum,
+        choices=parameter.choices,
+        doc=parameter.doc,
+    )
+
+
+def _input_message(given: Input) -> manifest_pb2.Input:
+    return manifest_pb2.Input(
+        tensor=tensor_message(given.tensor), optional=given.optional, default_value=given.default
+    )
+
+
+def _noise_message(noise: Noise) -> manifest_pb2.Noise:
+    return manifest_pb2.Noise(
+        tensor=tensor_message(noise.spec),
+        distribution=_DISTRIBUTIONS[noise.distribution],
+        stream=noise.stream,
+    )
+
+
+def _score_message(score: Score) -> manifest_pb2.Score:
+    return manifest_pb2.Score(
+        kind=_SCORES[score.kind],
+        dimensions=score.dimensions,
+        space=score.space,
+        nats=score.nats,
+        standard_error=score.standard_error or "",
+        draws=score.draws or "",
+    )

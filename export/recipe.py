@@ -1,0 +1,132 @@
+"""From a family and a data set to an artifact: train, measure, write. Knows no family."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from google.protobuf import timestamp_pb2
+
+from export import artifact, training
+from export.data import Dataset
+from export.families.base import Family
+from export.figure import draw
+from export.graph import FORMATS
+from export.program import Program
+from samovar.v1 import manifest_pb2
+
+PICTURE = "samples.png"
+_LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make. Settings that are None are the preset's."""
+
+    family: Family
+    data: Dataset
+    models: Path
+    preset: str = "starter"
+    formats: tuple[str, ...] = FORMATS
+    name: str | None = None
+    version: str | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def model_name(self) -> str:
+        """The artifact's name: data set and family unless one is given."""
+        return self.name or f"{self.data.name}-{self.family.name}"
+
+    @property
+    def training(self) -> training.Settings:
+        """The preset's settings with those that were given."""
+        preset = self.family.presets[self.preset].training
+        return dataclasses.replace(
+            preset,
+            steps=self.steps or preset.steps,
+            seconds=self.seconds or preset.seconds,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+def make(recipe: Recipe) -> Path:
+    """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be."""
+    artifact.destination(recipe.models, recipe.model_name, recipe.version)
+    torch.manual_seed(recipe.seed)
+    network = recipe.family.network(recipe.data, recipe.family.presets[recipe.preset])
+    outcome = training.fit(network, recipe.data, recipe.training)
+    model = _measured(recipe, _model(recipe, outcome, network))
+    print("  writing and verifying the graphs ...", flush=True)
+    return artifact.write(model, recipe.models, recipe.version, recipe.formats)
+
+
+def untrained(recipe: Recipe) -> Path:
+    """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
+    torch.manual_seed(recipe.seed)
+    network = recipe.family.network(recipe.data, recipe.family.presets[recipe.preset])
+    network.requires_grad_(False)
+    for weights in network.parameters():
+        # Layers that begin as zeros would hide what goes wrong before them.
+        weights.add_(0.05 * torch.randn_like(weights))
+    model = _model(recipe, training.Outcome(seconds=0, best_step=0, validation_loss=0), network)
+    return artifact.write(model, recipe.models, recipe.version, recipe.formats)
+
+
+def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network) -> artifact.Model:
+    return artifact.Model(
+        name=recipe.model_name,
+        family=recipe.family.name,
+        description=recipe.family.description,
+        value=recipe.data.value,
+        programs=tuple(map(_evaluating, recipe.family.programs(network, recipe.data))),
+        examples=recipe.family.examples(recipe.data),
+        provenance=_provenance(recipe, outcome),
+    )
+
+
+def _measured(recipe: Recipe, model: artifact.Model) -> artifact.Model:
+    player, family = artifact.player(model.value, model.programs), recipe.family
+    quality = family.quality(player, recipe.data, family.presets[recipe.preset])
+    for figure in quality:
+        print(f"  {_line(figure)}")
+    caption = "\n".join(map(_line, quality))
+    picture = draw(model.name, caption, family.panels(player, recipe.data), model.value.levels)
+    return dataclasses.replace(model, quality=tuple(quality), pictures={PICTURE: picture})
+
+
+def _line(quality: manifest_pb2.Quality) -> str:
+    error = f" ± {quality.standard_error:.3f}" if quality.HasField("standard_error") else ""
+    floor = f", real data {quality.floor:.3f}" if quality.HasField("floor") else ""
+    return f"{quality.name}: {quality.value:.3f}{error} {quality.unit}".rstrip() + floor
+
+
+def _evaluating(program: Program) -> Program:
+    for _, module, _ in program.modules:
+        module.eval()
+    return program
+
+
+def _provenance(recipe: Recipe, outcome: training.Outcome) -> manifest_pb2.Provenance:
+    settings = {
+        "preset": recipe.preset,
+        "best_step": outcome.best_step,
+        **dataclasses.asdict(recipe.training),
+    }
+    return manifest_pb2.Provenance(
+        created=timestamp_pb2.Timestamp(seconds=int(time.time())),
+        dataset=recipe.data.name,
+        dataset_sha256=recipe.data.sha256,
+        seed=recipe.seed,
+        training_seconds=round(outcome.seconds, 1),
+        device=recipe.device,
+        library_versions={name: importlib.metadata.version(name) for name in _LIBRARIES}
+        | {"python": platform.python_version()},
+        settings={key: str(value) for key, value in settings.items()},
+    )

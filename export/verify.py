@@ -1,0 +1,200 @@
+"""Prove that an artifact computes what was recorded: files, golden rows, independence of rows.
+
+Works from the directory alone, like a server would. Knows no family.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import golden, layout, replay
+from export.graph import GraphError
+from samovar.v1 import manifest_pb2
+
+_STRANGERS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: the largest absolute difference, and the largest that is allowed."""
+
+    operation: str
+    format: str
+    check: str
+    difference: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """False also for a difference that is not a number."""
+        return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{self.operation} ({self.format}): {self.check}: expected a difference of at most "
+            f"{self.tolerance:g}, got {self.difference:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and one line for everything that is wrong."""
+
+    findings: tuple[Finding, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """Every problem and every comparison that failed."""
+        return [*self.problems, *(str(finding) for finding in self.findings if not finding.ok)]
+
+
+def verify(directory: Path) -> Report:
+    """Check an artifact's files, replay its golden rows in every format; ArtifactError without a manifest."""
+    manifest = layout.read(directory)
+    problems = [*_file_problems(directory, manifest), *_manifest_problems(manifest)]
+    if problems:
+        return Report((), tuple(problems))
+    findings: list[Finding] = []
+    for format in formats(manifest):
+        try:
+            player = layout.load(directory, manifest, format)
+        except GraphError as error:
+            problems.append(str(error))
+            continue
+        for program in manifest.programs:
+            findings += _program_findings(player, program, format)
+    return Report(tuple(findings), tuple(problems))
+
+
+def formats(manifest: manifest_pb2.Manifest) -> list[str]:
+    """The formats that every graph has, in the order of the first graph's files."""
+    offered = [[file.format for file in graph.files] for graph in manifest.graphs]
+    return [format for format in offered[0] if all(format in names for names in offered)] if offered else []
+
+
+def table(report: Report) -> str:
+    """The findings for a terminal."""
+    header = ("program", "format", "check", "max difference", "tolerance", "")
+    lines = [header] + [
+        (
+            f.operation,
+            f.format,
+            f.check,
+            f"{f.difference:.2g}",
+            f"{f.tolerance:.2g}",
+            "ok" if f.ok else "FAILED",
+        )
+        for f in report.findings
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator[str]:
+    if not layout.is_sealed(directory):
+        yield f"{layout.MANIFEST}: it is not what {layout.CHECKSUM} was made for: it was changed after export"
+    for graph in manifest.graphs:
+        for file in graph.files:
+            path = directory / file.path
+            if Path(file.path).name != file.path:
+                yield f"{file.path}: expected a file name inside the artifact"
+            elif not path.is_file():
+                yield f"{file.path}: the manifest names it, but it is missing"
+            elif layout.sha256(path.read_bytes()) != file.sha256:
+                yield f"{file.path}: its SHA-256 is not the one in the manifest; export it again"
+
+
+def _manifest_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
+    if not formats(manifest):
+        yield "expected graphs, and a format that all of them have"
+    for program in manifest.programs:
+        answers = [entry.outputs for entry in manifest.golden_rows if entry.operation == program.operation]
+        if not answers:
+            yield f"{program.operation}: expected golden rows, found none"
+        if any(set(answer) != {spec.name for spec in program.outputs} for answer in answers):
+            yield f"{program.operation}: expected golden rows with an answer for every output, and no others"
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Golden rows of one program, as requested and as answered."""
+
+    rows: replay.Rows
+    outputs: Mapping[str, NDArray[Any]]
+    tolerance: Mapping[str, float]
+
+
+def _program_findings(player: replay.Player, program: manifest_pb2.Program, format: str) -> Iterator[Finding]:
+    proofs = [
+        _Proof(
+            golden.request(program, entry),
+            {name: golden.array(tensor) for name, tensor in entry.outputs.items()},
+            entry.tolerance,
+        )
+        for entry in player.manifest.golden_rows
+        if entry.operation == program.operation
+    ]
+    alone = [player.play(program.operation, proof.rows) for proof in proofs]
+    first = [player.play(program.operation, proof.rows[:1]) for proof in proofs]
+    company, others = (_in_company(player, program, proofs, seed) for seed in (1, 2))
+    recorded = [(proof.outputs, proof.tolerance) for proof in proofs]
+    exact = [(answer, _independence(proof, format)) for answer, proof in zip(company, proofs, strict=True)]
+    for check, given, expected in (
+        ("golden rows", alone, recorded),
+        ("golden rows in company", company, recorded),
+        ("independence", [*others, *first], [*exact, *exact]),
+    ):
+        pairs = [
+            pair
+            for answer, (known, tolerance) in zip(given, expected, strict=True)
+            for pair in _compare(answer, known, tolerance)
+        ]
+        difference, allowed = max(pairs, key=_severity)
+        yield Finding(program.operation, format, check, difference, allowed)
+
+
+def _independence(proof: _Proof, format: str) -> Mapping[str, float]:
+    """ONNX Runtime computes a row to the bit in any company on a CPU; torch may not in small batches."""
+    return dict.fromkeys(proof.tolerance, 0.0) if format == "onnx" else proof.tolerance
+
+
+def _in_company(
+    player: replay.Player, program: manifest_pb2.Program, proofs: list[_Proof], seed: int
+) -> list[dict[str, NDArray[Any]]]:
+    first = proofs[0].rows
+    strangers = first[np.arange(_STRANGERS) * seed % len(first)]
+    strangers = replace(strangers, seeds=strangers.seeds + np.uint64(seed))
+    answers = player.play(program.operation, replay.join([strangers, *(proof.rows for proof in proofs)]))
+    bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
+    return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
+
+
+def _compare(
+    given: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], tolerance: Mapping[str, float]
+) -> list[tuple[float, float]]:
+    """Difference and tolerance by output, over the rows that `given` has."""
+    return [
+        (_difference(given[name], array[: len(given[name])]), tolerance.get(name, 0.0))
+        for name, array in expected.items()
+    ]
+
+
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return math.inf
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0))
+
+
+def _severity(pair: tuple[float, float]) -> tuple[bool, float]:
+    difference, tolerance = pair
+    return not difference <= tolerance, difference / max(tolerance, 1e-30)
