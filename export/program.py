@@ -204,6 +204,7 @@ def _problems(program: Program) -> Iterator[str]:
     yield from _operation_problems(program)
     yield from _name_problems(program)
     yield from _binding_problems(program)
+    yield from _noise_problems(program)
     yield from _step_problems(program)
     yield from _score_problems(program)
 
@@ -236,6 +237,16 @@ def _binding_problems(program: Program) -> Iterator[str]:
                     f"{role} {type(module).__name__} takes {name!r}, which is none of this program's "
                     f"tensors; there are {', '.join(program.scope)}"
                 )
+
+
+def _noise_problems(program: Program) -> Iterator[str]:
+    read = Counter(name for _, module, _ in program.modules for name in arguments(module))
+    for noise in program.noise:
+        if read[noise.name] > 1:
+            yield (
+                f"noise {noise.name!r} is read by {read[noise.name]} modules, and init and the first step "
+                "would draw the same numbers; give each its own"
+            )
 
 
 def _step_problems(program: Program) -> Iterator[str]:

@@ -20,6 +20,11 @@ class Read(nn.Module):
         return position * 1
 
 
+class Jump(nn.Module):
+    def forward(self, kick: Tensor) -> Tensor:
+        return kick * 1
+
+
 class Greedy(nn.Module):
     def forward(self, *position: Tensor) -> Tensor:
         return position[0]
@@ -55,6 +60,7 @@ def test_scope_gives_modules_typed_scalars_for_parameters() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda: replace(PROGRAM, init=Jump()), "'kick' is read by 2 modules"),
         (
             lambda: replace(PROGRAM, noise=()),
             "step Walk takes 'kick', which is none of this program's tensors",

@@ -10,8 +10,8 @@ from samovar import noise
 
 
 class Start(nn.Module):
-    def forward(self, kick: Tensor) -> tuple[Tensor, Tensor]:
-        return kick.clone(), torch.zeros_like(kick, dtype=torch.bool)
+    def forward(self, push: Tensor) -> tuple[Tensor, Tensor]:
+        return push.clone(), torch.zeros_like(push, dtype=torch.bool)
 
 
 class Sum(nn.Module):
@@ -25,9 +25,9 @@ class Sum(nn.Module):
 
 class Finish(nn.Module):
     def forward(
-        self, total: Tensor, kick: Tensor, step_index: Tensor, num_steps: Tensor
+        self, total: Tensor, catch: Tensor, step_index: Tensor, num_steps: Tensor
     ) -> tuple[Tensor, ...]:
-        return total + kick, step_index, num_steps
+        return total + catch, step_index, num_steps
 
 
 TOTAL = TensorSpec("total")
@@ -41,7 +41,7 @@ PROGRAM = Program(
     state=(TOTAL, TensorSpec("ended", "bool")),
     steps=Steps(parameter="draws", units_per_step=10, done="ended"),
     parameters=(Parameter("draws", "integer", 25, 1, 99), Parameter("limit", "integer", 99, 1, 99)),
-    noise=(Noise("kick", "normal", (), 3),),
+    noise=(Noise("push", "normal", (), 2), Noise("kick", "normal", (), 3), Noise("catch", "normal", (), 4)),
 )
 
 
@@ -53,17 +53,17 @@ PLAYER = artifact.player(Value("vector", TOTAL), (PROGRAM,))
 MESSAGE = PLAYER.program("sample")
 
 
-def kicks(seed: int, row: int, steps: list[int]) -> np.float32:
-    drawn = [
-        noise.normal(np.array([seed], np.uint64), np.array([row]), np.array([s]), 3, ())[0] for s in steps
-    ]
-    return np.float32(sum(drawn))
+def drawn(seed: int, row: int, steps: int) -> np.float32:
+    """What a row of so many steps adds up: push at step 0, a kick each step, catch at the steps done."""
+    draws = [(2, 0), *((3, step) for step in range(steps)), (4, steps)]
+    where = np.array([seed], np.uint64), np.array([row])
+    return np.float32(sum(noise.normal(*where, np.array([step]), stream, ())[0] for stream, step in draws))
 
 
 def test_each_call_draws_at_its_own_step() -> None:
     """Step 0 in init, step_index in step, the steps done in readout."""
     answer = play(replay.request(MESSAGE, 5, [7]))
-    np.testing.assert_allclose(answer["sum"], kicks(5, 7, [0, 0, 1, 2, 3]), rtol=1e-6)
+    np.testing.assert_allclose(answer["sum"], drawn(5, 7, 3), rtol=1e-6)
 
 
 def test_steps_are_units_rounded_up() -> None:
@@ -74,7 +74,7 @@ def test_steps_are_units_rounded_up() -> None:
 def test_a_row_ends_when_it_says_so() -> None:
     answer = play(replay.request(MESSAGE, 5, [7], {"limit": 2}))
     assert (answer["done"].tolist(), answer["planned"].tolist()) == ([2], [3])
-    np.testing.assert_allclose(answer["sum"], kicks(5, 7, [0, 0, 1, 2]), rtol=1e-6)
+    np.testing.assert_allclose(answer["sum"], drawn(5, 7, 2), rtol=1e-6)
 
 
 def test_rows_of_all_lengths_share_a_batch() -> None:
