@@ -16,7 +16,7 @@ help: ## List these commands
 $(VENV)/.ready: pyproject.toml clients/python/pyproject.toml
 	@echo "Making the environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e clients/python -e ".[cpu,export,dev]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e clients/python -e ".[cpu,export,dev]"
 	@touch $@
 
 setup: $(VENV)/.ready ## Make the environment

@@ -9,7 +9,7 @@ from server.app import App
 
 
 def main() -> int:
-    """Serve until told to stop; 0 after an orderly stop, 1 when the server could not start."""
+    """Serve until told to stop: 0 after an orderly stop, 1 without a start, 130 when interrupted twice."""
     settings = config.parse()
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -21,6 +21,8 @@ def main() -> int:
     except (OSError, RuntimeError) as error:
         logging.getLogger("samovar").error("cannot serve: %s", error)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -48,7 +48,8 @@ class App:
         self.engine = Engine(Scheduler(Limits(max_waiting_rows=config.max_waiting_rows)), self.metrics)
         self.repository = Repository(self.device, config.formats, config.max_batch_rows)
         self.health = Health()
-        limits = ServiceLimits(config.max_message_mib << 20, config.max_rows_per_request)
+        max_rows = min(config.max_rows_per_request, config.max_waiting_rows)
+        limits = ServiceLimits(config.max_message_mib << 20, max_rows)
         info = server_info(self.device.name, limits, config.max_waiting_rows, config.max_batch_rows)
         self.service = InferenceService(self.repository, self.engine, self.metrics, limits, info)
         self.port = 0
@@ -169,9 +170,12 @@ def _artifact_directories(root: Path) -> Iterator[Path]:
 
 
 def _device_name(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    has_cuda = torch.cuda.is_available()
+    if asked == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if torch.device(asked).type == "cuda" and not has_cuda:
+        raise RuntimeError(f"--device {asked}: PyTorch finds no GPU here; serve with --device cpu")
+    return asked
 
 
 def _reflected() -> list[str]:
@@ -181,13 +185,21 @@ def _reflected() -> list[str]:
 
 @contextlib.contextmanager
 def _stop_signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set the event; afterwards they do what they did before."""
+    """The first SIGTERM or SIGINT sets the event; a second one ends the process, as it would have before."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
+
+    def restore() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+    def request_stop() -> None:
+        stop.set()
+        restore()
+
     for number in signals:
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, request_stop)
     try:
         yield
     finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+        restore()

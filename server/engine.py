@@ -7,7 +7,7 @@ cancel and acknowledge, which never wait for a graph. Knows no transport.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
@@ -71,7 +71,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
         for key in self._programs:
-            self._fail_all(key, ServerUnavailable("the server is stopping"))
+            self._fail(self._scheduler.requests_of(key), ServerUnavailable("the server is stopping"))
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread.
@@ -118,8 +118,7 @@ class Engine:
         except Exception as error:
             log.exception("%s failed; its rows are dropped", turn.program)
             self._observer.faulted(turn.program, "graph")
-            program.clear()
-            self._fail_all(turn.program, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
+            self._fail(program.slots.requests, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
             return
         for readout in readouts:
             self._deliver(readout)
@@ -172,9 +171,9 @@ class Engine:
             done = f"{request.finished} of {request.rows} rows were done"
             self._close(request, DeadlineExceeded(f"the deadline passed when {done}"), "deadline")
 
-    def _fail_all(self, program: ProgramKey, error: Exception) -> None:
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._changed:
-            for request in self._scheduler.requests_of(program):
+            for request in requests:
                 self._close(request, error, "failed")
 
     def _close(self, request: Request, error: Exception, reason: str) -> None:

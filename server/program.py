@@ -62,10 +62,6 @@ class Program:
             self.slots.count_step()
         return self._finish() + self._preview()
 
-    def clear(self) -> None:
-        """Free every slot."""
-        self.slots.release(0)
-
     def _start(self) -> None:
         slots = self.slots
         start, count = slots.num_started, slots.num_active - slots.num_started

@@ -224,7 +224,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     def _observe_queue(self, target: Target, timings: Timings) -> None:
         key = target.loaded.key
-        self._metrics.queue_seconds.labels(key.operation, key.model).observe(timings.queue)
+        self._metrics.queue_seconds.labels(key.operation.capitalize(), key.model).observe(timings.queue)
 
 
 def _chunks(batch: list[Any], row_bytes: int, chunk_bytes: int) -> list[Rows]:

@@ -80,9 +80,10 @@ def test_metrics_count_what_happened(models: Path) -> None:
     assert metrics["samovar_steps_total", (DIFFUSION, "onnx", "sample")] == 4
     assert metrics["samovar_step_rows_sum", (DIFFUSION, "onnx", "sample")] == 40
     assert metrics["samovar_request_duration_seconds_count", ("Sample", DIFFUSION)] == 1
-    assert metrics["samovar_queue_duration_seconds_count", (DIFFUSION, "sample")] == 1
+    assert metrics["samovar_queue_duration_seconds_count", ("Sample", DIFFUSION)] == 1
     assert metrics["samovar_rows_waiting", ()] == metrics["samovar_rows_active", ()] == 0
-    assert sum(value for (name, _), value in metrics.items() if name == "samovar_model_info") == 4
+    infos = [value for (name, _), value in metrics.items() if name == "samovar_model_info"]
+    assert infos == [1.0] * 2 * len(list(models.iterdir()))
     assert any(name == "samovar_build_info" for name, _ in metrics)
 
 
@@ -148,6 +149,22 @@ def test_the_process_says_what_it_serves_and_stops_in_order(process: subprocess.
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert "Traceback" not in process.stdout.read()
+
+
+def test_a_device_that_is_not_there_is_said_in_one_line(models: Path) -> None:
+    command = [sys.executable, "-m", "server", "--models", str(models), "--device", "cuda:77", "--port", "0"]
+    finished = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert finished.returncode == 1
+    assert "cannot serve: --device cuda:77" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_taken_port_is_said_in_one_line(models: Path) -> None:

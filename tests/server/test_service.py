@@ -287,8 +287,14 @@ def test_the_client_splits_what_does_not_fit(models: Path, client: samovar.Clien
 
 
 def test_too_many_waiting_rows_are_refused_with_a_time_to_retry(models: Path) -> None:
-    with serving(models, max_waiting_rows=100) as server, samovar.Client(server.address) as client:
-        with pytest.raises(samovar.Overloaded) as refused:
-            client.sample(DIFFUSION, 101)
-        assert refused.value.retry_delay
-        assert len(client.sample(DIFFUSION, 100, parameters={"steps": 1}).value) == 100
+    with serving(models, max_waiting_rows=200) as server, samovar.Client(server.address) as client:
+        long = {"steps": 200}
+        with client.stream(DIFFUSION, 200, preview_every=1, parameters=long) as stream:
+            next(iter(stream))
+            with pytest.raises(samovar.Overloaded) as refused:
+                client.sample(DIFFUSION, 200)
+            assert refused.value.retry_delay
+        await_true(lambda: server.app.engine.num_waiting == 0, "rows were left in the engine")
+        assert len(client.sample(DIFFUSION, 200, parameters={"steps": 1}).value) == 200
+        with pytest.raises(samovar.InvalidRequest):
+            client.sample(DIFFUSION, 201)
