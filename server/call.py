@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from server.engine import Engine
-from server.request import Completed, Event, Failed, Request, Rows
+from server.request import Completed, Event, Failed, Preview, Request, Rows
+
+MAX_PENDING = 256
 
 
 class Call:
@@ -21,7 +23,9 @@ class Call:
         self._request: Request | None = None
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Take events, on any thread."""
+        """Take events, on any thread. A reader that lags behind misses previews, never rows."""
+        if isinstance(events[-1], Preview) and self._arrived.qsize() >= MAX_PENDING:
+            return
         self._loop.call_soon_threadsafe(self._arrived.put_nowait, events)
 
     def submit(self, request: Request) -> None:

@@ -47,11 +47,15 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return self._scheduler.num_waiting
+        """Rows that wait for a slot."""
+        with self._changed:
+            return self._scheduler.num_waiting
 
     @property
     def num_active(self) -> int:
-        return self._scheduler.num_active
+        """Rows in slots."""
+        with self._changed:
+            return self._scheduler.num_active
 
     def add(self, key: ProgramKey, program: Program) -> None:
         """Make a program known, ready to run."""

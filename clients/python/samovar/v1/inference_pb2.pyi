@@ -168,7 +168,9 @@ class SampleRequest(google.protobuf.message.Message):
     first_row: builtins.int
     """Index of the first row: rows 64..127 of a job are first_row 64, rows 64."""
     preview_every: builtins.int
-    """Send a preview of every unfinished row each so many of its steps; 0 for none."""
+    """Send a preview of every unfinished row each so many of its steps; 0 for none. A reader
+    that lags behind misses previews, never rows.
+    """
     @property
     def model(self) -> Global___ModelSelector:
         """The model."""
@@ -388,7 +390,7 @@ class Timings(google.protobuf.message.Message):
 
     @property
     def model(self) -> google.protobuf.duration_pb2.Duration:
-        """The part of run that this request's graphs were executing, shared calls counted whole."""
+        """The part of run in which rows of this request were stepping, shared steps counted whole."""
 
     def __init__(
         self,
