@@ -35,11 +35,16 @@ class Engine:
     """Owns the device thread, the scheduler and the programs' slots."""
 
     def __init__(
-        self, scheduler: Scheduler, observer: Observer, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Scheduler,
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._observer = observer
         self._clock = clock
+        self._on_death = on_death
         self._programs: dict[ProgramKey, Program] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
@@ -74,8 +79,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        for key in self._programs:
-            self._fail(self._scheduler.requests_of(key), ServerUnavailable("the server is stopping"))
+        self._fail(self._scheduler.open_requests(), ServerUnavailable("the server is stopping"))
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread.
@@ -102,8 +106,15 @@ class Engine:
             self._changed.notify()
 
     def _loop(self) -> None:
-        while (turn := self._next_turn()) is not None:
-            self._take(turn)
+        try:
+            while (turn := self._next_turn()) is not None:
+                self._take(turn)
+        except Exception:
+            log.critical("the device thread died", exc_info=True)
+            with self._changed:
+                self._is_stopping = True
+            self._fail(self._scheduler.open_requests(), ServerUnavailable("the engine has failed"))
+            self._on_death()
 
     def _next_turn(self) -> Turn | None:
         with self._changed:
@@ -111,9 +122,15 @@ class Engine:
                 self._drop_expired()
                 if turn := self._scheduler.next_turn():
                     return turn
-                deadline = self._scheduler.next_deadline()
-                self._changed.wait(None if deadline is None else max(0.0, deadline - self._clock()))
+                self._changed.wait(self._patience())
         return None
+
+    def _patience(self) -> float | None:
+        """Seconds until a deadline passes, or for ever."""
+        deadline = self._scheduler.next_deadline()
+        if deadline is None:
+            return None
+        return min(max(0.0, deadline - self._clock()), threading.TIMEOUT_MAX)
 
     def _take(self, turn: Turn) -> None:
         program = self._programs[turn.program]
@@ -122,7 +139,8 @@ class Engine:
         except Exception as error:
             log.exception("%s failed; its rows are dropped", turn.program)
             self._observer.faulted(turn.program, "graph")
-            self._fail(program.slots.requests, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
+            taking_part = {*program.slots.requests, *(admission.request for admission in turn.admissions)}
+            self._fail(taking_part, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
             return
         for readout in readouts:
             self._deliver(readout)

@@ -14,6 +14,8 @@ from server.errors import Overloaded, ServerUnavailable
 from server.request import Request
 from server.spec import ProgramKey
 
+MIN_CROWD = 64
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -68,23 +70,18 @@ class Scheduler:
         self._lanes: dict[ProgramKey, Lane] = {}
         self._rotation: deque[Lane] = deque()
         self._deadlines: list[tuple[float, int, Request]] = []
+        self._crowded = MIN_CROWD
         self._arrivals = itertools.count()
         self.num_waiting = 0
 
     @property
     def num_active(self) -> int:
-        return sum(lane.num_active for lane in self._rotation)
+        return sum(lane.num_active for lane in self._lanes.values())
 
     def open_lane(self, program: ProgramKey, capacity: int) -> None:
         """Make a program known; at most `capacity` of its rows are active at a time."""
         lane = self._lanes[program] = Lane(program, capacity)
         self._rotation.append(lane)
-
-    def close_lane(self, program: ProgramKey) -> None:
-        """Forget a program without work."""
-        lane = self._lanes.pop(program)
-        assert not lane.has_work, f"{program} still has work. This is a bug."
-        self._rotation.remove(lane)
 
     def submit(self, request: Request) -> None:
         """Queue a request; Overloaded when too many rows wait already."""
@@ -101,6 +98,7 @@ class Scheduler:
         self.num_waiting += request.rows
         lane.waiting.append(request)
         if request.deadline is not None:
+            self._forget_ended()
             heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
 
     def close(self, request: Request, reason: str) -> bool:
@@ -158,10 +156,17 @@ class Scheduler:
         if request.is_complete:
             request.closed_because = "completed"
 
-    def requests_of(self, program: ProgramKey) -> list[Request]:
-        """The open requests of a program."""
-        lane = self._lanes[program]
-        return list(dict.fromkeys((*lane.active, *lane.waiting)))
+    def open_requests(self) -> list[Request]:
+        """Every request that has not ended."""
+        lanes = self._lanes.values()
+        return list(dict.fromkeys(request for lane in lanes for request in (*lane.active, *lane.waiting)))
+
+    def _forget_ended(self) -> None:
+        """Ended requests leave the heap from its top, or here, once they are as many as the open ones."""
+        if len(self._deadlines) >= self._crowded:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].is_closed]
+            heapq.heapify(self._deadlines)
+            self._crowded = 2 * len(self._deadlines) + MIN_CROWD
 
     def _admit(self, lane: Lane) -> list[Admission]:
         admissions: dict[Request, Admission] = {}

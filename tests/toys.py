@@ -115,7 +115,7 @@ def request(
     """A request of the walk."""
     work = Work({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
     deliver: Deliver = (reader or Reader()).deliver
-    return Request(KEY, rows, steps, deliver, **{"work": work, **settings})  # type: ignore[arg-type]
+    return Request(KEY, rows, steps, **{"deliver": deliver, "work": work, **settings})  # type: ignore[arg-type]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.engine import Engine
 from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
-from server.request import Completed, Request
+from server.request import Completed, Event, Request, Work
 from server.runtime import Graph
 from server.scheduler import Limits, Scheduler
 from tests import toys
@@ -238,8 +239,52 @@ def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
         bench.submit()
 
 
-def test_timings_add_up(bench: Bench) -> None:
-    _, reader = bench.submit(rows=3)
-    last = reader.wait()[-1]
-    assert isinstance(last, Completed)
-    assert last.timings.queue == last.timings.run == 0.0
+def test_a_row_that_cannot_be_admitted_fails_with_those_that_came_with_it(bench: Bench) -> None:
+    wide = Work({"steps": 1, "scale": 1.0}, {"start": np.zeros((1, 5), np.float32)})
+    _, misfit = bench.submit(steps=1, work=wide)
+    assert isinstance(misfit.error(), ModelFailed)
+    _, fine = bench.submit(rows=3)
+    assert len(fine.rows()) == 3
+    assert bench.engine.num_active == 0
+
+
+def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
+    slow, _ = bench.submit(rows=20, steps=1, window=4, deadline=1e12)
+    _, quick = bench.submit(rows=20, steps=1)
+    assert len(quick.rows()) == 20
+    bench.engine.cancel(slow)
+
+
+def test_a_dead_device_thread_fails_what_is_open_and_says_so() -> None:
+    died = threading.Event()
+    scheduler, ledger = Scheduler(), Ledger()
+    engine = Engine(scheduler, ledger, on_death=died.set)
+    engine.add(KEY, toys.program())
+
+    def unreachable(events: Sequence[Event]) -> None:
+        if isinstance(events[-1], Completed):
+            raise RuntimeError("the event loop is closed")
+
+    scheduler.submit(request(steps=1, deliver=unreachable))
+    reader = Reader()
+    scheduler.submit(request(reader, rows=100, steps=50))
+    engine.start()
+    assert isinstance(reader.error(), ServerUnavailable)
+    assert died.wait(30)
+    with pytest.raises(ServerUnavailable):
+        engine.submit(request())
+    engine.stop()
+
+
+def test_timings_add_up(gated: Bench, gate: Gate) -> None:
+    _, first = gated.submit(rows=8, steps=2)
+    gate.await_call()
+    _, second = gated.submit(rows=1, steps=1)
+    for _ in range(3):
+        gated.clock.now += 1.0
+        gate.open()
+        if gated.clock.now < 3:
+            gate.await_call()
+    ends = [reader.wait()[-1] for reader in (first, second)]
+    timings = [end.timings for end in ends if isinstance(end, Completed)]
+    assert [(time.queue, time.run, time.model) for time in timings] == [(0.0, 2.0, 2.0), (2.0, 1.0, 1.0)]

@@ -254,7 +254,7 @@ def test_a_slow_reader_is_not_computed_for_without_bound(server: RunningServer) 
 
 
 def await_true(condition: Callable[[], bool], complaint: str) -> None:
-    patience = time.monotonic() + 10
+    patience = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < patience, complaint
         time.sleep(0.01)
