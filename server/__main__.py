@@ -8,6 +8,10 @@ from server import config
 from server.app import App
 
 
+async def _serve(settings: config.Config) -> None:
+    await App(settings).run()
+
+
 def main() -> int:
     """Serve until told to stop: 0 after an orderly stop, 1 without a start, 130 when interrupted twice."""
     settings = config.parse()
@@ -16,8 +20,10 @@ def main() -> int:
         format="%(asctime)s %(levelname)-7s %(message)s",
         stream=sys.stderr,
     )
+    # Its only news is of clients that left; what goes wrong in a call is logged by the interceptor.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
     try:
-        asyncio.run(App(settings).run())
+        asyncio.run(_serve(settings))
     except (OSError, RuntimeError) as error:
         logging.getLogger("samovar").error("cannot serve: %s", error)
         return 1

@@ -45,7 +45,8 @@ class App:
         self.config = config
         self.device = Device(_device_name(config.device), config.threads)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
-        self.engine = Engine(Scheduler(Limits(max_waiting_rows=config.max_waiting_rows)), self.metrics)
+        scheduler = Scheduler(Limits(max_waiting_rows=config.max_waiting_rows))
+        self.engine = Engine(scheduler, self.metrics, on_death=self._end)
         self.repository = Repository(self.device, config.formats, config.max_batch_rows)
         self.health = Health()
         max_rows = min(config.max_rows_per_request, config.max_waiting_rows)
@@ -54,29 +55,34 @@ class App:
         self.service = InferenceService(self.repository, self.engine, self.metrics, limits, info)
         self.port = 0
         self.metrics_port = 0
+        self.num_refused = 0
+        self.has_failed = False
+        self._stop = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._server: grpc.aio.Server | None = None
         self._metrics_server: Any = None
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
-        stop = asyncio.Event()
-        with _stop_signals(stop):
+        """Serve until SIGTERM or SIGINT; RuntimeError when the engine died."""
+        with _stop_signals(self._stop):
             await self.startup()
-            loading = asyncio.create_task(self.load())
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not stop.is_set():
-                await loading
-                print(self.greeting(), flush=True)
-                await stopping
-            log.info("stopping: calls in flight have %g s", self.config.grace_seconds)
-            await self.shutdown()
-            await loading
+            try:
+                await self.load()
+                if not self._stop.is_set():
+                    print(self.greeting(), flush=True)
+                    await self._stop.wait()
+            finally:
+                log.info("stopping: calls in flight have %g s", self.config.grace_seconds)
+                await self.shutdown()
+        if self.has_failed:
+            raise RuntimeError("the engine died; the log says why")
 
     async def startup(self) -> None:
         """Listen, as NOT_SERVING."""
-        torch.set_num_threads(self.device.threads)
         config = self.config
+        if not config.models.is_dir():
+            raise RuntimeError(f"--models {config.models}: there is no such directory")
+        torch.set_num_threads(self.device.threads)
         limit = config.max_message_mib << 20
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self.metrics, self.repository.is_known)],
@@ -91,10 +97,12 @@ class App:
         pb_grpc.add_InferenceServicer_to_server(self.service, self._server)
         await self.health.add_to(self._server)
         reflection.enable_server_reflection(_reflected(), self._server)
-        self.port = self._server.add_insecure_port(f"{config.host}:{config.port}")
-        self._metrics_server, _ = prometheus_client.start_http_server(
-            config.metrics_port, config.host, self.metrics.registry
-        )
+        with _binding(config.host, config.port, "--port"):
+            self.port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+        with _binding(config.host, config.metrics_port, "--metrics-port"):
+            self._metrics_server, _ = prometheus_client.start_http_server(
+                config.metrics_port, config.host, self.metrics.registry
+            )
         self.metrics_port = self._metrics_server.server_port
         self.metrics.build.info(
             {"version": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
@@ -109,6 +117,8 @@ class App:
     async def load(self) -> None:
         """Load what there is, start the engine, and say SERVING."""
         await asyncio.to_thread(self._load_all)
+        if self._stop.is_set():
+            return
         self.engine.start()
         self.service.is_ready = True
         await self.health.set_serving(True)
@@ -117,7 +127,8 @@ class App:
         """Stop in order: refuse new calls, let those in flight finish, stop the engine."""
         assert self._server is not None, "shut down before it was started. This is a bug."
         await self.health.shut_down()
-        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
+        if self.service.is_ready:
+            await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         await self._server.stop(self.config.grace_seconds)
         await asyncio.to_thread(self.engine.stop)
         self._metrics_server.shutdown()
@@ -126,6 +137,8 @@ class App:
     def greeting(self) -> str:
         """What is being served, and one line to try next."""
         models = list(self.repository)
+        if not models and self.num_refused:
+            return f"Serving nothing: all {self.num_refused} artifacts were refused, for the reasons above."
         if not models:
             return f"Serving nothing: no artifact under {self.config.models}. Try: python -m export starter"
         lines = ["", "Serving:"]
@@ -138,23 +151,37 @@ class App:
         lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{command}", ""]
         return "\n".join(lines)
 
+    def _end(self) -> None:
+        """The device thread died: nothing can be served any more."""
+        self.has_failed = True
+        self._loop.call_soon_threadsafe(self._stop.set)
+
     def _load_all(self) -> None:
         for directory in sorted(_artifact_directories(self.config.models)):
+            if self._stop.is_set():
+                return
             start = time.monotonic()
             try:
                 model = self.repository.load(directory)
             except ArtifactRefused as refusal:
-                log.error("refused %s: %s", directory, refusal)
-                self.metrics.refused_artifacts.inc()
-                continue
-            self._admit(model, time.monotonic() - start)
+                self._refuse(directory, str(refusal))
+            except Exception as error:  # whatever is wrong with one artifact, the others are served
+                self._refuse(directory, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                self._admit(model, time.monotonic() - start)
+
+    def _refuse(self, directory: Path, reason: str) -> None:
+        log.error("refused %s: %s", directory, reason)
+        self.num_refused += 1
+        self.metrics.refused_artifacts.set(self.num_refused)
 
     def _admit(self, model: Model, seconds: float) -> None:
         for loaded in model.programs.values():
             self.engine.add(loaded.key, loaded.program)
             self.metrics.expect(loaded.key)
-            promise = "bitwise" if loaded.is_bitwise else "seeded"
-            log.debug("%s: %s, batches of %s", loaded.key, promise, loaded.program.buckets)
+            if not loaded.is_bitwise:
+                log.warning("%s is SEEDED, not BITWISE: its rows' low bits depend on their slot", loaded.key)
+            log.debug("%s runs in batches of %s", loaded.key, loaded.program.buckets)
         self.metrics.model_load_seconds.labels(model.spec.name, model.spec.version).set(seconds)
         for format_ in model.formats:
             labels = model.spec.name, model.spec.version, format_, model.manifest.family, model.spec.digest
@@ -164,17 +191,30 @@ class App:
 
 def _artifact_directories(root: Path) -> Iterator[Path]:
     """Every <name>/<version> under the models directory; what starts with a dot is none of ours."""
-    for name in root.iterdir() if root.is_dir() else ():
-        if name.is_dir() and not name.name.startswith("."):
-            yield from (v for v in name.iterdir() if v.is_dir() and not v.name.startswith("."))
+    yield from (path for path in root.glob("[!.]*/[!.]*") if path.is_dir())
+
+
+@contextlib.contextmanager
+def _binding(host: str, port: int, flag: str) -> Iterator[None]:
+    """Say which port could not be had, and which flag asks for another."""
+    try:
+        yield
+    except (OSError, RuntimeError):
+        raise RuntimeError(f"{host}:{port} cannot be listened on; ask for another with {flag}") from None
 
 
 def _device_name(asked: str) -> str:
-    has_cuda = torch.cuda.is_available()
+    num_gpus = torch.cuda.device_count()
     if asked == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if torch.device(asked).type == "cuda" and not has_cuda:
-        raise RuntimeError(f"--device {asked}: PyTorch finds no GPU here; serve with --device cpu")
+        return "cuda" if num_gpus else "cpu"
+    if asked not in {
+        "cpu",
+        *(["cuda"] if num_gpus else []),
+        *(f"cuda:{number}" for number in range(num_gpus)),
+    }:
+        raise RuntimeError(
+            f"--device {asked}: expected cpu, or one of the {num_gpus} GPUs that PyTorch finds"
+        )
     return asked
 
 

@@ -19,6 +19,9 @@ from server.spec import ProgramSpec, TensorSpec
 FORMAT_VERSION = 1
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
+MAX_NUMBER = 2.0**53
+MAX_STEPS = 2**31
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,126}")
@@ -153,6 +156,8 @@ def _parameter_problems(program: manifest_pb2.Program, graphs: messages.Graphs) 
         kind = messages.PARAMETER_KINDS.get(parameter.type)
         if not _IDENTIFIER.fullmatch(parameter.name) or kind is None:
             yield f"parameter {parameter.name!r} has no name or no type"
+        if not -MAX_NUMBER <= parameter.minimum <= parameter.maximum <= MAX_NUMBER:
+            yield f"parameter {parameter.name} has no bounds of at most 2^53"
         if not parameter.minimum <= parameter.default_value <= parameter.maximum:
             yield (
                 f"parameter {parameter.name} defaults to {parameter.default_value:g}, outside of "
@@ -194,8 +199,9 @@ def _step_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> It
             yield "it counts steps but has no step graph"
         return
     if steps.WhichOneof("count") == "parameter":
-        if steps.parameter not in counting or counting[steps.parameter].minimum < 1:
-            yield f"steps come from {steps.parameter!r}, which is no integer parameter of at least 1"
+        counted = counting.get(steps.parameter)
+        if counted is None or not 1 <= counted.minimum <= counted.maximum < MAX_STEPS:
+            yield f"steps come from {steps.parameter!r}, which is no integer parameter of 1 to 2^31"
     elif steps.fixed < 1:
         yield f"it has a step graph but {steps.fixed} steps"
     if steps.units_per_step < 0:

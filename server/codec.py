@@ -75,9 +75,9 @@ def transform_job(message: pb.TransformRequest, program: ProgramSpec, max_rows: 
     """The job of a request that sends rows through a model; InvalidRequest lists all violations."""
     violations = Violations()
     rows = max((tensor.shape[0] for tensor in message.inputs.values() if tensor.shape), default=1)
-    if not 1 <= rows <= max_rows:
-        violations.add("inputs", f"expected 1 to {max_rows} rows, got {rows}")
     inputs = _inputs(message.inputs, program, rows, violations)
+    if not violations.found and rows > max_rows:
+        violations.add("inputs", f"expected 1 to {max_rows} rows, got {rows}")
     return _job(message, program, rows, inputs, violations)
 
 
@@ -89,7 +89,7 @@ def _job(
     violations: Violations,
 ) -> Job:
     parameters = _parameters(message.parameters, program.parameters, violations)
-    if message.first_row + rows > MAX_ROW_INDEX + 1:
+    if not violations.found and message.first_row + rows > MAX_ROW_INDEX + 1:
         violations.add("first_row", f"expected row indices below 2^32, got {message.first_row} + {rows} rows")
     violations.check()
     seed = message.seed if message.HasField("seed") else secrets.randbits(63)
@@ -126,7 +126,7 @@ def _parameter(message: pb.ParameterValue, spec: ParameterSpec) -> tuple[str, fl
         return "", float(spec.choices.index(message.choice_value))
     value = float(getattr(message, kind))
     if not spec.minimum <= value <= spec.maximum:
-        return f"expected {_expected(spec)}, got {value:g}", 0.0
+        return f"expected {_expected(spec)}, got {_number(value)}", 0.0
     return "", value
 
 
@@ -136,7 +136,11 @@ def _expected(spec: ParameterSpec) -> str:
     if spec.kind == "boolean":
         return "a boolean"
     article = "an integer" if spec.kind == "integer" else "a float"
-    return f"{article} from {spec.minimum:g} to {spec.maximum:g}"
+    return f"{article} from {_number(spec.minimum)} to {_number(spec.maximum)}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else f"{value:g}"
 
 
 def _inputs(
@@ -171,7 +175,9 @@ def _input(
 def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:
     if array.dtype.name != spec.dtype or array.shape[1:] != spec.shape or array.ndim == 0:
         return f"expected {_described(spec)}, got {array.dtype.name}{list(array.shape)}"
-    if len(array) not in (1, rows) or not len(array):
+    if not len(array):
+        return "expected at least 1 row, got 0"
+    if len(array) not in (1, rows):
         return f"expected 1 or {rows} rows, got {len(array)}"
     if not np.isfinite(array).all():
         return "expected finite numbers, got NaN or infinity"

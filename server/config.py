@@ -4,13 +4,19 @@ Every flag --some-flag may be given as SAMOVAR_SOME_FLAG instead.
 """
 
 import argparse
+import dataclasses
+import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.runtime import RUNTIMES
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_ROWS = 2**32 - 1
 
 EPILOG = """\
 every flag may be given as an environment variable: --metrics-port as SAMOVAR_METRICS_PORT.
@@ -44,9 +50,15 @@ class Config:
 
 def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
     """The configuration that a command line and an environment ask for; exits with 2 when they are wrong."""
-    parser = _parser()
-    _use_environment(parser, environment)
-    return Config(**vars(parser.parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    return Config(**vars(_parser().parse_args([*_flags(environment), *given])))
+
+
+def _flags(environment: Mapping[str, str]) -> list[str]:
+    """Environment variables as flags, to come before those of the command line, which win."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    values = {name: environment.get(f"SAMOVAR_{name.upper()}") for name in names}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,47 +77,54 @@ def _parser() -> argparse.ArgumentParser:
 
     flag("models", Path, "directory of artifacts, as <name>/<version>/")
     flag("host", str, "address to listen on; 0.0.0.0 for every interface")
-    flag("port", _at_least(0), "gRPC port; 0 for any free one")
-    flag("metrics-port", _at_least(0), "Prometheus port; 0 for any free one")
+    flag("port", _integer(0, 65_535), "gRPC port; 0 for any free one")
+    flag("metrics-port", _integer(0, 65_535), "Prometheus port; 0 for any free one")
     flag("device", str, "cpu, cuda, cuda:1, …; auto takes a GPU when there is one")
     flag("formats", _formats, "formats to load, the preferred one first")
-    flag("threads", _at_least(1), "CPU threads of one graph call; leave a core to the network")
-    flag("max-batch-rows", _at_least(1), "rows of a program that share a step")
+    flag("threads", _integer(1, 1024), "CPU threads of one graph call; leave a core to the network")
+    flag("max-batch-rows", _integer(1, 65_536), "rows of a program that share a step")
     flag(
         "max-waiting-rows",
-        _at_least(1),
+        _integer(1, MAX_ROWS),
         "rows that may wait in all; more are refused with RESOURCE_EXHAUSTED",
     )
-    flag("max-rows-per-request", _at_least(1), "rows that one request may ask for")
-    flag("max-message-mib", _at_least(1), "largest gRPC message, either way, in MiB")
-    flag("max-concurrent-calls", _at_least(1), "calls in flight; more are refused with RESOURCE_EXHAUSTED")
-    flag("grace-seconds", float, "time that calls in flight have to finish on SIGTERM")
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)"
+    flag("max-rows-per-request", _integer(1, MAX_ROWS), "rows that one request may ask for")
+    flag("max-message-mib", _integer(1, 2047), "largest gRPC message, either way, in MiB")
+    flag(
+        "max-concurrent-calls",
+        _integer(1, MAX_ROWS),
+        "calls in flight; more are refused with RESOURCE_EXHAUSTED",
     )
+    flag("grace-seconds", _seconds, "time that calls in flight have to finish on SIGTERM")
+    flag("log-level", _log_level, f"one of {', '.join(LOG_LEVELS)}")
     return parser
 
 
-def _use_environment(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Strings become defaults: argparse converts and checks them like flags."""
-    for action in parser._actions:
-        value = environment.get(f"SAMOVAR_{action.dest.upper()}")
-        if value is not None and action.dest != "help":
-            action.default = value
-
-
-def _at_least(minimum: int) -> Any:
+def _integer(low: int, high: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {value}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {value}")
         return value
 
     return integer
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+    return value
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(LOG_LEVELS)}, got {text!r}")
+    return text
+
+
 def _formats(text: str) -> tuple[str, ...]:
-    formats = tuple(text.split(","))
+    formats = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in formats if name not in RUNTIMES]:
         raise argparse.ArgumentTypeError(
             f"no runtime for {', '.join(unknown)}; there are {', '.join(RUNTIMES)}"

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from server.errors import (
@@ -22,6 +22,7 @@ from server.errors import (
     Overloaded,
     SamovarError,
     ServerUnavailable,
+    Violation,
 )
 from server.metrics import Metrics
 
@@ -31,6 +32,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "/samovar.v1.Inference/"
 DOMAIN = "samovar"
+UNEXPECTED = "the server met an error that it did not expect"
+
+# gRPC carries errors in headers, of which 8 KiB are safe; message and details go there both.
+MAX_MESSAGE = 1000
+MAX_TEXT = 200
+MAX_VIOLATIONS = 12
 
 CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
@@ -49,9 +56,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     An error that no one foresaw is INTERNAL and says nothing of its inside.
     """
     code, reason = CODES.get(type(error), (grpc.StatusCode.INTERNAL, "UNEXPECTED"))  # type: ignore[arg-type]
-    message = (
-        str(error) if isinstance(error, SamovarError) else "the server met an error that it did not expect"
-    )
+    message = _cut(str(error), MAX_MESSAGE) if isinstance(error, SamovarError) else UNEXPECTED
     details = [
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error)),
         *_details(error),
@@ -72,12 +77,7 @@ def _facts(error: Exception) -> dict[str, str]:
 
 def _details(error: Exception) -> Iterator[Message]:
     if isinstance(error, InvalidRequest):
-        yield error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                for v in error.violations
-            ]
-        )
+        yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations))
     if isinstance(error, OperationNotSupported):
         violation = error_details_pb2.PreconditionFailure.Violation(
             type="OPERATION", subject=error.model, description=str(error)
@@ -89,11 +89,51 @@ def _details(error: Exception) -> Iterator[Message]:
         yield error_details_pb2.RetryInfo(retry_delay=delay)
 
 
+def _field_violations(
+    violations: Sequence[Violation],
+) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
+    for violation in violations[:MAX_VIOLATIONS]:
+        yield error_details_pb2.BadRequest.FieldViolation(
+            field=_cut(violation.field, MAX_TEXT), description=_cut(violation.description, MAX_TEXT)
+        )
+    if (more := len(violations) - MAX_VIOLATIONS) > 0:
+        yield error_details_pb2.BadRequest.FieldViolation(field="*", description=f"and {more} more")
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 @dataclass
 class Outcome:
     """How a call ended; OK until something else is known."""
 
     code: grpc.StatusCode = grpc.StatusCode.OK
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for a request whose bytes are not the message that the method takes."""
+
+    reason: str
+
+
+def _readable(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
+    """Inside gRPC a failure to read would be UNKNOWN and uncounted; so it is carried to the call."""
+
+    def read(data: bytes) -> Message | Unreadable:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return Unreadable(str(error))
+
+    return read
+
+
+def _read(request: Message | Unreadable) -> Message:
+    if isinstance(request, Unreadable):
+        raise InvalidRequest([Violation("request", f"expected the method's message: {request.reason}")])
+    return request
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -120,15 +160,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
         return make(
             wrap(behaviour, method.removeprefix(SERVICE)),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_readable(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _unary(self, behaviour: Any, method: str) -> Any:
-        async def call(request: Message, context: Context) -> Message:
+        async def call(request: Message | Unreadable, context: Context) -> Message:
             with self._observed(method, request, context) as outcome:
                 try:
-                    response: Message = await behaviour(request, context)
+                    response: Message = await behaviour(_read(request), context)
                 except Exception as error:
                     await _abort(error, method, context, outcome)
                 return response
@@ -136,10 +176,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _streaming(self, behaviour: Any, method: str) -> Any:
-        async def call(request: Message, context: Context) -> AsyncIterator[Message]:
+        async def call(request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
             with self._observed(method, request, context) as outcome:
                 try:
-                    async with aclosing(behaviour(request, context)) as responses:
+                    async with aclosing(behaviour(_read(request), context)) as responses:
                         async for response in responses:
                             yield response
                 except Exception as error:
@@ -148,7 +188,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     @contextmanager
-    def _observed(self, method: str, request: Message, context: Context) -> Iterator[Outcome]:
+    def _observed(self, method: str, request: Message | Unreadable, context: Context) -> Iterator[Outcome]:
         outcome, start = Outcome(), time.monotonic()
         model = self._model_label(request)
         self._metrics.calls_in_flight.inc()
@@ -156,7 +196,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             yield outcome
         except (asyncio.CancelledError, GeneratorExit):
             remaining = context.time_remaining()
-            is_late = remaining is not None and remaining <= 0
+            # The deadline's own cancellation may arrive a moment before the clock agrees.
+            is_late = remaining is not None and remaining < 0.1
             outcome.code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             raise
         finally:
@@ -167,7 +208,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             log.debug("%s %s %s %.1f ms", method, model, outcome.code.name, 1000 * seconds)
 
     def _model_label(self, request: Any) -> str:
-        name: str = request.model.name if "model" in request.DESCRIPTOR.fields_by_name else ""
+        name: str = getattr(getattr(request, "model", None), "name", "")
         return name if self._is_known_model(name) else ""
 
 

@@ -46,9 +46,13 @@ class Model:
         """The program of an operation; OperationNotSupported or ModelNotFound when there is none."""
         if operation not in self.spec.programs:
             raise OperationNotSupported(self.name, operation, sorted(self.spec.programs))
+        self.check_format(format_)
+        return self.programs[format_ or self.formats[0], operation]
+
+    def check_format(self, format_: str) -> None:
+        """ModelNotFound when the model is not served in a format that was asked for."""
         if format_ and format_ not in self.formats:
             raise ModelNotFound(f"{self.name} is served as {', '.join(self.formats)}, not as {format_!r}")
-        return self.programs[format_ or self.formats[0], operation]
 
 
 class Repository:

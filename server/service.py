@@ -118,7 +118,9 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         self._check_ready()
-        return self._describe(self._repository.select(request.model.name, request.model.version))
+        model = self._repository.select(request.model.name, request.model.version)
+        model.check_format(request.model.format)
+        return self._describe(model)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.ServerInfo:
         return self._info
@@ -211,12 +213,12 @@ class InferenceService(pb_grpc.InferenceServicer):
             )
 
     def _messages(self, batch: list[Any], target: Target) -> list[pb.SampleResponse]:
-        """A batch of events in as few messages as the chunk size allows; at least one."""
-        messages = [
-            pb.SampleResponse(rows=codec.rows(chunk))
-            for chunk in _chunks(batch, target.loaded.spec.output_row_bytes, self._limits.chunk_bytes)
-        ] or [pb.SampleResponse()]
-        messages[0].previews.extend(codec.preview(event) for event in batch if isinstance(event, Preview))
+        """A batch of events in as few messages as the chunk size allows."""
+        size = max(1, self._limits.chunk_bytes // max(target.loaded.spec.output_row_bytes, 1))
+        previews = [event for event in batch if isinstance(event, Preview)]
+        finished = [event for event in batch if isinstance(event, Rows)]
+        messages = [pb.SampleResponse(previews=[codec.preview(chunk)]) for chunk in _previews(previews, size)]
+        messages += [pb.SampleResponse(rows=codec.rows(chunk)) for chunk in _chunks(finished, size)]
         if isinstance(batch[-1], Completed):
             messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
             self._observe_queue(target, batch[-1].timings)
@@ -227,23 +229,28 @@ class InferenceService(pb_grpc.InferenceServicer):
         self._metrics.queue_seconds.labels(key.operation.capitalize(), key.model).observe(timings.queue)
 
 
-def _chunks(batch: list[Any], row_bytes: int, chunk_bytes: int) -> list[Rows]:
-    """The finished rows of a batch of events, regrouped to about `chunk_bytes` each."""
-    finished = [event for event in batch if isinstance(event, Rows)]
+def _chunks(finished: list[Rows], size: int) -> list[Rows]:
+    """Finished rows, regrouped to at most `size` each."""
     if not finished:
         return []
     indices = [index for event in finished for index in event.indices]
     outputs = {
         name: np.concatenate([event.outputs[name] for event in finished]) for name in finished[0].outputs
     }
-    size = max(1, chunk_bytes // max(row_bytes, 1))
+    return [_slice(Rows(indices, outputs), start, start + size) for start in range(0, len(indices), size)]
+
+
+def _previews(previews: list[Preview], size: int) -> list[Preview]:
+    """Previews of at most `size` rows each."""
     return [
-        Rows(
-            indices[start : start + size],
-            {name: array[start : start + size] for name, array in outputs.items()},
-        )
-        for start in range(0, len(indices), size)
+        Preview(_slice(event.rows, start, start + size), event.steps_done[start : start + size])
+        for event in previews
+        for start in range(0, len(event.steps_done), size)
     ]
+
+
+def _slice(rows: Rows, start: int, end: int) -> Rows:
+    return Rows(rows.indices[start:end], {name: array[start:end] for name, array in rows.outputs.items()})
 
 
 def _place(event: Rows, outputs: Arrays, first_row: int) -> None:
@@ -257,7 +264,7 @@ def _page_start(request: pb.ListModelsRequest, count: int) -> int:
     if request.page_size < 0:
         violations.add("page_size", f"expected at least 0, got {request.page_size}")
     token = request.page_token
-    if token and not (token.isascii() and token.isdigit() and int(token) < count):
+    if token and token not in map(str, range(count)):
         violations.add("page_token", f"expected a next_page_token of this list, got {token!r}")
     violations.check()
     return int(token or 0)

@@ -11,6 +11,9 @@ from server.errors import ArtifactRefused
 from server.runtime.base import Device
 from server.spec import GraphSpec, TensorSpec
 
+# A server reports to its own operators, and to nobody else.
+onnxruntime.disable_telemetry_events()
+
 _ELEMENT_TYPES = {
     "bool": "tensor(bool)",
     "uint8": "tensor(uint8)",

@@ -20,10 +20,9 @@ class TorchScriptGraph:
         except RuntimeError as error:
             raise ArtifactRefused(f"{path.name} is not a TorchScript file: {_first_line(error)}") from None
         arguments = [argument.name for argument in self._module.forward.schema.arguments][1:]
-        if len(arguments) != len(spec.inputs):
-            raise ArtifactRefused(
-                f"{path.name} takes {len(arguments)} tensors, its manifest says {len(spec.inputs)}"
-            )
+        expected = [tensor.name for tensor in spec.inputs]
+        if arguments != expected:
+            raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).

@@ -108,15 +108,31 @@ def test_flags_win_over_environment_and_environment_over_defaults() -> None:
     assert parse([], environment).port == 9001
     assert parse(["--port", "9002"], environment).port == 9002
     assert parse([], environment).formats == ("torchscript",)
+    assert parse(["--formats", "onnx,onnx"], {}).formats == ("onnx",)
     assert parse([], {}).port == 8001
 
 
-@pytest.mark.parametrize("flags", [["--port", "x"], ["--formats", "cuneiform"], ["--max-batch-rows", "0"]])
-def test_a_wrong_flag_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse(flags, {})
-    assert exit_.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "x"],
+        ["--port", "99999"],
+        ["--metrics-port", "-1"],
+        ["--formats", "cuneiform"],
+        ["--max-batch-rows", "0"],
+        ["--max-message-mib", "5000"],
+        ["--grace-seconds", "nan"],
+        ["--log-level", "loud"],
+    ],
+)
+def test_a_wrong_setting_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name, value = flags
+    variable = f"SAMOVAR_{name.strip('-').replace('-', '_').upper()}"
+    for arguments, environment in ((flags, {}), ([], {variable: value})):
+        with pytest.raises(SystemExit) as exit_:
+            parse(arguments, environment)
+        assert exit_.value.code == 2
+        assert name in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -151,39 +167,38 @@ def test_the_process_says_what_it_serves_and_stops_in_order(process: subprocess.
     assert "Traceback" not in process.stdout.read()
 
 
-def test_a_device_that_is_not_there_is_said_in_one_line(models: Path) -> None:
-    command = [sys.executable, "-m", "server", "--models", str(models), "--device", "cuda:77", "--port", "0"]
-    finished = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+def failed_start(*flags: str) -> str:
+    """What a server says that cannot start: one line."""
+    command = [sys.executable, "-m", "server", "--port", "0", "--metrics-port", "0", *flags]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 1
-    assert "cannot serve: --device cuda:77" in finished.stderr
     assert "Traceback" not in finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if "cannot serve" in line]
+    return line
 
 
-def test_a_taken_port_is_said_in_one_line(models: Path) -> None:
+def test_what_keeps_a_server_from_starting_is_said_in_one_line(models: Path, tmp_path: Path) -> None:
+    assert "--device cuda:77" in failed_start("--models", str(models), "--device", "cuda:77")
+    assert "no such directory" in failed_start("--models", str(tmp_path / "nowhere"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [
-            sys.executable,
-            "-m",
-            "server",
-            "--models",
-            str(models),
-            "--port",
-            port,
-            "--metrics-port",
-            "0",
-        ]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert finished.returncode == 1
-    assert "cannot serve" in finished.stderr
-    assert "Traceback" not in finished.stderr
+        for flag in ("--port", "--metrics-port"):
+            said = failed_start("--models", str(models), flag, port)
+            assert port in said
+            assert flag in said
+
+
+def test_a_second_interrupt_ends_the_process_at_once(process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    address = next(match[1] for line in process.stdout if (match := re.search(r"--address (\S+)", line)))
+    with (
+        samovar.Client(address, timeout=60.0) as client,
+        client.stream(DIFFUSION, 50_000, preview_every=1, parameters={"steps": 200}) as stream,
+    ):
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        assert any("stopping" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) != 0

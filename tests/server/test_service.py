@@ -76,7 +76,15 @@ def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.Inferen
         (pb.Tensor(), "expected a dtype"),
         (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[3, 8, 8], data=b"\0" * 191), "got 191"),
         (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[-1, 8, 8]), "at least 0"),
-        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[0, 8, 8]), "got 0"),
+        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[0, 8, 8]), "expected at least 1 row, got 0"),
+        (
+            pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[1] * 100, data=b"\0"),
+            "that an array can have",
+        ),
+        (
+            pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[2**63 - 1, 2**63 - 1, 0]),
+            "that an array can have",
+        ),
         (
             pb.Tensor(dtype=manifest_pb2.DataType.ValueType(99), shape=[1], data=b"\0"),
             "expected a dtype, got 99",
@@ -107,6 +115,25 @@ def test_numbers_that_are_none_are_refused(stub: pb_grpc.InferenceStub, value: f
     with pytest.raises(grpc.RpcError) as raised:
         stub.Decode(pb.TransformRequest(model=selector(), inputs={"latent": latent}))
     assert "expected finite numbers" in refusal(raised.value)[1]["inputs[latent]"]
+
+
+def test_a_thousand_violations_still_fit_into_an_error(stub: pb_grpc.InferenceStub) -> None:
+    wrong = {f"{number}-{'x' * 300}": pb.ParameterValue(float_value=1.0) for number in range(1000)}
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, parameters=wrong)))
+    code, violations = refusal(raised.value)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert violations["*"] == f"and {1000 - len(violations) + 1} more"
+
+
+def test_a_request_that_is_no_message_is_refused_and_counted(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/samovar.v1.Inference/Decode")
+        with pytest.raises(grpc.RpcError) as raised:
+            call(b"\xff\xff\xff")
+    code, violations = refusal(raised.value)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "request" in violations
 
 
 def test_a_missing_input_is_named(stub: pb_grpc.InferenceStub) -> None:
@@ -225,7 +252,7 @@ def test_models_are_listed_in_pages(stub: pb_grpc.InferenceStub) -> None:
     assert len(set(names)) == 2
     assert all(not model.manifest.golden_rows for model in first.models)
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="x"))
+        stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="0" * 5000))
     assert set(refusal(raised.value)[1]) == {"page_size", "page_token"}
 
 

@@ -56,7 +56,10 @@ def unpack(tensor: inference_pb2.Tensor) -> Array:
         raise MalformedTensor(
             f"expected {expected} bytes for {dtype.name}{list(tensor.shape)}, got {len(tensor.data)}"
         )
-    array = np.frombuffer(tensor.data, dtype=dtype).reshape(tuple(tensor.shape))
+    try:
+        array = np.frombuffer(tensor.data, dtype=dtype).reshape(tuple(tensor.shape))
+    except ValueError as error:
+        raise MalformedTensor(f"expected a shape that an array can have: {error}") from None
     if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
         raise MalformedTensor("expected booleans to be bytes 0 or 1")
     return array
