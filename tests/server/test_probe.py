@@ -1,0 +1,99 @@
+"""The proof before serving: golden rows, and the batch sizes in which rows keep their bits."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from server.errors import ArtifactRefused
+from server.probe import Probe
+from server.runtime import Graph
+from server.spec import GoldenRows
+from tests import toys
+from tests.toys import request
+
+BUCKETS = (8, 16, 32)
+
+
+def golden(rows: int = 3, error: float = 0.0, tolerance: float = 1e-6) -> GoldenRows:
+    """Rows of the walk with the answers that it gives, or such that are off by an error."""
+    program = toys.program(buckets=(64,))
+    program.slots.admit(request(rows=rows, steps=3, seed=4, first_row=9), 0, rows)
+    outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in program.advance()]
+    return GoldenRows(
+        "sample", 4, 9, rows, {}, {}, {"value": outputs[0] + np.float32(error)}, {"value": tolerance}
+    )
+
+
+def probe(graphs: Mapping[str, Graph] = toys.GRAPHS) -> Probe:
+    return Probe(graphs, BUCKETS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 50])
+def test_rows_that_come_out_as_measured_pass(rows: int) -> None:
+    probe().prove(toys.WALK, golden(rows))
+
+
+@pytest.mark.parametrize("rows", [3, 50])
+def test_rows_that_are_off_are_refused(rows: int) -> None:
+    with pytest.raises(ArtifactRefused, match=r"value is off by 0\.5, allowed is 0\.1"):
+        probe().prove(toys.WALK, golden(rows, error=0.5, tolerance=0.1))
+
+
+def test_nan_is_never_within_tolerance() -> None:
+    def lost(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [inputs[0] * torch.nan]
+
+    with pytest.raises(ArtifactRefused, match="off by nan"):
+        probe({**toys.GRAPHS, "end": lost}).prove(toys.WALK, golden(tolerance=1e9))
+
+
+def stable(walk: Graph) -> dict[str, set[int]]:
+    made = probe({**toys.GRAPHS, "walk": walk})
+    made.prove(toys.WALK, golden(tolerance=1.0))
+    return made.stable_buckets()
+
+
+def test_graphs_whose_rows_are_independent_keep_every_bucket() -> None:
+    assert stable(toys.walk) == {name: set(BUCKETS) for name in ("begin", "walk", "end")}
+
+
+def test_a_bucket_in_which_rows_differ_is_found() -> None:
+    def small_batches_differ(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        return [total * (1 + 1e-6) if len(total) < 16 else total]
+
+    found = stable(small_batches_differ)
+    assert found["walk"] == {16, 32}
+    assert found["end"] == set(BUCKETS)
+
+
+def test_rows_that_depend_on_their_slot_have_no_stable_bucket() -> None:
+    def odd_slots_differ(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        total[1::2] *= 1 + 1e-6
+        return [total]
+
+    assert stable(odd_slots_differ)["walk"] == set()
+
+
+def test_rows_that_depend_on_their_neighbours_have_no_stable_bucket() -> None:
+    def centred(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        return [total + 1e-3 * total.roll(1, 0)]
+
+    assert stable(centred)["walk"] == set()
+
+
+def test_every_bucket_is_warm_even_where_none_is_stable() -> None:
+    sizes = set()
+
+    def unstable(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        (total,) = toys.walk(inputs)
+        sizes.add(len(total))
+        total[1::2] *= 1 + 1e-6
+        return [total]
+
+    stable(unstable)
+    assert sizes == set(BUCKETS)
