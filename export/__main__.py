@@ -127,6 +127,7 @@ def _list(options: argparse.Namespace) -> int:
     for name, entry in FAMILIES.items():
         print(f"  {name:<10} {entry.summary}\n  {'':<10} {', '.join(entry.operations)}")
     print("data sets\n  digits     8x8 handwritten digits, 17 levels, 1797 images; comes with scikit-learn")
+    print("  moons      two half circles of points, 40,000 with noise; made by scikit-learn")
     print(
         "  --data-dir a folder with train.parquet and test.parquet (image: struct<bytes, path>, label: int64)"
     )

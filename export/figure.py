@@ -1,12 +1,26 @@
-"""The picture beside an artifact: grids of images under titles. Knows arrays and no family."""
+"""The picture beside an artifact: images, points and densities under titles. Knows arrays and no family."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Drawing(Protocol):
+    """Something with a title that can be drawn on axes; `levels` says what is black in an image."""
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+
+    def draw(self, axes: "Axes", levels: int) -> None:
+        """Draw it."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +31,42 @@ class Panel:
     images: NDArray[Any]
     columns: int = 10
 
+    def draw(self, axes: "Axes", levels: int) -> None:
+        """Draw the grid in grey, or in the images' own colours."""
+        axes.imshow(_grid(self) / (levels - 1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
 
-def draw(title: str, caption: str, panels: Sequence[Panel], levels: int) -> bytes:
-    """Panels side by side under a title and over a caption, as a PNG."""
+
+@dataclass(frozen=True)
+class Scatter:
+    """Titled points [N, 2] within -limit..limit on both axes."""
+
+    title: str
+    points: NDArray[Any]
+    limit: float
+
+    def draw(self, axes: "Axes", levels: int) -> None:
+        """Draw every point as a small dot."""
+        axes.plot(self.points[:, 0], self.points[:, 1], ",", color="black", alpha=0.6)
+        axes.set(xlim=(-self.limit, self.limit), ylim=(-self.limit, self.limit), aspect="equal")
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Titled numbers from 0 up, [n, n], over -limit..limit on both axes; the first index is the abscissa."""
+
+    title: str
+    values: NDArray[Any]
+    limit: float
+
+    def draw(self, axes: "Axes", levels: int) -> None:
+        """Draw small numbers light and large ones dark."""
+        extent = (-self.limit, self.limit, -self.limit, self.limit)
+        axes.imshow(self.values.T, cmap="gray_r", vmin=0, origin="lower", extent=extent)
+
+
+def draw(title: str, caption: str, panels: Sequence[Drawing], levels: int) -> bytes:
+    """Drawings side by side under a title and over a caption, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -29,9 +76,8 @@ def draw(title: str, caption: str, panels: Sequence[Panel], levels: int) -> byte
     figure.suptitle(title, fontsize=13)
     figure.supxlabel(caption, fontsize=8)
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        axes.imshow(_grid(panel) / (levels - 1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        panel.draw(axes, levels)
         axes.set_title(panel.title, fontsize=11)
-        axes.set_axis_off()
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

@@ -37,7 +37,7 @@ SETS = 4
 _CHUNK_ROWS = 50
 CLASSIFIER = "our-cnn"
 
-Rows = NDArray[np.uint8]
+Rows = NDArray[Any]
 
 
 def play(player: Player, operation: str, rows: replay.Rows, title: str) -> replay.Tensors:
@@ -51,12 +51,12 @@ def play(player: Player, operation: str, rows: replay.Rows, title: str) -> repla
 
 
 def sampler(player: Player) -> Callable[[int, int], Rows]:
-    """The model's own samples: `draw(n, i)` gives the i-th set of n, uint8 [n, *shape]."""
-    program = player.program("sample")
+    """The model's own samples: `draw(n, i)` gives the i-th set of n, [n, *shape]."""
+    program, name = player.program("sample"), player.manifest.value.tensor.name
 
     def draw(count: int, number: int) -> Rows:
         rows = replay.request(program, number, range(count))
-        return play(player, "sample", rows, f"samples {number + 1}/{SETS}")["image"]
+        return play(player, "sample", rows, f"samples {number + 1}/{SETS}")[name]
 
     return draw
 
@@ -71,6 +71,46 @@ def bits_per_dimension(nats: NDArray[Any], dimensions: int, draws: int) -> manif
         standard_error=_standard_error(bits),
         doc=f"Upper bound, {len(bits)} test rows of integers (no offset), {draws} importance draws each.",
     )
+
+
+def exact_bits_per_dimension(nats: NDArray[Any], dimensions: int) -> manifest_pb2.Quality:
+    """The mean of exact log-masses over test rows."""
+    bits = -nats / (dimensions * math.log(2))
+    return manifest_pb2.Quality(
+        name="negative log-likelihood",
+        value=float(bits.mean()),
+        unit="bits/dim",
+        standard_error=_standard_error(bits),
+        doc=f"Exact, {len(bits)} test rows of integers (no offset).",
+    )
+
+
+def accuracy(hits: NDArray[np.bool_]) -> manifest_pb2.Quality:
+    """How often the likeliest class of test rows is theirs."""
+    return manifest_pb2.Quality(
+        name="accuracy",
+        value=float(hits.mean()),
+        standard_error=_standard_error(hits.astype(np.float64)),
+        doc=f"How often the likeliest class is the right one, over {len(hits)} test rows.",
+    )
+
+
+def negative_log_density(nats: NDArray[Any], doc: str) -> manifest_pb2.Quality:
+    """The mean of exact log-densities over test rows, with its sign changed."""
+    return manifest_pb2.Quality(
+        name="negative log-density",
+        value=float(-nats.mean()),
+        unit="nats",
+        standard_error=_standard_error(nats),
+        doc=f"Mean over {len(nats)} test rows. {doc}".strip(),
+    )
+
+
+def two_sample_test(data: Dataset, draw: Callable[[int, int], Rows], count: int) -> manifest_pb2.Quality:
+    """C2ST of `count` samples, `draw(n, i)` giving the i-th set of n, for data of any kind."""
+    test = data.test.rows[:count]
+    sets = [draw(len(test), number) for number in range(SETS)]
+    return _told(sets, [data.train.rows[chosen] for chosen in _subsets(len(data.train), len(test))], test)
 
 
 @dataclass(frozen=True)
@@ -95,10 +135,6 @@ class Judge:
         sets = [draw(len(test), number) for number in range(SETS)]
         unseen = self.data.train.rows[1::2]
         floor = [unseen[chosen] for chosen in _subsets(len(unseen), len(test))]
-        told, told_floor = (
-            np.array([two_sample_accuracy(rows, test) for rows in given]) for given in (sets, floor)
-        )
-        on_samples, on_test = told.mean(0)
         return [
             _quality(
                 f"FD({CLASSIFIER})",
@@ -108,15 +144,7 @@ class Judge:
                 f"Frechet distance between {len(test)} samples and as many test rows on {FEATURES} features "
                 "of our own classifier; not an FID. The floor: training rows that it never saw as samples.",
             ),
-            _quality(
-                "C2ST",
-                "accuracy",
-                told.mean(1),
-                told_floor.mean(1),
-                f"How often {NEIGHBOURS} nearest neighbours tell {len(test)} samples from as many test rows, "
-                f"the mean of {on_samples:.3f} on samples and {on_test:.3f} on test rows; only with "
-                "both near 0.5 are they alike. In the floor, training rows are the samples.",
-            ),
+            _told(sets, floor, test),
         ]
 
     def distance(self, rows: Rows, others: Rows) -> float:
@@ -205,6 +233,22 @@ def two_sample_accuracy(a: Rows, b: Rows) -> tuple[float, float]:
     neighbours = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(rows).kneighbors(return_distance=False)
     hits = (own[neighbours].mean(1) > 0.5) == own
     return float(hits[own].mean()), float(hits[~own].mean())
+
+
+def _told(sets: Sequence[Rows], floor: Sequence[Rows], test: Rows) -> manifest_pb2.Quality:
+    told, told_floor = (
+        np.array([two_sample_accuracy(rows, test) for rows in given]) for given in (sets, floor)
+    )
+    on_samples, on_test = told.mean(0)
+    return _quality(
+        "C2ST",
+        "accuracy",
+        told.mean(1),
+        told_floor.mean(1),
+        f"How often {NEIGHBOURS} nearest neighbours tell {len(test)} samples from as many test rows, "
+        f"the mean of {on_samples:.3f} on samples and {on_test:.3f} on test rows; only with "
+        "both near 0.5 are they alike. In the floor, training rows are the samples.",
+    )
 
 
 def _subsets(total: int, size: int) -> list[NDArray[np.intp]]:

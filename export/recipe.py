@@ -12,7 +12,7 @@ from google.protobuf import timestamp_pb2
 
 from export import artifact, training
 from export.data import Dataset
-from export.families.base import Family
+from export.families.base import Family, Preset
 from export.figure import draw
 from export.graph import FORMATS
 from export.program import Program
@@ -44,9 +44,14 @@ class Recipe:
         return self.name or f"{self.data.name}-{self.family.name}"
 
     @property
+    def suited(self) -> Preset:
+        """The preset that suits the data."""
+        return self.family.presets[self.preset].suiting(self.data.value)
+
+    @property
     def training(self) -> training.Settings:
         """The preset's settings with those that were given."""
-        preset = self.family.presets[self.preset].training
+        preset = self.suited.training
         return dataclasses.replace(
             preset,
             steps=self.steps or preset.steps,
@@ -60,7 +65,7 @@ def make(recipe: Recipe) -> Path:
     """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be."""
     artifact.destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.family.presets[recipe.preset])
+    network = recipe.family.network(recipe.data, recipe.suited)
     outcome = training.fit(network, recipe.data, recipe.training)
     model = _measured(recipe, _model(recipe, outcome, network))
     print("  writing and verifying the graphs ...", flush=True)
@@ -70,7 +75,7 @@ def make(recipe: Recipe) -> Path:
 def untrained(recipe: Recipe) -> Path:
     """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.family.presets[recipe.preset])
+    network = recipe.family.network(recipe.data, recipe.suited)
     network.requires_grad_(False)
     for weights in network.parameters():
         # Layers that begin as zeros would hide what goes wrong before them.
@@ -93,7 +98,7 @@ def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network)
 
 def _measured(recipe: Recipe, model: artifact.Model) -> artifact.Model:
     player, family = artifact.player(model.value, model.programs), recipe.family
-    quality = family.quality(player, recipe.data, family.presets[recipe.preset])
+    quality = family.quality(player, recipe.data, recipe.suited)
     for figure in quality:
         print(f"  {_line(figure)}")
     caption = "\n".join(map(_line, quality))

@@ -27,7 +27,7 @@ class Network(nn.Module):
     """A module that can be trained."""
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each row [B], of uint8 rows [B, *shape] and int64 labels [B]; it draws its own noise."""
+        """Loss of each row [B], of rows [B, *shape] and int64 labels [B]; it draws its own noise."""
         raise NotImplementedError
 
 

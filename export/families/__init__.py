@@ -34,4 +34,24 @@ FAMILIES: Mapping[str, Entry] = {
         "class-conditional diffusion model (EDM, Karras et al. 2022)",
         ("sample",),
     ),
+    "pixelcnn": Entry(
+        "export.families.pixelcnn",
+        "class-conditional Gated PixelCNN (van den Oord et al. 2016)",
+        ("sample", "score", "classify"),
+    ),
+    "mlp": Entry(
+        "export.families.mlp",
+        "multilayer perceptron classifier (Rumelhart et al. 1986)",
+        ("classify", "encode"),
+    ),
+    "cnn": Entry(
+        "export.families.cnn",
+        "convolutional classifier (LeCun et al. 1998, He et al. 2015)",
+        ("classify", "encode"),
+    ),
+    "realnvp": Entry(
+        "export.families.realnvp",
+        "normalising flow of affine couplings (RealNVP, Dinh et al. 2017)",
+        ("sample", "reconstruct", "encode", "decode", "score"),
+    ),
 }

@@ -1,13 +1,13 @@
 """What a family must provide. The exporter works with nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from export.data import Dataset
-from export.figure import Panel
+from export.figure import Drawing
 from export.golden import Example
-from export.program import Program
+from export.program import Program, Value
 from export.replay import Player
 from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
@@ -18,6 +18,7 @@ class Preset:
     """A size of network and the training that suits it: `width` channels or units, `depth` layers.
 
     `judge` trains the classifier that samples are measured by, on `measured_rows` test rows.
+    `kinds` holds what suits other kinds of value than images better.
     """
 
     width: int
@@ -26,6 +27,11 @@ class Preset:
     dropout: float = 0.0
     judge: Settings = field(default_factory=lambda: Settings(steps=500))
     measured_rows: int = 450
+    kinds: Mapping[str, "Preset"] = field(default_factory=dict)
+
+    def suiting(self, value: Value) -> "Preset":
+        """This preset, or the one that it has for the value's kind."""
+        return self.kinds.get(value.kind, self)
 
 
 class Family(Protocol):
@@ -48,5 +54,5 @@ class Family(Protocol):
     def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Figures on test rows, measured by running the programs."""
 
-    def panels(self, player: Player, data: Dataset) -> list[Panel]:
+    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
         """What the artifact's picture shows: real rows beside what the programs make."""

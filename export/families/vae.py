@@ -5,8 +5,7 @@ z ~ N(0, I) and p(x | z); the encoder gives q(z | x) = N(mean, std^2), and
 
     log p(x) >= E_q[log p(x | z)] - KL(q || N(0, I)).
 
-The score is the importance-weighted bound with K draws (Burda, Grosse &
-Salakhutdinov, "Importance Weighted Autoencoders", 2015), tighter as K grows.
+The score is the importance-weighted bound with K draws, tighter as K grows.
 Pixels given z are independent mixtures of discretised logistics (Salimans et al.,
 "PixelCNN++", 2017) with a trace of the uniform, a normalised mass on integers.
 """
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import replay
+from export import importance, replay
 from export.data import Dataset
 from export.families.base import Preset
 from export.figure import Panel
 from export.golden import Example
 from export.measure import Judge, bits_per_dimension, play, sampler
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
+from export.program import Input, Noise, Parameter, Program, Score, TensorSpec
 from export.replay import Player
 from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
@@ -35,13 +34,9 @@ from samovar.v1 import manifest_pb2
 LATENT_DIMENSIONS = 16
 COMPONENTS = 3
 TRAINING_DRAWS = 5
-# Sums over rows of whole SIMD packets do not depend on where in memory, so in which slot, a row lies.
-DRAWS_PER_STEP = 16
 MEASURED_DRAWS = 500
 PICTURED = 100
 UNIFORM_SHARE = 1e-4
-# The logarithm of a weight that counts for nothing, finite so that no row carries an infinity.
-_NOTHING = -1e30
 
 
 class PixelMixture:
@@ -186,12 +181,11 @@ class ScoreInit(_Part):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std = self.vae.encode(image)
-        nothing = torch.zeros_like(mean[:, 0]) + _NOTHING
-        return mean, std, nothing, nothing.clone()
+        return mean, std, *importance.nothing(mean[:, 0])
 
 
 class ScoreStep(_Part):
-    """Add the weights of a chunk of draws to running log-sums; surplus draws count nothing."""
+    """Add the weights of a chunk of draws to the running sums."""
 
     def forward(  # noqa: PLR0913 (bound by name)
         self,
@@ -205,26 +199,8 @@ class ScoreStep(_Part):
         step_index: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_weights = self.vae.log_weights(image, mean, std, latent_noise)
-        remaining = (draws - step_index * DRAWS_PER_STEP).unsqueeze(1)
-        counted = torch.arange(DRAWS_PER_STEP, device=draws.device).unsqueeze(0) < remaining
-        log_weights = torch.where(counted, log_weights, torch.full_like(log_weights, _NOTHING))
-        return mean, std, _add(log_sum, log_weights), _add(log_sum_of_squares, 2 * log_weights)
-
-
-class ScoreReadout(nn.Module):
-    """Log of the mean weight, and its standard error by the delta method: std(w) / (mean(w) sqrt(K))."""
-
-    def forward(self, log_sum: Tensor, log_sum_of_squares: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        count = draws.to(torch.float32)
-        relative_variance = (log_sum_of_squares - 2 * log_sum).exp() - 1 / count
-        error = torch.sqrt(relative_variance.clamp(min=0) * count / (count - 1).clamp(min=1))
-        return log_sum - count.log(), error
-
-
-def _add(log_sum: Tensor, log_terms: Tensor) -> Tensor:
-    largest = torch.maximum(log_sum, log_terms.amax(1))
-    total = (log_terms - largest.unsqueeze(1)).exp().sum(1) + (log_sum - largest).exp()
-    return largest + total.log()
+        sums = importance.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
+        return mean, std, *sums
 
 
 def _per_row(flags: Tensor, like: Tensor) -> Tensor:
@@ -389,25 +365,22 @@ def _score(vae: VAE, image: TensorSpec, space: str) -> Program:
         operation="score",
         init=ScoreInit(vae),
         step=ScoreStep(vae),
-        readout=ScoreReadout(),
+        readout=importance.Bound(),
         outputs=(
             TensorSpec(
                 "log_likelihood", doc="importance-weighted bound on the log-mass of the image, in nats"
             ),
-            TensorSpec(
-                "standard_error", minimum=0, doc="its standard error in nats; 0, unknown, for a single draw"
-            ),
+            importance.STANDARD_ERROR,
         ),
         doc="Importance-weighted lower bound on the log-mass of an image; tighter with more draws.",
         state=(
             *_posterior("of the latent given the image"),
-            TensorSpec("log_sum", doc="logarithm of the sum of the weights"),
-            TensorSpec("log_sum_of_squares", doc="logarithm of the sum of their squares"),
+            *importance.STATE,
         ),
-        steps=Steps(parameter="draws", units_per_step=DRAWS_PER_STEP),
-        parameters=(Parameter("draws", "integer", 100, 1, 5000, doc="importance draws per image"),),
+        steps=importance.STEPS,
+        parameters=(importance.draws("importance draws per image"),),
         inputs=(Input(image),),
-        noise=(_latent_noise(0, "latent_noise", DRAWS_PER_STEP),),
+        noise=(_latent_noise(0, "latent_noise", importance.DRAWS_PER_STEP),),
         score=Score("lower_bound", vae.dimensions, space, "log_likelihood", "standard_error", "draws"),
     )
 

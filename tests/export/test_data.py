@@ -81,3 +81,21 @@ def test_a_folder_with_other_columns_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(data.DataError, match="expected one of digits"):
         data.load("mnist")
+
+
+def test_moons_are_standardised_by_the_rows_to_learn() -> None:
+    moons = data.load("moons")
+    assert (len(moons.train), len(moons.validation), len(moons.test)) == (26_400, 3_600, 10_000)
+    assert (moons.value.kind, moons.value.tensor.shape) == ("vector", (2,))
+    assert moons.train.rows.dtype == np.float32
+    learn = np.concatenate([moons.train.rows, moons.validation.rows])
+    np.testing.assert_allclose(learn.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(learn.std(0), 1, atol=1e-6)
+    assert moons.sha256 == data.moons().sha256
+
+
+def test_the_first_moon_is_the_upper_one() -> None:
+    moons = data.moons()
+    upper, lower = (moons.test.rows[moons.test.labels == label, 1] for label in (0, 1))
+    assert moons.value.class_labels == ("upper", "lower")
+    assert lower.mean() < upper.mean()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from export import artifact, data, replay
 from export.families.base import Preset
-from export.families.vae import DRAWS_PER_STEP, FAMILY, LATENT_DIMENSIONS, VAE, PixelMixture
+from export.families.vae import FAMILY, LATENT_DIMENSIONS, VAE, PixelMixture
+from export.importance import DRAWS_PER_STEP
 from export.training import Settings, fit
 from samovar import noise
 

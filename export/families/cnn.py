@@ -1,0 +1,79 @@
+"""Convolutional network that classifies images.
+
+LeCun, Bottou, Bengio & Haffner, "Gradient-Based Learning Applied to Document
+Recognition" (1998), with the residual blocks of He et al., "Deep Residual Learning
+for Image Recognition" (2015). All kernels are 3x3; every stage after the first
+halves the image and doubles the channels.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from export.data import Dataset
+from export.families.base import Preset
+from export.families.classifier import Classifier, ClassifierFamily, Unit
+from export.training import Settings
+
+FEATURES = 128
+
+
+class Residual(nn.Module):
+    """x + two units of x, each of the same number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.units = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.units(x)
+        return y
+
+
+class ChannelsFirst(nn.Module):
+    """[B, height, width(, channels)] -> [B, channels, height, width]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.unsqueeze(1) if image.dim() == 3 else image.permute(0, 3, 1, 2)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> Unit:
+    return Unit(nn.Conv2d(inputs, outputs, 3, stride, padding=1))
+
+
+class Family(ClassifierFamily):
+    """The convolutional network as the exporter sees it."""
+
+    name = "cnn"
+    description = (
+        "Convolutional classifier (LeCun et al. 1998; He et al. 2015), with batch norm "
+        "(Ioffe & Szegedy 2015) folded in and its temperature fitted (Guo et al. 2017)."
+    )
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(width=4, depth=2, training=Settings(steps=1), measured_rows=20),
+        "starter": Preset(width=24, depth=2, dropout=0.3, training=Settings(steps=800)),
+        "full": Preset(
+            width=64,
+            depth=4,
+            dropout=0.3,
+            training=Settings(
+                steps=10_000, batch_rows=256, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.999
+            ),
+            measured_rows=10_000,
+        ),
+    }
+
+    def network(self, data: Dataset, preset: Preset) -> Classifier:
+        """An untrained network of `depth` stages, of which the first has `width` channels."""
+        shape = data.value.tensor.shape
+        height, width, channels = shape if len(shape) == 3 else (*shape, 1)
+        layers: list[nn.Module] = [ChannelsFirst()]
+        for stage in range(preset.depth):
+            stride, grown = 2 if stage else 1, preset.width << stage
+            layers += [_convolution(channels, grown, stride), Residual(grown)]
+            channels, height, width = grown, -(-height // stride), -(-width // stride)
+        dense = Unit(nn.Linear(channels * height * width, FEATURES), preset.dropout)
+        return Classifier(data, nn.Sequential(*layers, nn.Flatten(), dense), FEATURES)
+
+
+FAMILY = Family()

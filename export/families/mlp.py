@@ -1,0 +1,47 @@
+"""Multilayer perceptron that classifies images.
+
+Rosenblatt's perceptron with hidden layers, trained by back-propagation (Rumelhart,
+Hinton & Williams, "Learning representations by back-propagating errors", 1986). It
+sees an image as a list of pixels and must learn from data that some are neighbours.
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+from torch import nn
+
+from export.data import Dataset
+from export.families.base import Preset
+from export.families.classifier import Classifier, ClassifierFamily, Unit
+from export.training import Settings
+
+
+class Family(ClassifierFamily):
+    """The perceptron as the exporter sees it."""
+
+    name = "mlp"
+    description = (
+        "Multilayer perceptron classifier (Rumelhart et al. 1986), with batch norm (Ioffe & Szegedy 2015) "
+        "folded in and its temperature fitted (Guo et al. 2017)."
+    )
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(width=16, depth=1, training=Settings(steps=1), measured_rows=20),
+        "starter": Preset(width=512, depth=2, dropout=0.3, training=Settings(steps=1500)),
+        "full": Preset(
+            width=1024,
+            depth=4,
+            dropout=0.3,
+            training=Settings(steps=30_000, batch_rows=256, learning_rate=1e-3, ema_decay=0.999),
+            measured_rows=10_000,
+        ),
+    }
+
+    def network(self, data: Dataset, preset: Preset) -> Classifier:
+        """An untrained perceptron of `depth` hidden layers of `width` units."""
+        widths = [math.prod(data.value.tensor.shape)] + [preset.width] * preset.depth
+        units = [Unit(nn.Linear(a, b), preset.dropout) for a, b in pairwise(widths)]
+        return Classifier(data, nn.Sequential(nn.Flatten(), *units), preset.width)
+
+
+FAMILY = Family()

@@ -1,0 +1,560 @@
+"""RealNVP: a normalising flow, for points and for images of integers.
+
+Dinh, Sohl-Dickstein & Bengio, "Density estimation using Real NVP" (2017): an
+invertible map f takes a row x to a latent z ~ N(0, I), and
+
+    log p(x) = log N(f(x); 0, I) + log |det df/dx|.
+
+A coupling keeps the coordinates of a mask and moves the others by a scale and a
+shift computed from the kept ones, so the determinant is a product of scales; the
+masks alternate. Scales are bounded, so that the inverse is exact to rounding
+(Behrmann et al., "Understanding and mitigating exploding inverses", 2021).
+
+The score of a point is its exact log-density. An image of integers has the mass
+of its unit cube, and the density at uniform draws from it gives a lower bound
+(uniform dequantisation, Theis, van den Oord & Bethge 2016).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from export import importance, replay
+from export.data import Dataset
+from export.families.base import Preset
+from export.figure import Drawing, Heatmap, Panel, Scatter
+from export.golden import Example
+from export.measure import (
+    Judge,
+    bits_per_dimension,
+    negative_log_density,
+    play,
+    sampler,
+    two_sample_test,
+)
+from export.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.replay import Player
+from export.training import Network, Settings
+from samovar.v1 import manifest_pb2
+
+HIDDEN_LAYERS = 2
+# Of each layer. Wider bounds cut thin wedges into a density, where held-out rows then fall.
+LARGEST_LOG_SCALE = 1.0
+# How far dequantised pixels are kept from 0 and 1, where their logit would be infinite.
+MARGIN = 0.05
+MEASURED_DRAWS = 100
+DEQUANTISATIONS = ("middle", "draw")
+DRAW = DEQUANTISATIONS.index("draw")
+PICTURED = 100
+# The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
+LIMIT, CELLS = 2.5, 200
+_STATISTICS_ROWS = 2000
+# Sums over whole SIMD packets do not depend on the slot in which a row lies.
+_PACKET = 16
+
+
+class Bijection(nn.Module):
+    """An invertible map of rows [..., D]."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The image y [..., D], and log-slopes [..., D] whose sum is log |det dy/dx|."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The row x [..., D] that is mapped to y."""
+        raise NotImplementedError
+
+
+class Logit(Bijection):
+    """Dequantised pixels 0..levels to the real line, standardised by what training rows become."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, rows: NDArray[np.uint8], levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        pixels = torch.from_numpy(rows[:_STATISTICS_ROWS]).flatten(1)
+        uniform = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0))
+        share = self._share(pixels + uniform)
+        logits = torch.log(share / (1 - share))
+        self.register_buffer("mean", logits.mean(0))
+        self.register_buffer("std", logits.std(0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        share = self._share(x)
+        log_share, log_rest = share.log(), (1 - share).log()
+        slope = math.log((1 - 2 * MARGIN) / self.levels) - self.std.log()
+        return (log_share - log_rest - self.mean) / self.std, slope - log_share - log_rest
+
+    def inverse(self, y: Tensor) -> Tensor:
+        share = (y * self.std + self.mean).sigmoid()
+        return (share - MARGIN) * (self.levels / (1 - 2 * MARGIN))
+
+    def _share(self, pixels: Tensor) -> Tensor:
+        return MARGIN + (1 - 2 * MARGIN) / self.levels * pixels
+
+
+class Affine(Bijection):
+    """A scale and a shift of every coordinate (Kingma & Dhariwal, "Glow", 2018), at first the identity."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(dimensions))
+        self.shift = nn.Parameter(torch.zeros(dimensions))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = _bounded(self.scale)
+        return x * log_scale.exp() + self.shift, log_scale.expand_as(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y - self.shift) * (-_bounded(self.scale)).exp()
+
+
+class Coupling(Bijection):
+    """Keeps the coordinates where `kept` is 1, and scales and shifts the others by functions of them."""
+
+    kept: Tensor
+
+    def __init__(self, kept: Tensor, preset: Preset) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+        self.network = _perceptron(len(kept), preset)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._log_scale_and_shift(x)
+        return x * log_scale.exp() + shift, log_scale
+
+    def inverse(self, y: Tensor) -> Tensor:
+        log_scale, shift = self._log_scale_and_shift(y)
+        return (y - shift) * (-log_scale).exp()
+
+    def _log_scale_and_shift(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        moved = 1 - self.kept
+        scale, shift = self.network(row * self.kept).chunk(2, -1)
+        return _bounded(scale) * moved, shift * moved
+
+
+def _bounded(scale: Tensor) -> Tensor:
+    return LARGEST_LOG_SCALE * torch.tanh(scale / LARGEST_LOG_SCALE)
+
+
+def _perceptron(dimensions: int, preset: Preset) -> nn.Sequential:
+    widths = [dimensions] + [preset.width] * HIDDEN_LAYERS
+    hidden = [
+        module
+        for a, b in pairwise(widths)
+        for module in (nn.Linear(a, b), nn.SiLU(), nn.Dropout(preset.dropout))
+    ]
+    last = nn.Linear(preset.width, 2 * dimensions)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*hidden, last)
+
+
+def masks(shape: tuple[int, ...], count: int) -> list[Tensor]:
+    """The kept coordinates [D] of each coupling, float32 of 0 and 1: every second one keeps the other half.
+
+    Along an axis, every second coordinate; between pairs of couplings the pattern
+    goes through the checkerboard of all axes and each axis of more than one coordinate.
+    """
+    axes = np.indices(shape)
+    patterns = [axes.sum(0)]
+    if len(shape) > 1:
+        patterns += [axis for axis in axes if len(np.unique(axis)) > 1]
+    return [
+        torch.from_numpy((patterns[number // 2 % len(patterns)] + number) % 2).flatten().to(torch.float32)
+        for number in range(count)
+    ]
+
+
+class RealNVP(Network):
+    """The flow from rows in coordinates [..., D] to latents: couplings with affine maps between them.
+
+    For points the coordinates are the values; for images they are dequantised
+    pixels, in which an integer i is the interval i..i+1.
+    """
+
+    def __init__(self, data: Dataset, preset: Preset) -> None:
+        super().__init__()
+        self.shape, self.levels = data.value.tensor.shape, data.value.levels
+        self.dimensions = math.prod(self.shape)
+        layers: list[Bijection] = [Logit(data.train.rows, self.levels)] if self.levels else []
+        for kept in masks(self.shape, preset.depth):
+            layers += [Coupling(kept, preset), Affine(self.dimensions)]
+        self.layers = nn.ModuleList(layers)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [..., D] of rows [..., D], and log-slopes [..., D] whose sum is the log-determinant."""
+        slopes = torch.zeros_like(x)
+        for layer in self._bijections():
+            x, more = layer(x)
+            slopes = slopes + more
+        return x, slopes
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The rows [..., D] that have these latents [..., D]."""
+        for layer in reversed(list(self._bijections())):
+            latent = layer.inverse(latent)
+        return latent
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p(x) in nats [...] of rows [..., D]."""
+        latent, slopes = self.encode(x)
+        terms = slopes - 0.5 * latent.square() - 0.5 * math.log(2 * math.pi)
+        return functional.pad(terms, (0, -self.dimensions % _PACKET)).sum(-1)
+
+    def value(self, x: Tensor) -> Tensor:
+        """Rows [B, D] as values [B, *shape]: points as they are, pixels as the integers that hold them."""
+        if self.levels:
+            x = x.floor().clamp(0, self.levels - 1).to(torch.uint8)
+        return x.reshape(-1, *self.shape)
+
+    def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Negative log-density, of pixels at a uniform draw of each, in nats per dimension [B]."""
+        x = rows.flatten(1).to(torch.float32)
+        if self.levels:
+            x = x + torch.rand_like(x)
+        return -self.log_density(x) / self.dimensions
+
+    def _bijections(self) -> Iterator[Bijection]:
+        for layer in self.layers:
+            assert isinstance(layer, Bijection)
+            yield layer
+
+
+class _Part(nn.Module):
+    """A module of a program: a function of the trained flow."""
+
+    def __init__(self, flow: RealNVP) -> None:
+        super().__init__()
+        self.flow = flow
+
+
+class Sample(_Part):
+    """A latent of the base distribution -> its value."""
+
+    def forward(self, latent: Tensor, temperature: Tensor) -> Tensor:
+        return self.flow.value(self.flow.decode(latent * temperature.unsqueeze(1)))
+
+
+class Decode(_Part):
+    """latent -> its value."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.flow.value(self.flow.decode(latent))
+
+
+class EncodePoint(_Part):
+    """point -> its latent."""
+
+    def forward(self, point: Tensor) -> Tensor:
+        return self.flow.encode(point)[0]
+
+
+class EncodeImage(_Part):
+    """image -> the latent of the middle of its unit cube, or of a draw from it."""
+
+    def forward(self, image: Tensor, dequantisation: Tensor, pixel_noise: Tensor) -> Tensor:
+        drawn = (dequantisation == DRAW).unsqueeze(1)
+        offset = torch.where(drawn, pixel_noise.flatten(1), torch.full_like(pixel_noise, 0.5).flatten(1))
+        return self.flow.encode(image.flatten(1).to(torch.float32) + offset)[0]
+
+
+class ReconstructPoint(_Part):
+    """point -> the point after a round trip, and how far it came from its start."""
+
+    def forward(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        again = self.flow.decode(self.flow.encode(point)[0])
+        return self.flow.value(again), (again - point).abs().amax(1)
+
+
+class ReconstructImage(_Part):
+    """image -> the image after a round trip, and how far its pixels came from their mid-points."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        middle = image.flatten(1).to(torch.float32) + 0.5
+        again = self.flow.decode(self.flow.encode(middle)[0])
+        return self.flow.value(again), (again - middle).abs().amax(1)
+
+
+class ScorePoint(_Part):
+    """point -> its log-density."""
+
+    def forward(self, point: Tensor) -> Tensor:
+        return self.flow.log_density(point)
+
+
+class ScoreImageInit(nn.Module):
+    """Sums without a draw."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return importance.nothing(image.flatten(1)[:, 0].to(torch.float32))
+
+
+class ScoreImageStep(_Part):
+    """Add the densities at draws from the image's unit cube to the running sums."""
+
+    def forward(
+        self,
+        image: Tensor,
+        log_sum: Tensor,
+        log_sum_of_squares: Tensor,
+        pixel_noise: Tensor,
+        draws: Tensor,
+        step_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        corner = image.flatten(1).to(torch.float32).unsqueeze(1)
+        log_weights = self.flow.log_density(corner + pixel_noise.flatten(2))
+        return importance.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
+
+
+class Family:
+    """The flow as the exporter sees it."""
+
+    name = "realnvp"
+    description = "Normalising flow of affine couplings (RealNVP, Dinh et al. 2017)."
+    operations: tuple[str, ...] = ("sample", "reconstruct", "encode", "decode", "score")
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(
+            width=16, depth=2, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+        ),
+        "starter": Preset(
+            width=192,
+            depth=12,
+            dropout=0.25,
+            training=Settings(steps=1600),
+            kinds={
+                "vector": Preset(
+                    width=64,
+                    depth=12,
+                    training=Settings(steps=12_000, batch_rows=256),
+                    measured_rows=10_000,
+                )
+            },
+        ),
+        "full": Preset(
+            width=1024,
+            depth=16,
+            dropout=0.2,
+            training=Settings(steps=30_000, batch_rows=128, learning_rate=5e-4),
+            kinds={
+                "vector": Preset(
+                    width=128, depth=16, training=Settings(steps=40_000, batch_rows=512), measured_rows=10_000
+                )
+            },
+        ),
+    }
+
+    def network(self, data: Dataset, preset: Preset) -> RealNVP:
+        """An untrained flow, beginning as the identity."""
+        return RealNVP(data, preset)
+
+    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+        """sample, reconstruct, encode, decode and score."""
+        assert isinstance(network, RealNVP)
+        value, points = data.value, data.value.kind == "vector"
+        return (
+            _sample(network, value.tensor),
+            _reconstruct_point(network, value) if points else _reconstruct_image(network, value),
+            _encode_point(network, value) if points else _encode_image(network, value),
+            _decode(network, value.tensor),
+            _score_point(network, value) if points else _score_image(network, value),
+        )
+
+    def examples(self, data: Dataset) -> tuple[Example, ...]:
+        """Requests with and without parameters, on the first rows of the test part."""
+        value, points = data.value, data.value.kind == "vector"
+        rows = {value.tensor.name: data.test.rows[:3]}
+        latents = torch.linspace(-2, 2, 3 * math.prod(value.tensor.shape)).reshape(3, -1).numpy()
+        drawn = (
+            Example("encode", seed=3, parameters={"dequantisation": DRAW}, inputs=rows),
+            Example("score", seed=4, parameters={"draws": 25}, inputs=rows),
+        )
+        return (
+            Example("sample", seed=1),
+            Example("sample", seed=2, first_row=7, parameters={"temperature": 0.7}),
+            *(Example(operation, inputs=rows) for operation in ("reconstruct", "encode", "score")),
+            Example("decode", inputs={"latent": latents}),
+            *(() if points else drawn),
+        )
+
+    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+        """The density of test rows, and how samples compare with them."""
+        draw, count = sampler(player), preset.measured_rows
+        rows = data.test.rows[:count]
+        if data.value.kind == "vector":
+            return [
+                negative_log_density(_scores(player, rows), f"In {data.value.tensor.doc}."),
+                two_sample_test(data, draw, count),
+            ]
+        bounds = [
+            bits_per_dimension(_scores(player, rows, {"draws": draws}), rows[0].size, draws)
+            for draws in (MEASURED_DRAWS, 1)
+        ]
+        return [*bounds, *Judge.train(data, preset.judge).similarity(draw, count)]
+
+    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+        """Test rows beside samples, with the density of points, or samples nearer to the mode."""
+        if data.value.kind == "vector":
+            return [
+                Scatter("test points", data.test.rows, LIMIT),
+                Scatter("samples", _samples(player, len(data.test)), LIMIT),
+                Heatmap("density", _density(player), LIMIT),
+            ]
+        return [
+            Panel("test images", data.test.rows[:PICTURED]),
+            Panel("samples", _samples(player, PICTURED)),
+            Panel("samples, temperature 0.7", _samples(player, PICTURED, {"temperature": 0.7})),
+        ]
+
+
+def _samples(
+    player: Player, count: int, parameters: Mapping[str, float] | None = None
+) -> NDArray[np.generic]:
+    rows = replay.request(player.program("sample"), 0, range(count), parameters)
+    return player.play("sample", rows)[player.manifest.value.tensor.name]
+
+
+def _scores(
+    player: Player, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+) -> NDArray[np.float32]:
+    program, given = player.program("score"), {player.manifest.value.tensor.name: values}
+    rows = replay.request(program, 0, range(len(values)), parameters, given)
+    return play(player, "score", rows, "log-density of test rows")[program.score.nats]
+
+
+def _density(player: Player) -> NDArray[np.float32]:
+    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+    rows = replay.request(player.program("score"), 0, range(len(grid)), inputs={"point": grid})
+    log_density = player.play("score", rows)["log_density"].reshape(CELLS, CELLS)
+    return np.asarray(np.exp(log_density), np.float32)
+
+
+def _latent(flow: RealNVP) -> TensorSpec:
+    return TensorSpec("latent", shape=(flow.dimensions,), doc="standard normal under the model")
+
+
+def _sample(flow: RealNVP, tensor: TensorSpec) -> Program:
+    return Program(
+        operation="sample",
+        readout=Sample(flow),
+        outputs=(tensor,),
+        doc="Draw latents from the base distribution and decode them.",
+        parameters=(
+            Parameter(
+                "temperature", "float", 1, 0, 2, doc="standard deviation of the latents; 1 is the model's own"
+            ),
+        ),
+        noise=(Noise("latent", "normal", (flow.dimensions,), 0, "standard normal"),),
+    )
+
+
+def _decode(flow: RealNVP, tensor: TensorSpec) -> Program:
+    return Program(
+        operation="decode",
+        readout=Decode(flow),
+        outputs=(tensor,),
+        doc="The value of a latent: the inverse of encode.",
+        inputs=(Input(_latent(flow)),),
+    )
+
+
+def _reconstruct_point(flow: RealNVP, value: Value) -> Program:
+    return Program(
+        operation="reconstruct",
+        readout=ReconstructPoint(flow),
+        outputs=(value.tensor, _largest_error("largest difference of a coordinate from what was given")),
+        doc="Encode a point and decode its latent, which gives it back to rounding.",
+        inputs=(Input(value.tensor),),
+    )
+
+
+def _reconstruct_image(flow: RealNVP, value: Value) -> Program:
+    return Program(
+        operation="reconstruct",
+        readout=ReconstructImage(flow),
+        outputs=(value.tensor, _largest_error("largest difference of a pixel from its mid-point, in levels")),
+        doc="Encode the mid-points of an image's pixels and decode the latent, which gives the image back.",
+        inputs=(Input(value.tensor),),
+    )
+
+
+def _largest_error(doc: str) -> TensorSpec:
+    return TensorSpec("largest_error", minimum=0, doc=doc)
+
+
+def _encode_point(flow: RealNVP, value: Value) -> Program:
+    return Program(
+        operation="encode",
+        readout=EncodePoint(flow),
+        outputs=(_latent(flow),),
+        doc="The one latent of a point.",
+        inputs=(Input(value.tensor),),
+    )
+
+
+def _encode_image(flow: RealNVP, value: Value) -> Program:
+    return Program(
+        operation="encode",
+        readout=EncodeImage(flow),
+        outputs=(_latent(flow),),
+        doc="The latent of an image whose integers i become numbers between i and i + 1.",
+        parameters=(
+            Parameter.choice(
+                "dequantisation",
+                DEQUANTISATIONS,
+                "middle: i + 1/2; draw: uniform between i and i + 1, by seed",
+            ),
+        ),
+        inputs=(Input(value.tensor),),
+        noise=(Noise("pixel_noise", "uniform", value.tensor.shape, 0, "what is added to every pixel"),),
+    )
+
+
+def _score_point(flow: RealNVP, value: Value) -> Program:
+    return Program(
+        operation="score",
+        readout=ScorePoint(flow),
+        outputs=(TensorSpec("log_density", doc="log-density of the point, in nats"),),
+        doc="Exact log-density of a point.",
+        inputs=(Input(value.tensor),),
+        score=Score("exact", flow.dimensions, value.tensor.doc, "log_density"),
+    )
+
+
+def _score_image(flow: RealNVP, value: Value) -> Program:
+    shape, space = value.tensor.shape, f"integers 0..{flow.levels - 1}"
+    doc = "dequantisation bound on the log-mass of the image, in nats"
+    return Program(
+        operation="score",
+        init=ScoreImageInit(),
+        step=ScoreImageStep(flow),
+        readout=importance.Bound(),
+        outputs=(TensorSpec("log_likelihood", doc=doc), importance.STANDARD_ERROR),
+        doc="Lower bound on the log-mass of an image, from the density at uniform draws from its unit cube.",
+        state=importance.STATE,
+        steps=importance.STEPS,
+        parameters=(importance.draws("draws from the unit cube of each image"),),
+        inputs=(Input(value.tensor),),
+        noise=(
+            Noise(
+                "pixel_noise",
+                "uniform",
+                (importance.DRAWS_PER_STEP, *shape),
+                0,
+                "what each draw adds to every pixel",
+            ),
+        ),
+        score=Score("lower_bound", flow.dimensions, space, "log_likelihood", "standard_error", "draws"),
+    )
+
+
+FAMILY = Family()

@@ -1,0 +1,229 @@
+"""The PixelCNN: its mass is one, it looks back only, and draws what it scores."""
+
+import dataclasses
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export import artifact, data, replay
+from export.families.base import Preset
+from export.families.pixelcnn import FAMILY, PixelCNN
+from export.program import TensorSpec, Value
+from export.training import Settings
+
+TINY = Preset(width=8, depth=3, training=Settings(steps=1))
+Images = NDArray[np.uint8]
+
+
+def untrained(dataset: data.Dataset) -> PixelCNN:
+    torch.manual_seed(0)
+    network = FAMILY.network(dataset, TINY)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.add_(0.3 * torch.randn_like(weights))
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def network(digits: data.Dataset) -> PixelCNN:
+    return untrained(digits)
+
+
+@pytest.fixture(scope="module")
+def player(network: PixelCNN, digits: data.Dataset) -> replay.Player:
+    return artifact.player(digits.value, FAMILY.programs(network, digits))
+
+
+@pytest.fixture(scope="module")
+def bits() -> data.Dataset:
+    """Binary 3x3 images of two classes, one three times as frequent."""
+    part = data.Part(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
+    image = TensorSpec("image", "uint8", (3, 3), 0, 1)
+    value = Value("image", image, levels=2, class_labels=("a", "b"))
+    return data.Dataset("bits", value, part, part, part, sha256="")
+
+
+@pytest.fixture(scope="module")
+def bit_player(bits: data.Dataset) -> replay.Player:
+    return artifact.player(bits.value, FAMILY.programs(untrained(bits), bits))
+
+
+@pytest.fixture(scope="module")
+def every_bit_image() -> Images:
+    """All 512 of them, in the order of the numbers that their pixels write."""
+    return np.array(list(product((0, 1), repeat=9)), np.uint8).reshape(-1, 3, 3)
+
+
+def play(
+    player: replay.Player, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
+) -> replay.Tensors:
+    return player.play(operation, replay.request(player.program(operation), seed, range(count), {}, inputs))
+
+
+def score(player: replay.Player, images: Images, label: int | None = None) -> replay.Tensors:
+    if label is None:
+        return play(player, "score", len(images), image=images)
+    return play(player, "score", len(images), image=images, label=np.full(len(images), label))
+
+
+def logits(network: PixelCNN, image: torch.Tensor) -> torch.Tensor:
+    return network.logits(network.features(image, torch.tensor([3])))[0]
+
+
+@pytest.mark.parametrize("pixel", range(64))
+def test_logits_depend_on_earlier_pixels_only_and_on_all_of_them(
+    pixel: int, network: PixelCNN, digits: data.Dataset
+) -> None:
+    """The next pixel to the right, and all that the layers reach, must notice: there is no blind spot."""
+    image = torch.tensor(digits.test.rows[:1]).long()
+    other = image.clone()
+    other.view(-1)[pixel] = (image.view(-1)[pixel] + 7) % 17
+    changed = (logits(network, image) != logits(network, other)).any(1)
+    row, column = divmod(pixel, 8)
+    reached = [(i, j) for i in range(8) for j in range(8) if (i, j) > (row, column)]
+    near = [(i, j) for i, j in reached if i - row <= 3 and abs(j - column) <= 3]
+    assert not changed[: pixel + 1].any()
+    assert all(changed[8 * i + j] for i, j in near)
+
+
+@pytest.mark.parametrize("label", [0, 1, None])
+def test_masses_of_all_images_sum_to_one(
+    label: int | None, bit_player: replay.Player, every_bit_image: Images
+) -> None:
+    log_mass = score(bit_player, every_bit_image, label)["log_mass"].astype(np.float64)
+    assert np.exp(log_mass).sum() == pytest.approx(1, abs=1e-5)
+    assert log_mass.std() > 0.1
+
+
+def test_without_a_label_the_score_is_of_the_mixture(
+    bit_player: replay.Player, every_bit_image: Images
+) -> None:
+    a, b, mixed = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1, None))
+    assert not np.allclose(a, b, rtol=0.1)
+    np.testing.assert_allclose(mixed, 0.25 * a + 0.75 * b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("label", [1, None])
+def test_the_map_is_each_pixels_conditional_mass(
+    label: int | None, bit_player: replay.Player, every_bit_image: Images
+) -> None:
+    """Against quotients of sums over all images that share a beginning."""
+    chosen = 0b101100111
+    answer = score(bit_player, every_bit_image, label)
+    masses = np.exp(answer["log_mass"].astype(np.float64))
+    beginnings = [masses[chosen >> left << left :][: 1 << left].sum() for left in range(9, -1, -1)]
+    expected = np.log(np.array(beginnings[1:]) / beginnings[:-1])
+    np.testing.assert_allclose(answer["log_mass_by_pixel"][chosen].ravel(), expected, atol=1e-4)
+
+
+def test_the_map_adds_up_to_the_score(player: replay.Player, digits: data.Dataset) -> None:
+    answer = score(player, digits.test.rows[:5])
+    np.testing.assert_allclose(answer["log_mass_by_pixel"].sum((1, 2)), answer["log_mass"], rtol=1e-5)
+
+
+def test_samples_follow_the_masses(bit_player: replay.Player, every_bit_image: Images) -> None:
+    """Frequencies of all 512 images among 4096 samples: a chi-square test at five standard deviations."""
+    count = 4096
+    drawn = play(bit_player, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
+    expected = count * np.exp(score(bit_player, every_bit_image)["log_mass"])
+    seen = np.bincount(drawn, minlength=512)
+    common = expected > 5
+    statistic = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    freedom = common.sum() - 1
+    assert freedom > 100
+    assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_a_step_inverts_the_conditional_that_the_score_reports(
+    network: PixelCNN, player: replay.Player, digits: data.Dataset
+) -> None:
+    """For every pixel of an image: uniforms at the ends of its level's interval give it, above it more."""
+    image = torch.tensor(digits.test.rows[4:5]).long()
+    label = torch.tensor([digits.test.labels[4]])
+    step = next(program.step for program in FAMILY.programs(network, digits) if program.step is not None)
+    conditionals = np.exp(score(player, digits.test.rows[4:5], int(label))["log_mass_by_pixel"].ravel())
+    reached = logits_of(network, image, label).softmax(-1).cumsum(-1)
+    for pixel in range(64):
+        level = int(image.view(-1)[pixel])
+        upper = float(reached[pixel, level])
+        lower = upper - float(conditionals[pixel])
+        drawn = [draw_pixel(step, image, label, pixel, u) for u in (lower + 1e-4, upper - 1e-4)]
+        assert upper - lower < 3e-4 or drawn == [level, level]
+        assert upper > 1 - 3e-4 or draw_pixel(step, image, label, pixel, upper + 1e-4) > level
+
+
+def logits_of(network: PixelCNN, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return network.logits(network.features(image, label))[0].double()
+
+
+def draw_pixel(
+    step: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, pixel: int, uniform: float
+) -> int:
+    """What a step writes at a pixel of a canvas that ends before it."""
+    canvas = torch.where(torch.arange(64).reshape(1, 8, 8) < pixel, image, torch.zeros_like(image))
+    known = torch.zeros_like(image).to(torch.uint8)
+    scalars = torch.tensor([uniform]), torch.ones(1), torch.tensor([pixel])
+    written, _ = step(canvas, label, known, *scalars)
+    others = torch.arange(64).reshape(1, 8, 8) != pixel
+    assert torch.equal(written[others], canvas[others])
+    return int(written.view(-1)[pixel])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_known_pixels_come_back_unchanged(seed: int, player: replay.Player, digits: data.Dataset) -> None:
+    images = digits.test.rows[:6]
+    known = (np.random.default_rng(seed).random(images.shape) < 0.5).astype(np.uint8)
+    drawn = play(player, "sample", 6, seed, image=images, known=known)["image"]
+    np.testing.assert_array_equal(drawn[known == 1], images[known == 1])
+    assert (drawn[known == 0] != images[known == 0]).any()
+
+
+def test_values_of_pixels_that_are_not_known_count_for_nothing(
+    player: replay.Player, digits: data.Dataset
+) -> None:
+    images = digits.test.rows[:4]
+    known = np.zeros_like(images)
+    known[:, :3] = 1
+    given = play(player, "sample", 4, 5, image=images, known=known)["image"]
+    bare = play(player, "sample", 4, 5, image=images * known, known=known)["image"]
+    np.testing.assert_array_equal(given, bare)
+
+
+def test_completions_follow_the_conditional_masses(
+    bit_player: replay.Player, every_bit_image: Images
+) -> None:
+    """Two rows given, no label: the last row's frequencies, the class drawn from what the rows say of it."""
+    count, beginning = 4096, 0b101100
+    images = np.repeat(every_bit_image[[beginning << 3]], count, 0)
+    known = np.ones_like(images)
+    known[:, 2] = 0
+    drawn = play(bit_player, "sample", count, image=images, known=known)["image"][:, 2] @ np.array([4, 2, 1])
+    masses = np.exp(score(bit_player, every_bit_image[beginning << 3 :][:8])["log_mass"])
+    expected = masses / masses.sum()
+    spread = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(np.bincount(drawn, minlength=8) / count - expected) < 4.5 * spread).all()
+
+
+def test_classes_are_bayes_rule(bit_player: replay.Player, every_bit_image: Images) -> None:
+    given_a, given_b = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1))
+    joint = np.stack([0.25 * given_a, 0.75 * given_b], axis=1)
+    given = play(bit_player, "classify", 512, image=every_bit_image)["probabilities"]
+    np.testing.assert_allclose(given, joint / joint.sum(1, keepdims=True), atol=1e-5)
+
+
+def test_a_temperature_of_zero_takes_the_likeliest_levels(player: replay.Player, network: PixelCNN) -> None:
+    labels = {"label": np.full(3, 2)}
+    rows = replay.request(player.program("sample"), 1, range(3), {"temperature": 0}, labels)
+    images = torch.tensor(player.play("sample", rows)["image"]).long()
+    assert (images == images[0]).all()
+    likeliest = logits_of(network, images[:1], torch.tensor([2])).argmax(-1)
+    assert torch.equal(likeliest, images[0].flatten())
+
+
+def test_colour_is_refused(digits: data.Dataset) -> None:
+    value = dataclasses.replace(digits.value, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
+    with pytest.raises(data.DataError, match=r"grey images \[height, width\], got .* \[8, 8, 3\]"):
+        FAMILY.network(dataclasses.replace(digits, value=value), TINY)

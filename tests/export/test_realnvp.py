@@ -1,0 +1,221 @@
+"""RealNVP: its determinant is the Jacobian's, its density is one, its inverse exact, its bound a bound."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export import artifact, data, layout, recipe, replay, verify
+from export.families.base import Preset
+from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, RealNVP, masks
+from export.importance import DRAWS_PER_STEP
+from export.program import TensorSpec, Value
+from export.training import Settings
+from samovar import noise
+from samovar.v1 import manifest_pb2
+
+PRESET = Preset(width=16, depth=6, training=Settings(steps=1))
+
+
+def randomised(dataset: data.Dataset, scale: float = 0.15) -> RealNVP:
+    """A flow that is far from the identity with which it begins."""
+    torch.manual_seed(0)
+    flow = FAMILY.network(dataset, PRESET)
+    with torch.no_grad():
+        for weights in flow.parameters():
+            weights.add_(scale * torch.randn_like(weights))
+    return flow.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def moons() -> data.Dataset:
+    return data.load("moons")
+
+
+@pytest.fixture(params=["digits", "moons"])
+def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
+    return {"digits": digits, "moons": moons}[request.param]
+
+
+def player(dataset: data.Dataset) -> replay.Player:
+    return artifact.player(dataset.value, FAMILY.programs(randomised(dataset), dataset))
+
+
+def play(
+    player: replay.Player,
+    operation: str,
+    inputs: Mapping[str, np.ndarray],
+    parameters: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> replay.Tensors:
+    """Six rows of a request, or as many as the inputs have."""
+    count = len(next(iter(inputs.values()), range(6)))
+    return player.play(
+        operation, replay.request(player.program(operation), seed, range(count), parameters, inputs)
+    )
+
+
+def coordinates(dataset: data.Dataset, count: int) -> Tensor:
+    """Test rows as the flow takes them [count, D], in double precision."""
+    rows = torch.from_numpy(dataset.test.rows[:count]).flatten(1).double()
+    return rows + torch.rand_like(rows) if dataset.value.levels else rows
+
+
+def test_the_log_determinant_is_that_of_the_jacobian(dataset: data.Dataset) -> None:
+    flow = randomised(dataset).double()
+    for row in coordinates(dataset, 4):
+        jacobian = torch.func.jacrev(lambda x: flow.encode(x)[0])(row)
+        torch.testing.assert_close(flow.encode(row)[1].sum(), torch.linalg.slogdet(jacobian).logabsdet)
+
+
+def test_the_density_is_the_base_density_times_the_determinant(dataset: data.Dataset) -> None:
+    flow, rows = randomised(dataset).double(), coordinates(dataset, 8)
+    latent, slopes = flow.encode(rows)
+    torch.testing.assert_close(flow.log_density(rows), normal(latent) + slopes.sum(1))
+
+
+def test_the_density_integrates_to_one(moons: data.Dataset) -> None:
+    flow = randomised(moons, 0.3).double()
+    axis = torch.linspace(-20, 20, 501).double()
+    total = flow.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * (40 / 500) ** 2
+    assert float(total) == pytest.approx(1, abs=1e-4)
+
+
+def test_decoding_is_the_inverse_of_encoding(dataset: data.Dataset) -> None:
+    flow, rows = randomised(dataset), coordinates(dataset, 50).float()
+    torch.testing.assert_close(flow.decode(flow.encode(rows)[0]), rows, atol=1e-4, rtol=0)
+    latent = torch.randn(50, flow.dimensions).double()
+    flow.double()
+    torch.testing.assert_close(flow.encode(flow.decode(latent))[0], latent, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2,), (5,), (8, 8), (4, 6, 3), (1, 2)])
+def test_masks_alternate(shape: tuple[int, ...]) -> None:
+    """Of every pair of couplings each coordinate is kept by one and moved by the other."""
+    kept = masks(shape, 12)
+    for first, second in zip(kept[0::2], kept[1::2], strict=True):
+        assert ((first + second) == 1).all()
+        assert 0 < first.sum() < len(first)
+
+
+def test_images_have_masks_of_squares_rows_and_columns() -> None:
+    squares, rows, columns = (mask.reshape(2, 2).tolist() for mask in masks((2, 2), 6)[0::2])
+    assert (squares, rows, columns) == ([[0, 1], [1, 0]], [[0, 0], [1, 1]], [[0, 1], [0, 1]])
+
+
+def test_a_coupling_keeps_half_and_scales_the_rest_within_bounds() -> None:
+    torch.manual_seed(1)
+    kept = torch.tensor([1.0, 0, 1, 0])
+    coupling = Coupling(kept, PRESET)
+    for weights in coupling.parameters():
+        torch.nn.init.normal_(weights, std=10)
+    x = 100 * torch.randn(20, 4)
+    y, log_slopes = coupling(x)
+    assert (y[:, kept == 1] == x[:, kept == 1]).all()
+    assert (y[:, kept == 0] != x[:, kept == 0]).all()
+    assert (log_slopes[:, kept == 1] == 0).all()
+    assert 0.9 * LARGEST_LOG_SCALE < log_slopes.abs().max() <= LARGEST_LOG_SCALE
+
+
+def test_the_untrained_flow_of_points_is_the_normal_distribution(moons: data.Dataset) -> None:
+    rows = torch.from_numpy(moons.test.rows[:5])
+    torch.testing.assert_close(FAMILY.network(moons, PRESET).eval().log_density(rows), normal(rows))
+
+
+def normal(latent: Tensor) -> Tensor:
+    """Log-density of the standard normal distribution [B]."""
+    return -0.5 * latent.square().sum(1) - 0.5 * latent.shape[1] * math.log(2 * math.pi)
+
+
+def test_a_round_trip_reports_how_far_it_is_off(dataset: data.Dataset) -> None:
+    name, rows = dataset.value.tensor.name, dataset.test.rows[:20]
+    answer = play(player(dataset), "reconstruct", {name: rows})
+    assert answer["largest_error"].max() < 1e-3
+    if dataset.value.kind == "image":
+        np.testing.assert_array_equal(answer[name], rows)
+    else:
+        np.testing.assert_array_equal(np.abs(answer[name] - rows).max(1), answer["largest_error"])
+
+
+def test_drawn_dequantisations_decode_to_the_same_image(digits: data.Dataset) -> None:
+    model, images = player(digits), digits.test.rows[:5]
+    middle = play(model, "encode", {"image": images}, seed=1)["latent"]
+    drawn, other = (
+        play(model, "encode", {"image": images}, {"dequantisation": DRAW}, seed)["latent"] for seed in (1, 2)
+    )
+    assert not np.isclose(middle, drawn).all(1).any()
+    assert not np.isclose(other, drawn).all(1).any()
+    for latent in (middle, drawn, other):
+        np.testing.assert_array_equal(play(model, "decode", {"latent": latent})["image"], images)
+
+
+def test_the_temperature_is_the_spread_of_the_latents(dataset: data.Dataset) -> None:
+    model, name = player(dataset), dataset.value.tensor.name
+    drawn = noise.normal(
+        np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.value.tensor.shape)]
+    )
+    for temperature in (0.0, 0.5, 1.0):
+        samples = play(model, "sample", {}, {"temperature": temperature}, seed=9)[name]
+        expected = play(model, "decode", {"latent": np.float32(temperature) * drawn})[name]
+        np.testing.assert_array_equal(samples, expected)
+
+
+def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
+    digits: data.Dataset, moons: data.Dataset
+) -> None:
+    point, image = (player(dataset).program("score").score for dataset in (moons, digits))
+    assert (point.kind, point.dimensions, point.draws) == (manifest_pb2.Score.KIND_EXACT, 2, "")
+    assert (image.kind, image.dimensions, image.draws) == (manifest_pb2.Score.KIND_LOWER_BOUND, 64, "draws")
+    assert "make_moons" in point.space
+    assert image.space == "integers 0..16"
+
+
+@pytest.mark.parametrize("draws", [1, 16, 25])
+def test_the_bound_is_of_exactly_so_many_draws(draws: int, digits: data.Dataset) -> None:
+    """Directly from the documented noise, without steps and masks."""
+    images = digits.test.rows[:3]
+    answer = play(player(digits), "score", {"image": images}, {"draws": draws}, seed=6)
+    steps = [np.full(3, step) for step in range(-(-draws // DRAWS_PER_STEP))]
+    uniform = [
+        noise.uniform(np.full(3, 6, np.uint64), np.arange(3), step, 0, (DRAWS_PER_STEP, 64)) for step in steps
+    ]
+    drawn = torch.from_numpy(np.concatenate(uniform, 1)[:, :draws])
+    weights = randomised(digits).log_density(torch.from_numpy(images).flatten(1).unsqueeze(1) + drawn)
+    expected = weights.logsumexp(1) - math.log(draws)
+    np.testing.assert_allclose(answer["log_likelihood"], expected.numpy(), rtol=1e-5)
+
+
+def test_bounds_rise_to_the_exact_mass() -> None:
+    """E[IW-1] <= E[IW-4] <= E[IW-32] <= log of the integral over the unit square of a two-pixel image."""
+    flow = randomised(pairs(), 0.4).double()
+    images = torch.tensor([[0.0, 0], [1, 2], [2, 0]]).double().unsqueeze(1)
+    axis = (torch.arange(300).double() + 0.5) / 300
+    exact = flow.log_density(images + torch.cartesian_prod(axis, axis)).logsumexp(1) - math.log(300**2)
+    weights = flow.log_density(images + torch.rand(1, 64_000, 2).double())
+    bounds = [
+        (weights.reshape(3, -1, count).logsumexp(2) - math.log(count)).mean(1) for count in (1, 4, 32, 64_000)
+    ]
+    ladder = torch.stack([*bounds[:3], exact])
+    assert (ladder.diff(dim=0) > 0).all()
+    torch.testing.assert_close(bounds[3], exact, atol=0.02, rtol=0)
+
+
+def pairs() -> data.Dataset:
+    """Images of two pixels with three levels."""
+    rows = np.random.default_rng(0).integers(0, 3, (40, 1, 2), np.uint8)
+    part = data.Part(rows, np.zeros(40, np.int64))
+    value = Value("image", TensorSpec("image", "uint8", (1, 2), 0, 2), levels=3, class_labels=("any",))
+    return data.Dataset("pairs", value, part, part, part, "")
+
+
+def test_points_are_trained_measured_and_served_too(moons: data.Dataset, tmp_path: Path) -> None:
+    order = recipe.Recipe(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
+    written = recipe.make(order)
+    manifest = layout.read(written)
+    assert [quality.name for quality in manifest.quality] == ["negative log-density", "C2ST"]
+    assert (written / recipe.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert verify.verify(written).failures == []
