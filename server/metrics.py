@@ -1,11 +1,16 @@
 """Every Prometheus metric, named and bucketed in one place."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from server.spec import ProgramKey
 
 _REQUEST_SECONDS = [0.001 * 2**exponent for exponent in range(18)]
 _STEP_SECONDS = [0.00005 * 2**exponent for exponent in range(17)]
+_CALL = ("method", "model")
+_OPERATION = ("model", "operation")
+_PROGRAM = ("model", "operation", "format")
 _ROWS = [2**exponent for exponent in range(10)]
 
 WASTE_REASONS = ("cancelled", "deadline", "failed")
@@ -17,70 +22,68 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter(
-            "samovar_requests",
-            "Calls that ended, by canonical code.",
-            ["method", "model", "code"],
-            registry=registry,
-        )
-        self.request_seconds = Histogram(
-            "samovar_request_duration_seconds",
-            "Time from a call's arrival to its end.",
-            ["method", "model"],
-            buckets=_REQUEST_SECONDS,
-            registry=registry,
-        )
-        self.queue_seconds = Histogram(
-            "samovar_queue_duration_seconds",
-            "Time from admission until a request's first row entered a batch.",
-            ["method", "model"],
-            buckets=_REQUEST_SECONDS,
-            registry=registry,
-        )
-        self.calls_in_flight = Gauge(
-            "samovar_requests_in_flight", "Calls that have not ended.", registry=registry
-        )
-        self.rows = Counter("samovar_rows", "Rows delivered.", ["model", "operation"], registry=registry)
-        self.steps = Counter(
-            "samovar_steps", "Turns of a program: graph calls that advance all its rows.",
-            ["model", "operation", "format"], registry=registry,
-        )  # fmt: skip
-        self.step_seconds = Histogram(
-            "samovar_step_duration_seconds", "Time of one turn of a program.",
-            ["model", "operation", "format"], buckets=_STEP_SECONDS, registry=registry,
-        )  # fmt: skip
-        self.step_rows = Histogram(
-            "samovar_step_rows", "Rows that shared a turn.",
-            ["model", "operation", "format"], buckets=_ROWS, registry=registry,
-        )  # fmt: skip
-        self.padding_rows = Counter(
-            "samovar_padding_rows", "Rows computed only to fill a batch.",
-            ["model", "operation", "format"], registry=registry,
-        )  # fmt: skip
-        self.wasted_steps = Counter(
-            "samovar_wasted_steps", "Row steps taken for rows that were never delivered.",
-            ["model", "operation", "reason"], registry=registry,
-        )  # fmt: skip
-        self.faults = Counter(
-            "samovar_faults", "Graphs that raised and rows that came out non-finite.",
-            ["model", "operation", "kind"], registry=registry,
-        )  # fmt: skip
-        self.rows_waiting = Gauge("samovar_rows_waiting", "Rows that wait for a slot.", registry=registry)
-        self.rows_active = Gauge("samovar_rows_active", "Rows in a batch.", registry=registry)
-        self.refused_artifacts = Gauge(
-            "samovar_refused_artifacts",
-            "Artifacts under the models directory that are not served.",
-            registry=registry,
-        )
-        self.model_info = Gauge(
-            "samovar_model_info", "1 for every model that is served.",
-            ["model", "version", "format", "family", "sha256"], registry=registry,
-        )  # fmt: skip
-        self.model_load_seconds = Gauge(
-            "samovar_model_load_duration_seconds", "Time that loading, proving and warming took.",
-            ["model", "version"], registry=registry,
-        )  # fmt: skip
+        self._add_calls()
+        self._add_engine()
+        self._add_models()
         self.build = Info("samovar_build", "Versions and device.", registry=registry)
+
+    def _add_calls(self) -> None:
+        self.requests = self._counter(
+            "requests", "Calls that ended, by canonical code.", "method", "model", "code"
+        )
+        self.request_seconds = self._histogram(
+            "request_duration_seconds", "Time from a call's arrival to its end.", _REQUEST_SECONDS, *_CALL
+        )
+        self.queue_seconds = self._histogram(
+            "queue_duration_seconds",
+            "Time from admission until a request's first row entered a batch.",
+            _REQUEST_SECONDS,
+            *_CALL,
+        )
+        self.calls_in_flight = self._gauge("requests_in_flight", "Calls that have not ended.")
+        self.rows = self._counter("rows", "Rows delivered.", *_OPERATION)
+
+    def _add_engine(self) -> None:
+        self.steps = self._counter("steps", "Turns of a program: each advances all its rows.", *_PROGRAM)
+        self.step_seconds = self._histogram(
+            "step_duration_seconds", "Time of one turn of a program.", _STEP_SECONDS, *_PROGRAM
+        )
+        self.step_rows = self._histogram("step_rows", "Rows that shared a turn.", _ROWS, *_PROGRAM)
+        self.padding_rows = self._counter("padding_rows", "Rows computed only to fill a batch.", *_PROGRAM)
+        self.wasted_steps = self._counter(
+            "wasted_steps", "Row steps taken for rows that were never delivered.", *_OPERATION, "reason"
+        )
+        self.faults = self._counter(
+            "faults", "Graphs that raised and rows that came out non-finite.", *_OPERATION, "kind"
+        )
+        self.rows_waiting = self._gauge("rows_waiting", "Rows that wait for a slot.")
+        self.rows_active = self._gauge("rows_active", "Rows in a batch.")
+
+    def _add_models(self) -> None:
+        self.refused_artifacts = self._gauge(
+            "refused_artifacts", "Artifacts under the models directory that are not served."
+        )
+        self.model_info = self._gauge(
+            "model_info",
+            "1 for every model that is served.",
+            "model",
+            "version",
+            "format",
+            "family",
+            "sha256",
+        )
+        self.model_load_seconds = self._gauge(
+            "model_load_duration_seconds", "Time that loading, proving and warming took.", "model", "version"
+        )
+
+    def _counter(self, name: str, doc: str, *labels: str) -> Counter:
+        return Counter(f"samovar_{name}", doc, labels, registry=self.registry)
+
+    def _gauge(self, name: str, doc: str, *labels: str) -> Gauge:
+        return Gauge(f"samovar_{name}", doc, labels, registry=self.registry)
+
+    def _histogram(self, name: str, doc: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"samovar_{name}", doc, labels, buckets=buckets, registry=self.registry)
 
     def expect(self, program: ProgramKey) -> None:
         """Series of a program that is served start at 0, so that rates see their first event."""
