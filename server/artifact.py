@@ -40,11 +40,12 @@ def sha256(path: Path) -> str:
 
 def _read_sealed(directory: Path) -> tuple[str, str]:
     try:
-        text = (directory / MANIFEST).read_text(encoding="utf-8")
+        data = (directory / MANIFEST).read_bytes()
+        text = data.decode("utf-8")
         seal = (directory / CHECKSUM).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactRefused(f"cannot read the manifest: {error}") from None
-    digest = sha256(directory / MANIFEST)
+    digest = hashlib.sha256(data).hexdigest()
     if seal != [digest, MANIFEST]:
         raise ArtifactRefused(
             f"{MANIFEST} is not the file that {CHECKSUM} was made for: it was changed after export"

@@ -6,7 +6,7 @@ with what was expected and what was given, before anything is computed.
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ from samovar import tensors
 from samovar.noise import MAX_ROW_INDEX
 from samovar.v1 import inference_pb2 as pb
 from server.errors import InvalidRequest, Violation
+from server.program import default_inputs
 from server.repository import LoadedProgram, Model
 from server.request import Preview, Rows, Timings, Work
-from server.spec import InputSpec, ParameterSpec, ProgramSpec, TensorSpec
+from server.spec import ParameterSpec, ProgramSpec, TensorSpec
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -88,7 +89,7 @@ def _job(
     inputs: Arrays,
     violations: Violations,
 ) -> Job:
-    parameters = _parameters(message.parameters, program.parameters, violations)
+    parameters = _parameters(message.parameters, program, violations)
     if not violations.found and message.first_row + rows > MAX_ROW_INDEX + 1:
         violations.add("first_row", f"expected row indices below 2^32, got {message.first_row} + {rows} rows")
     violations.check()
@@ -97,10 +98,10 @@ def _job(
 
 
 def _parameters(
-    given: Mapping[str, pb.ParameterValue], specs: Sequence[ParameterSpec], violations: Violations
+    given: Mapping[str, pb.ParameterValue], program: ProgramSpec, violations: Violations
 ) -> dict[str, float]:
-    known = {spec.name: spec for spec in specs}
-    values = {spec.name: spec.default for spec in specs}
+    known = {spec.name: spec for spec in program.parameters}
+    values = program.defaults()
     for name, message in sorted(given.items()):
         where = f"parameters[{name}]"
         if name not in known:
@@ -146,30 +147,30 @@ def _number(value: float) -> str:
 def _inputs(
     given: Mapping[str, pb.Tensor], program: ProgramSpec, rows: int, violations: Violations
 ) -> dict[str, Array]:
-    specs = {item.tensor.name: item for item in program.inputs}
-    for name in sorted(set(given) - set(specs)):
-        violations.add(f"inputs[{name}]", f"there is no such input; there are: {_listed(specs)}")
-    arrays = {name: _input(given, item, rows, violations) for name, item in specs.items()}
-    return {name: array for name, array in arrays.items() if array is not None}
+    specs = {item.tensor.name: item.tensor for item in program.inputs}
+    arrays = default_inputs(program)
+    for name in sorted(set(specs) - set(arrays) - set(given)):
+        violations.add(f"inputs[{name}]", f"expected {_described(specs[name])}, got nothing")
+    for name, message in sorted(given.items()):
+        where = f"inputs[{name}]"
+        if name not in specs:
+            violations.add(where, f"there is no such input; there are: {_listed(specs)}")
+            continue
+        problem, array = _input(message, specs[name], rows)
+        if problem:
+            violations.add(where, problem)
+        else:
+            arrays[name] = array
+    return arrays
 
 
-def _input(
-    given: Mapping[str, pb.Tensor], item: InputSpec, rows: int, violations: Violations
-) -> Array | None:
-    spec, where = item.tensor, f"inputs[{item.tensor.name}]"
-    if spec.name not in given:
-        if not item.optional:
-            violations.add(where, f"expected {_described(spec)}, got nothing")
-        return np.full((1, *spec.shape), item.default, spec.dtype)
+def _input(message: pb.Tensor, spec: TensorSpec, rows: int) -> tuple[str, Array]:
+    """What is wrong with a tensor, and its array."""
     try:
-        array = tensors.unpack(given[spec.name])
+        array = tensors.unpack(message)
     except tensors.MalformedTensor as error:
-        violations.add(where, str(error))
-        return None
-    problem = _array_problem(array, spec, rows)
-    if problem:
-        violations.add(where, problem)
-    return array
+        return str(error), np.empty(0)
+    return _array_problem(array, spec, rows), array
 
 
 def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:

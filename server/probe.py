@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from server.errors import ArtifactRefused
-from server.program import Program
+from server.program import Program, default_inputs
 from server.request import Request, Work
 from server.runtime import Graph
 from server.spec import GoldenRows, ProgramKey, ProgramSpec
@@ -86,7 +86,7 @@ class Probe:
         indices = range(golden.first_row + start, golden.first_row + start + program.capacity)
         for index in indices:
             position = (index - golden.first_row) % golden.rows
-            inputs = _default_inputs(spec) | {
+            inputs = default_inputs(spec) | {
                 name: array[position : position + 1] for name, array in golden.inputs.items()
             }
             request = Request(
@@ -105,14 +105,6 @@ class Probe:
                 finished[readout.rows.indices[0]] = readout.rows.outputs
         rows = [finished[index] for index in indices]
         return {tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.outputs}
-
-
-def _default_inputs(spec: ProgramSpec) -> dict[str, Array]:
-    return {
-        item.tensor.name: np.full((1, *item.tensor.shape), item.default, item.tensor.dtype)
-        for item in spec.inputs
-        if item.optional
-    }
 
 
 def _compare(name: str, given: Array, expected: Array, tolerance: float) -> None:

@@ -23,9 +23,12 @@ class LoadedProgram:
     """A program that is ready to run, and whether its rows' bits depend on their company."""
 
     key: ProgramKey
-    spec: ProgramSpec
     program: Program
     is_bitwise: bool
+
+    @property
+    def spec(self) -> ProgramSpec:
+        return self.program.spec
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Repository:
             buckets = sorted(common) if is_bitwise else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation)
             ready = Program(program, graphs, buckets, self._device.torch)
-            loaded.append(LoadedProgram(key, program, ready, is_bitwise))
+            loaded.append(LoadedProgram(key, ready, is_bitwise))
         return loaded
 
     def _prove(self, spec: ModelSpec, format_: str, graphs: Mapping[str, Graph]) -> dict[str, set[int]]:
