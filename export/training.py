@@ -2,7 +2,7 @@
 
 AdamW with a cosine schedule and gradient clipping; an exponential moving average
 of the weights is what is kept, taken where the validation loss was lowest. Knows
-nothing of the network but its loss.
+nothing of the network but its loss, or the losses that it descends in turn.
 """
 
 import copy
@@ -30,6 +30,18 @@ class Network(nn.Module):
         """Loss of each row [B], of rows [B, *shape] and int64 labels [B]; it draws its own noise."""
         raise NotImplementedError
 
+    def objectives(self, rows: Tensor, labels: Tensor) -> Iterator["Objective"]:
+        """What one step descends, in turn, each computed after the one before has been descended."""
+        yield Objective(self.loss(rows, labels), tuple(self.parameters()))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of each row [B], and the only parameters that may move to lower it."""
+
+    loss: Tensor
+    parameters: tuple[nn.Parameter, ...]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -39,6 +51,7 @@ class Settings:
     batch_rows: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
     ema_decay: float = 0.995
     clip: float = 1.0
     evaluations: int = 15
@@ -81,7 +94,10 @@ class _Run:
     def __init__(self, network: Network, settings: Settings, started: float) -> None:
         self._network, self._settings, self._started = network, settings, started
         self._optimizer = torch.optim.AdamW(
-            network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+            network.parameters(),
+            settings.learning_rate,
+            settings.betas,
+            weight_decay=settings.weight_decay,
         )
         self._average = AveragedModel(
             network,
@@ -104,11 +120,13 @@ class _Run:
     def step(self, rows: Tensor, labels: Tensor) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 + math.cos(math.pi * min(self.progress, 1))) / 2
-        loss = self._network.loss(rows, labels).mean()
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._network.parameters(), self._settings.clip)
-        self._optimizer.step()
+        for objective in self._network.objectives(rows, labels):
+            loss = objective.loss.mean()
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward(inputs=objective.parameters)  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(objective.parameters, self._settings.clip)
+            # Parameters without a gradient stay, and so do their moments.
+            self._optimizer.step()
         self._average.update_parameters(self._network)
         self._steps += 1
         return float(loss.detach())
