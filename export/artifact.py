@@ -18,7 +18,7 @@ from google.protobuf import json_format
 from export import golden, graph, manifest, replay
 from export.golden import Example
 from export.layout import VERSION, ArtifactError, seal, sha256, versions
-from export.program import Program, Value
+from export.program import Program, ProgramError, Value
 from export.verify import verify
 from samovar.v1 import manifest_pb2
 
@@ -27,7 +27,10 @@ _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class Model:
-    """What an artifact holds: a family's programs, and what is known of them."""
+    """What an artifact holds: a family's programs, and what is known of them.
+
+    `refusals` gives the reason for each operation that the model cannot truthfully have.
+    """
 
     name: str
     family: str
@@ -38,10 +41,12 @@ class Model:
     provenance: manifest_pb2.Provenance = field(default_factory=manifest_pb2.Provenance)
     quality: tuple[manifest_pb2.Quality, ...] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 def player(value: Value, programs: Sequence[Program]) -> replay.Player:
     """The programs run by their own modules, before any file is written."""
+    _refuse_namesakes(programs)
     graphs = graph.collect(programs)
     described = manifest_pb2.Manifest(
         value=manifest.value_message(value),
@@ -49,6 +54,17 @@ def player(value: Value, programs: Sequence[Program]) -> replay.Player:
         programs=(manifest.program_message(program, graphs) for program in programs),
     )
     return replay.Player(described, {entry.name: graph.eager(entry.module) for entry in graphs})
+
+
+def _refuse_namesakes(programs: Sequence[Program]) -> None:
+    names = [program.name for program in programs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ProgramError(f"two programs are called {name!r}; give one of them a method of its own")
+        if name.partition(":")[0] not in names:
+            raise ProgramError(
+                f"{name!r} is a method of an operation without a usual way; leave its method out"
+            )
 
 
 def write(
@@ -96,6 +112,7 @@ def _write_files(model: Model, version: str, formats: Sequence[str], directory: 
         provenance=model.provenance,
         golden_rows=(golden.record(eager, example) for example in model.examples),
         quality=model.quality,
+        refusals=model.refusals,
     )
     whole.MergeFrom(eager.manifest)
     for message, entry in zip(whole.graphs, graph.collect(model.programs), strict=True):

@@ -17,9 +17,9 @@ _RELATIVE_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Example:
-    """A small request whose answer the artifact carries; choices are given by index."""
+    """A small request to a program, `sample` or `sample:inpaint`, say; choices are given by index."""
 
-    operation: str
+    program: str
     seed: int = 0
     first_row: int = 0
     rows: int = 3
@@ -35,11 +35,13 @@ class Example:
 def record(eager: replay.Player, example: Example) -> manifest_pb2.GoldenRows:
     """A request with the answer that the modules give."""
     rows = replay.request(
-        eager.program(example.operation), example.seed, example.indices, example.parameters, example.inputs
+        eager.program(example.program), example.seed, example.indices, example.parameters, example.inputs
     )
-    outputs = eager.play(example.operation, rows)
+    outputs = eager.play(example.program, rows)
+    operation, _, method = example.program.partition(":")
     return manifest_pb2.GoldenRows(
-        operation=example.operation,
+        operation=operation,
+        method=method,
         seed=example.seed,
         first_row=example.first_row,
         rows=example.rows,

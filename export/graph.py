@@ -53,14 +53,14 @@ class Graph:
 def collect(programs: Sequence[Program]) -> list[Graph]:
     """The graphs of some programs; a module that several use is one graph.
 
-    A program's only graph is named by its operation, the others by operation
-    and role, such as `sample_step`.
+    A program's only graph is named by its operation and method, the others by
+    their role too, such as `sample_inpaint_step`.
     """
     graphs: dict[int, Graph] = {}
     for program in programs:
         for role, module, outputs in program.modules:
             only = program.init is None and program.step is None
-            name = program.operation if only else f"{program.operation}_{role}"
+            name = "_".join(filter(None, (program.operation, program.method, "" if only else role)))
             inputs = tuple(_bare(program.scope[argument]) for argument in arguments(module))
             graph = Graph(name, module, inputs, tuple(map(_bare, outputs)))
             known = graphs.setdefault(id(module), graph)

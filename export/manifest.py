@@ -73,6 +73,7 @@ def program_message(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.P
     roles = {role: names[id(module)] for role, module, _ in program.modules}
     return manifest_pb2.Program(
         operation=program.operation,
+        method=program.method,
         doc=program.doc,
         init=roles.get("init", ""),
         step=roles.get("step", ""),
@@ -137,4 +138,5 @@ def _score_message(score: Score) -> manifest_pb2.Score:
         nats=score.nats,
         standard_error=score.standard_error or "",
         draws=score.draws or "",
+        row_dimensions=score.row_dimensions or "",
     )

@@ -40,11 +40,11 @@ CLASSIFIER = "our-cnn"
 Rows = NDArray[Any]
 
 
-def play(player: Player, operation: str, rows: replay.Rows, title: str) -> replay.Tensors:
+def play(player: Player, name: str, rows: replay.Rows, title: str) -> replay.Tensors:
     """Run many rows in chunks under a progress bar; returns the outputs by name."""
     bounds = range(0, len(rows), _CHUNK_ROWS)
     chunks = [
-        player.play(operation, rows[start : start + _CHUNK_ROWS])
+        player.play(name, rows[start : start + _CHUNK_ROWS])
         for start in tqdm(bounds, desc=f"  measuring: {title}", unit="chunk", dynamic_ncols=True)
     ]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}

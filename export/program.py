@@ -10,6 +10,7 @@ parameter or noise of that name, or to one of the int64 scalars `step_index` and
 """
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Literal
 from torch import nn
 
 DType = Literal["bool", "uint8", "int32", "int64", "float32", "float64"]
+_METHOD = re.compile(r"[a-z][a-z0-9_]*")
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 
@@ -127,7 +129,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Score:
-    """What kind of number a program returns, and of what density."""
+    """What kind of number a program returns, and of what density.
+
+    `nats`, `standard_error` and `row_dimensions` name outputs, `draws` a parameter. With
+    `row_dimensions` rows differ in length, and `dimensions` is the greatest one.
+    """
 
     kind: Literal["exact", "lower_bound", "estimate", "unnormalized"]
     dimensions: int
@@ -135,11 +141,17 @@ class Score:
     nats: str
     standard_error: str | None = None
     draws: str | None = None
+    row_dimensions: str | None = None
+
+
+def program_name(operation: str, method: str) -> str:
+    """What a program is called: `sample`, or `sample:inpaint` for a method."""
+    return f"{operation}:{method}" if method else operation
 
 
 @dataclass(frozen=True)
 class Program:
-    """One operation. ProgramError when its names do not fit together.
+    """One operation, or one method of doing it. ProgramError when its names do not fit together.
 
     `init` returns the state, `step` the next state, both in declared order;
     `readout` returns the outputs in declared order. Without `init` the state
@@ -159,10 +171,16 @@ class Program:
     noise: tuple[Noise, ...] = ()
     score: Score | None = None
     previewable: bool = False
+    method: str = ""
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
-            raise ProgramError(f"program {self.operation!r}: {problem}")
+            raise ProgramError(f"program {self.name!r}: {problem}")
+
+    @property
+    def name(self) -> str:
+        """`sample`, or `sample:inpaint` for a method."""
+        return program_name(self.operation, self.method)
 
     @property
     def scope(self) -> dict[str, TensorSpec]:
@@ -212,6 +230,8 @@ def _problems(program: Program) -> Iterator[str]:
 def _operation_problems(program: Program) -> Iterator[str]:
     if program.operation not in OPERATIONS:
         yield f"expected one of {', '.join(OPERATIONS)} as the operation"
+    if program.method and not _METHOD.fullmatch(program.method):
+        yield "expected a method of lower-case letters, digits and underscores"
     if not program.outputs:
         yield "expected at least one output"
 
@@ -273,7 +293,7 @@ def _score_problems(program: Program) -> Iterator[str]:
         yield "expected a score for the operations score and energy, and for no others"
     if score is None:
         return
-    for name in filter(None, (score.nats, score.standard_error)):
+    for name in filter(None, (score.nats, score.standard_error, score.row_dimensions)):
         if name not in {spec.name for spec in program.outputs}:
             yield f"the score names {name!r}, which is not an output"
     if score.draws is not None and score.draws not in {parameter.name for parameter in program.parameters}:

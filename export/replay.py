@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graph import Call
+from export.program import program_name
 from samovar import noise
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
@@ -60,13 +61,13 @@ class Player:
     manifest: manifest_pb2.Manifest
     graphs: Mapping[str, Call]
 
-    def program(self, operation: str) -> manifest_pb2.Program:
-        """The program of an operation; KeyError when the model lacks it."""
-        return {program.operation: program for program in self.manifest.programs}[operation]
+    def program(self, name: str) -> manifest_pb2.Program:
+        """The program `sample` or `sample:inpaint`, say; KeyError when the model lacks it."""
+        return {program_name(each.operation, each.method): each for each in self.manifest.programs}[name]
 
-    def play(self, operation: str, rows: Rows) -> Tensors:
-        """Run every row to its end; returns the outputs by name, [B, *shape]."""
-        program = self.program(operation)
+    def play(self, name: str, rows: Rows) -> Tensors:
+        """Run every row of a program to its end; returns the outputs by name, [B, *shape]."""
+        program = self.program(name)
         total, done = num_steps(program, rows), np.zeros(len(rows), np.int64)
         state = self._initial_state(program, rows, total)
         active = np.flatnonzero(done < total)

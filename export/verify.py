@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from export import golden, layout, replay
 from export.graph import GraphError
+from export.program import program_name
 from samovar.v1 import manifest_pb2
 
 _STRANGERS = 5
@@ -24,7 +25,7 @@ _STRANGERS = 5
 class Finding:
     """One comparison: the largest absolute difference, and the largest that is allowed."""
 
-    operation: str
+    program: str
     format: str
     check: str
     difference: float
@@ -37,7 +38,7 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"{self.operation} ({self.format}): {self.check}: expected a difference of at most "
+            f"{self.program} ({self.format}): {self.check}: expected a difference of at most "
             f"{self.tolerance:g}, got {self.difference:g}"
         )
 
@@ -84,7 +85,7 @@ def table(report: Report) -> str:
     header = ("program", "format", "check", "max difference", "tolerance", "")
     lines = [header] + [
         (
-            f.operation,
+            f.program,
             f.format,
             f.check,
             f"{f.difference:.2g}",
@@ -118,11 +119,15 @@ def _manifest_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
     if not formats(manifest):
         yield "expected graphs, and a format that all of them have"
     for program in manifest.programs:
-        answers = [entry.outputs for entry in manifest.golden_rows if entry.operation == program.operation]
+        answers = [entry.outputs for entry in manifest.golden_rows if _name(entry) == _name(program)]
         if not answers:
-            yield f"{program.operation}: expected golden rows, found none"
+            yield f"{_name(program)}: expected golden rows, found none"
         if any(set(answer) != {spec.name for spec in program.outputs} for answer in answers):
-            yield f"{program.operation}: expected golden rows with an answer for every output, and no others"
+            yield f"{_name(program)}: expected golden rows with an answer for every output, and no others"
+
+
+def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
+    return program_name(message.operation, message.method)
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,10 @@ def _program_findings(player: replay.Player, program: manifest_pb2.Program, form
             entry.tolerance,
         )
         for entry in player.manifest.golden_rows
-        if entry.operation == program.operation
+        if _name(entry) == _name(program)
     ]
-    alone = [player.play(program.operation, proof.rows) for proof in proofs]
-    first = [player.play(program.operation, proof.rows[:1]) for proof in proofs]
+    alone = [player.play(_name(program), proof.rows) for proof in proofs]
+    first = [player.play(_name(program), proof.rows[:1]) for proof in proofs]
     company, others = (_in_company(player, program, proofs, seed) for seed in (1, 2))
     recorded = [(proof.outputs, proof.tolerance) for proof in proofs]
     exact = [(answer, _independence(proof, format)) for answer, proof in zip(company, proofs, strict=True)]
@@ -160,7 +165,7 @@ def _program_findings(player: replay.Player, program: manifest_pb2.Program, form
             for pair in _compare(answer, known, tolerance)
         ]
         difference, allowed = max(pairs, key=_severity)
-        yield Finding(program.operation, format, check, difference, allowed)
+        yield Finding(_name(program), format, check, difference, allowed)
 
 
 def _independence(proof: _Proof, format: str) -> Mapping[str, float]:
@@ -174,7 +179,7 @@ def _in_company(
     first = proofs[0].rows
     strangers = first[np.arange(_STRANGERS) * seed % len(first)]
     strangers = replace(strangers, seeds=strangers.seeds + np.uint64(seed))
-    answers = player.play(program.operation, replay.join([strangers, *(proof.rows for proof in proofs)]))
+    answers = player.play(_name(program), replay.join([strangers, *(proof.rows for proof in proofs)]))
     bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
     return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
 

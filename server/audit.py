@@ -101,7 +101,7 @@ def _file_problems(file: manifest_pb2.GraphFile, directory: Path) -> Iterator[st
 def _program_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
     if not manifest.programs:
         yield "it has no programs"
-    yield from _duplicates("program", (program.operation for program in manifest.programs))
+    yield from _duplicates("program", map(messages.name_of, manifest.programs))
     graphs = {graph.name: graph for graph in manifest.graphs}
     used = {name for program in manifest.programs for name in (program.init, program.step, program.readout)}
     yield from (f"graph {name} is used by no program" for name in sorted(set(graphs) - used))
@@ -109,15 +109,28 @@ def _program_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
         # In this order, and stopping at the first that finds something: each trusts the ones before.
         for check in _PROGRAM_CHECKS:
             found = list(check(program, graphs))
-            yield from (f"program {program.operation}: {problem}" for problem in found)
+            yield from (f"program {messages.name_of(program)}: {problem}" for problem in found)
             if found:
                 return
+    yield from _method_problems(manifest)
     yield from _golden_problems(manifest)
+
+
+def _method_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
+    usual = {program.operation for program in manifest.programs if not program.method}
+    for program in manifest.programs:
+        if program.operation not in usual:
+            yield f"program {messages.name_of(program)} is a method of an operation without a usual way"
+    for operation in manifest.refusals:
+        if operation not in OPERATIONS or operation in usual:
+            yield f"refusals: {operation!r} is no operation that it lacks"
 
 
 def _call_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> Iterator[str]:
     if program.operation not in OPERATIONS:
         yield f"there is no such operation; there are {', '.join(OPERATIONS)}"
+    if program.method and not _IDENTIFIER.fullmatch(program.method):
+        yield f"{program.method!r} is not a method of lower-case letters, digits and underscores"
     if not program.readout:
         yield "readout is missing"
     for role in ("init", "step", "readout"):
@@ -228,6 +241,9 @@ def _score_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> I
         name = getattr(score, role)
         if (name or role == "nats") and name not in scalars:
             yield f"score.{role} is {name!r}, which is no floating-point scalar of the outputs"
+    counts = {t.name for t in program.outputs if str(messages.tensor_spec(t)) in ("int32[]", "int64[]")}
+    if score.row_dimensions and score.row_dimensions not in counts:
+        yield f"score.row_dimensions is {score.row_dimensions!r}, which is no integer scalar of the outputs"
     if score.draws and score.draws not in {parameter.name for parameter in program.parameters}:
         yield f"score.draws is {score.draws!r}, which is no parameter"
 
@@ -244,17 +260,16 @@ _PROGRAM_CHECKS = (
 
 def _golden_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
     graphs = {graph.name: graph for graph in manifest.graphs}
-    programs = {program.operation: messages.program_spec(program, graphs) for program in manifest.programs}
-    proven = {golden.operation for golden in manifest.golden_rows}
+    programs = {messages.name_of(each): messages.program_spec(each, graphs) for each in manifest.programs}
+    proven = set(map(messages.name_of, manifest.golden_rows))
     yield from (f"program {name} has no golden rows" for name in sorted(set(programs) - proven))
     for golden in manifest.golden_rows:
-        where = f"golden rows of {golden.operation}"
-        if golden.operation not in programs:
-            yield f"{where}: there is no such program"
+        name = messages.name_of(golden)
+        if name not in programs:
+            yield f"golden rows of {name}: there is no such program"
             continue
-        yield from (
-            f"{where}: {problem}" for problem in _golden_row_problems(golden, programs[golden.operation])
-        )
+        found = _golden_row_problems(golden, programs[name])
+        yield from (f"golden rows of {name}: {problem}" for problem in found)
 
 
 def _golden_row_problems(golden: manifest_pb2.GoldenRows, program: ProgramSpec) -> Iterator[str]:

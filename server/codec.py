@@ -257,7 +257,9 @@ def score(outputs: Arrays, program: ProgramSpec, job: Job) -> pb.ScoreResponse:
         ),
     )
     if spec.is_normalized:
-        response.bits_per_dimension.CopyFrom(tensors.pack(-nats / (spec.dimensions * math.log(2))))
+        dimensions = outputs[spec.row_dimensions] if spec.row_dimensions else np.array(spec.dimensions)
+        bits = -nats / (dimensions.clip(min=1) * math.log(2))
+        response.bits_per_dimension.CopyFrom(tensors.pack(bits.astype(nats.dtype)))
     if spec.standard_error:
         response.standard_error.CopyFrom(tensors.pack(outputs[spec.standard_error]))
     return response

@@ -51,11 +51,14 @@ class ModelNotFound(RequestError):
 
 
 class OperationNotSupported(RequestError):
-    """The model has no program for the operation; `supported` names those it has."""
+    """The model has no program for the operation; `supported` names those it has, `reason` says why."""
 
-    def __init__(self, model: str, operation: str, supported: Sequence[str]) -> None:
-        self.model, self.operation, self.supported = model, operation, tuple(supported)
-        super().__init__(f"{model} has no operation {operation!r}; it has {', '.join(self.supported)}")
+    def __init__(self, model: str, operation: str, supported: Sequence[str], reason: str = "") -> None:
+        self.model, self.operation, self.supported, self.reason = model, operation, tuple(supported), reason
+        because = f": {reason}" if reason else ""
+        super().__init__(
+            f"{model} has no operation {operation!r}{because}; it has {', '.join(self.supported)}"
+        )
 
 
 class Overloaded(RequestError):

@@ -71,7 +71,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
 
 def _facts(error: Exception) -> dict[str, str]:
     if isinstance(error, OperationNotSupported):
-        return {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
+        facts = {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
+        return facts | ({"why": error.reason} if error.reason else {})
     return {}
 
 

@@ -20,6 +20,7 @@ from server.spec import (
     ScoreSpec,
     StepCount,
     TensorSpec,
+    program_name,
 )
 
 Graphs = Mapping[str, manifest_pb2.Graph]
@@ -43,15 +44,21 @@ def model_spec(manifest: manifest_pb2.Manifest, directory: Path, digest: str) ->
         name=manifest.name,
         version=manifest.version,
         digest=digest,
-        programs={message.operation: program_spec(message, graphs) for message in manifest.programs},
+        programs={name_of(message): program_spec(message, graphs) for message in manifest.programs},
         files=files,
         golden=[_golden_rows(message) for message in manifest.golden_rows],
+        refusals=dict(manifest.refusals),
     )
+
+
+def name_of(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
+    return program_name(message.operation, message.method)
 
 
 def program_spec(message: manifest_pb2.Program, graphs: Graphs) -> ProgramSpec:
     return ProgramSpec(
         operation=message.operation,
+        method=message.method,
         readout=_graph_spec(graphs[message.readout]),
         init=_graph_spec(graphs[message.init]) if message.init else None,
         step=_graph_spec(graphs[message.step]) if message.step else None,
@@ -124,12 +131,13 @@ def _score_spec(message: manifest_pb2.Score) -> ScoreSpec:
         nats=message.nats,
         standard_error=message.standard_error,
         draws=message.draws,
+        row_dimensions=message.row_dimensions,
     )
 
 
 def _golden_rows(message: manifest_pb2.GoldenRows) -> GoldenRows:
     return GoldenRows(
-        operation=message.operation,
+        program=name_of(message),
         seed=message.seed,
         first_row=message.first_row,
         rows=message.rows,

@@ -88,16 +88,16 @@ class Metrics:
     def expect(self, program: ProgramKey) -> None:
         """Series of a program that is served start at 0, so that rates see their first event."""
         self.requests.labels(program.operation.capitalize(), program.model, "OK")
-        self.rows.labels(program.model, program.operation)
-        self.steps.labels(program.model, program.operation, program.format)
+        self.rows.labels(program.model, program.name)
+        self.steps.labels(program.model, program.name, program.format)
         for reason in WASTE_REASONS:
-            self.wasted_steps.labels(program.model, program.operation, reason)
+            self.wasted_steps.labels(program.model, program.name, reason)
         for kind in FAULT_KINDS:
-            self.faults.labels(program.model, program.operation, kind)
+            self.faults.labels(program.model, program.name, kind)
 
     def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""
-        labels = program.model, program.operation, program.format
+        labels = program.model, program.name, program.format
         self.steps.labels(*labels).inc()
         self.step_seconds.labels(*labels).observe(seconds)
         self.step_rows.labels(*labels).observe(rows)
@@ -105,12 +105,12 @@ class Metrics:
 
     def delivered(self, program: ProgramKey, rows: int) -> None:
         """So many rows of a program went out to a request."""
-        self.rows.labels(program.model, program.operation).inc(rows)
+        self.rows.labels(program.model, program.name).inc(rows)
 
     def wasted(self, program: ProgramKey, steps: int, reason: str) -> None:
         """So many steps were taken for rows that nobody will get."""
-        self.wasted_steps.labels(program.model, program.operation, reason).inc(steps)
+        self.wasted_steps.labels(program.model, program.name, reason).inc(steps)
 
     def faulted(self, program: ProgramKey, kind: str) -> None:
         """A graph raised or a row came out non-finite."""
-        self.faults.labels(program.model, program.operation, kind).inc()
+        self.faults.labels(program.model, program.name, kind).inc()

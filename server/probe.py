@@ -90,7 +90,7 @@ class Probe:
                 name: array[position : position + 1] for name, array in golden.inputs.items()
             }
             request = Request(
-                program=ProgramKey("probe", "", "", spec.operation),
+                program=ProgramKey("probe", "", "", spec.operation, spec.method),
                 rows=1,
                 steps=spec.steps.of(parameters),
                 deliver=lambda events: None,

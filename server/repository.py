@@ -9,11 +9,17 @@ from pathlib import Path
 
 from samovar.v1 import manifest_pb2
 from server import artifact
-from server.errors import ArtifactRefused, ModelNotFound, OperationNotSupported
+from server.errors import (
+    ArtifactRefused,
+    InvalidRequest,
+    ModelNotFound,
+    OperationNotSupported,
+    Violation,
+)
 from server.probe import Probe
 from server.program import Program
 from server.runtime import RUNTIMES, Device, Graph
-from server.spec import ModelSpec, ProgramKey, ProgramSpec
+from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 SMALLEST_BUCKET = 8
 
@@ -44,12 +50,25 @@ class Model:
     def name(self) -> str:
         return f"{self.spec.name}/{self.spec.version}"
 
-    def program(self, operation: str, format_: str = "") -> LoadedProgram:
-        """The program of an operation; OperationNotSupported or ModelNotFound when there is none."""
+    def program(self, operation: str, method: str = "", format_: str = "") -> LoadedProgram:
+        """The program that a request means.
+
+        OperationNotSupported, InvalidRequest or ModelNotFound when there is no such operation, method
+        or format.
+        """
         if operation not in self.spec.programs:
-            raise OperationNotSupported(self.name, operation, sorted(self.spec.programs))
+            supported = sorted({program.operation for program in self.spec.programs.values()})
+            raise OperationNotSupported(
+                self.name, operation, supported, self.spec.refusals.get(operation, "")
+            )
+        methods = self.spec.methods(operation)
+        if method not in methods:
+            known = ", ".join(sorted(filter(None, methods))) or "none besides the usual way"
+            raise InvalidRequest(
+                [Violation("method", f"expected one of {operation}: {known}; got {method!r}")]
+            )
         self.check_format(format_)
-        return self.programs[format_ or self.formats[0], operation]
+        return self.programs[format_ or self.formats[0], program_name(operation, method)]
 
     def check_format(self, format_: str) -> None:
         """ModelNotFound when the model is not served in a format that was asked for."""
@@ -99,7 +118,7 @@ class Repository:
         programs = {}
         for format_ in formats:
             for loaded in self._prepare(spec, format_):
-                programs[format_, loaded.key.operation] = loaded
+                programs[format_, loaded.key.name] = loaded
         model = Model(spec, manifest, formats, programs)
         self._models.setdefault(spec.name, {})[spec.version] = model
         return model
@@ -123,7 +142,7 @@ class Repository:
         for program in spec.programs.values():
             is_bitwise = all(stable[graph.name] for graph in program.graphs)
             buckets = sorted(common) if is_bitwise else self._buckets
-            key = ProgramKey(spec.name, spec.version, format_, program.operation)
+            key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
             ready = Program(program, graphs, buckets, self._device.torch)
             loaded.append(LoadedProgram(key, ready, is_bitwise))
         return loaded
@@ -133,12 +152,12 @@ class Repository:
         probe = Probe(graphs, self._buckets, self._device.torch)
         for golden in spec.golden:
             try:
-                probe.prove(spec.programs[golden.operation], golden)
+                probe.prove(spec.programs[golden.program], golden)
             except ArtifactRefused as refusal:
-                raise ArtifactRefused(f"{golden.operation} as {format_}: {refusal}") from None
+                raise ArtifactRefused(f"{golden.program} as {format_}: {refusal}") from None
             except Exception as error:  # a graph may raise anything
                 reason = " ".join(str(error).split())[:300]
-                raise ArtifactRefused(f"{golden.operation} as {format_} does not run: {reason}") from None
+                raise ArtifactRefused(f"{golden.program} as {format_} does not run: {reason}") from None
         return probe.stable_buckets()
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
+from samovar.v1 import manifest_pb2
 from server import __version__, codec
 from server.call import Call
 from server.codec import Job
 from server.engine import Engine
 from server.errors import InvalidRequest, ServerUnavailable, Violation
-from server.manifest import public
+from server.manifest import name_of, public
 from server.metrics import Metrics
 from server.repository import LoadedProgram, Model, Repository
 from server.request import Completed, Preview, Request, Rows, Timings
@@ -51,6 +52,13 @@ class Target:
     model: Model
     loaded: LoadedProgram
 
+    @property
+    def score(self) -> manifest_pb2.Score:
+        """What the program's number means, as the artifact says it."""
+        return next(
+            each.score for each in self.model.manifest.programs if name_of(each) == self.loaded.spec.name
+        )
+
 
 class InferenceService(pb_grpc.InferenceServicer):
     """Serves the repository's models through the engine."""
@@ -71,7 +79,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         self.is_ready = False
 
     async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
-        target = self._target(request.model, "sample")
+        target = self._target(request, "sample")
         job = codec.sample_job(request, target.loaded.spec, self._limits.max_rows)
         first = pb.SampleResponse(run=codec.run(job, target.model, target.loaded))
         with self._submit(job, target, context, preview_every=request.preview_every) as call:
@@ -97,12 +105,11 @@ class InferenceService(pb_grpc.InferenceServicer):
         return await self._transform(request, context, "classify")
 
     async def Score(self, request: pb.TransformRequest, context: Context) -> pb.ScoreResponse:
-        target = self._target(request.model, "score")
+        target = self._target(request, "score")
         job, outputs, timings = await self._collect(request, context, target)
         response = codec.score(outputs, target.loaded.spec, job)
         response.run.CopyFrom(codec.run(job, target.model, target.loaded))
-        manifest = target.model.manifest
-        response.score.CopyFrom(next(p.score for p in manifest.programs if p.operation == "score"))
+        response.score.CopyFrom(target.score)
         response.timings.CopyFrom(codec.timings(timings))
         return response
 
@@ -131,10 +138,10 @@ class InferenceService(pb_grpc.InferenceServicer):
                 "the server is loading its models or stopping; health says when it serves"
             )
 
-    def _target(self, selector: pb.ModelSelector, operation: str) -> Target:
+    def _target(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> Target:
         self._check_ready()
-        model = self._repository.select(selector.name, selector.version)
-        return Target(model, model.program(operation, selector.format))
+        model = self._repository.select(request.model.name, request.model.version)
+        return Target(model, model.program(operation, request.method, request.model.format))
 
     def _describe(self, model: Model) -> pb.Model:
         return pb.Model(
@@ -168,7 +175,7 @@ class InferenceService(pb_grpc.InferenceServicer):
     async def _transform(
         self, request: pb.TransformRequest, context: Context, operation: str
     ) -> pb.TransformResponse:
-        target = self._target(request.model, operation)
+        target = self._target(request, operation)
         job, outputs, timings = await self._collect(request, context, target)
         return pb.TransformResponse(
             run=codec.run(job, target.model, target.loaded),

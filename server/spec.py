@@ -5,7 +5,7 @@ Knows neither the file that it came from (manifest.py) nor how graphs run (runti
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,11 @@ PARAMETER_DTYPES: dict[ParameterKind, str] = {
 }
 
 
+def program_name(operation: str, method: str) -> str:
+    """What a program is called: `sample`, or `sample:inpaint` for a method."""
+    return f"{operation}:{method}" if method else operation
+
+
 @dataclass(frozen=True)
 class ProgramKey:
     """What a program is called inside a server."""
@@ -31,9 +36,14 @@ class ProgramKey:
     version: str
     format: str
     operation: str
+    method: str = ""
+
+    @property
+    def name(self) -> str:
+        return program_name(self.operation, self.method)
 
     def __str__(self) -> str:
-        return f"{self.model}/{self.version}/{self.operation} ({self.format})"
+        return f"{self.model}/{self.version}/{self.name} ({self.format})"
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ class ScoreSpec:
     nats: str
     standard_error: str = ""
     draws: str = ""
+    row_dimensions: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One operation: init -> step x n -> readout over rows."""
+    """One operation, or one method of doing it: init -> step x n -> readout over rows."""
 
     operation: str
     readout: GraphSpec
@@ -139,6 +150,11 @@ class ProgramSpec:
     noise: tuple[NoiseSpec, ...] = ()
     score: ScoreSpec | None = None
     previewable: bool = False
+    method: str = ""
+
+    @property
+    def name(self) -> str:
+        return program_name(self.operation, self.method)
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:
@@ -170,9 +186,9 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class GoldenRows:
-    """A small request with its known answer; arrays have the batch axis."""
+    """A small request to a program, by name, with its known answer; arrays have the batch axis."""
 
-    operation: str
+    program: str
     seed: int
     first_row: int
     rows: int
@@ -192,6 +208,11 @@ class ModelSpec:
     programs: Mapping[str, ProgramSpec]
     files: Mapping[str, Mapping[str, Path]]
     golden: Sequence[GoldenRows]
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def methods(self, operation: str) -> list[str]:
+        """The methods of an operation, "" among them."""
+        return [program.method for program in self.programs.values() if program.operation == operation]
 
     def graphs(self) -> dict[str, GraphSpec]:
         """Every graph that a program calls, by name."""

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A family's module, and what `python -m export list` says of it."""
+    """A family's module, and what `python -m export list` says of it.
+
+    `operations` names its programs; `data` the data sets that it is for, its usual one first.
+    """
 
     module: str
     summary: str
     operations: tuple[str, ...]
+    data: tuple[str, ...] = ("digits",)
 
     def load(self) -> "Family":
         """Import the family."""
@@ -53,5 +57,6 @@ FAMILIES: Mapping[str, Entry] = {
         "export.families.realnvp",
         "normalising flow of affine couplings (RealNVP, Dinh et al. 2017)",
         ("sample", "reconstruct", "encode", "decode", "score"),
+        ("digits", "moons"),
     ),
 }

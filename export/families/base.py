@@ -35,11 +35,16 @@ class Preset:
 
 
 class Family(Protocol):
-    """A kind of generative model: a network, its loss, and the programs that make it a service."""
+    """A kind of generative model: a network, its loss, and the programs that make it a service.
+
+    `operations` names the programs, methods included: `sample`, `sample:inpaint`. `refusals` says
+    why the model cannot truthfully have an operation, for those who ask for it.
+    """
 
     name: str
     description: str
     operations: tuple[str, ...]
+    refusals: Mapping[str, str]
     presets: Mapping[str, Preset]
 
     def network(self, data: Dataset, preset: Preset) -> Network:

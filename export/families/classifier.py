@@ -174,6 +174,10 @@ class ClassifierFamily:
     """A kind of classifier as the exporter sees it; the kinds differ in their networks."""
 
     operations: tuple[str, ...] = ("classify", "encode")
+    refusals: Mapping[str, str] = {
+        "score": "a classifier knows the probability of a label given an image, not of the image",
+        "sample": "a classifier does not generate",
+    }
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """classify, at the temperature that suits the validation rows, and encode."""

@@ -322,6 +322,7 @@ class Family:
         "Class-conditional diffusion model (EDM, Karras et al. 2022) with DDIM, Heun and DPM-Solver++(2M)."
     )
     operations = ("sample",)
+    refusals: Mapping[str, str] = {}
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
             width=8, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20

@@ -267,6 +267,10 @@ class Family:
     name = "pixelcnn"
     description = "Class-conditional Gated PixelCNN (van den Oord et al. 2016), exact pixel by pixel."
     operations = ("sample", "score", "classify")
+    refusals: Mapping[str, str] = {
+        "encode": "it has no latent space",
+        "energy": "score gives the exact log-mass, so nothing is left unnormalised",
+    }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
             width=8, depth=2, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20

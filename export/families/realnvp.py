@@ -321,6 +321,10 @@ class Family:
     name = "realnvp"
     description = "Normalising flow of affine couplings (RealNVP, Dinh et al. 2017)."
     operations: tuple[str, ...] = ("sample", "reconstruct", "encode", "decode", "score")
+    refusals: Mapping[str, str] = {
+        "energy": "score gives the log-density itself, normalised",
+        "classify": "it has learned no labels",
+    }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
             width=16, depth=2, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20

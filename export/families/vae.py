@@ -215,6 +215,10 @@ class Family:
         "Variational autoencoder (Kingma & Welling 2013), trained on the bound of Burda et al. (2015)."
     )
     operations = ("sample", "reconstruct", "encode", "decode", "score")
+    refusals: Mapping[str, str] = {
+        "energy": "its log-density is an integral without a closed form; score bounds it",
+        "classify": "it has learned no labels",
+    }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
             width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20

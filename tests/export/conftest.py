@@ -15,4 +15,4 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="session")
 def artifacts(models: Path) -> dict[str, Path]:
-    return {name: models / f"digits-{name}" / "1" for name in FAMILIES}
+    return {name: models / f"{entry.data[0]}-{name}" / "1" for name, entry in FAMILIES.items()}

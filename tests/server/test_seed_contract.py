@@ -44,14 +44,16 @@ class Ask:
     def _call(
         self, client: samovar.Client, rows: int, inputs: Outputs, settings: dict[str, Any]
     ) -> samovar.Result | samovar.Scores:
-        if self.operation == "sample":
+        operation, _, method = self.operation.partition(":")
+        settings["method"] = method
+        if operation == "sample":
             return client.sample(self.model, rows, inputs=inputs, **settings)
-        call: Callable[..., samovar.Result | samovar.Scores] = getattr(client, self.operation)
+        call: Callable[..., samovar.Result | samovar.Scores] = getattr(client, operation)
         return call(self.model, inputs, **settings)
 
     def _inputs(self, client: samovar.Client) -> Outputs:
         chance = np.random.default_rng(0)
-        specs = [item.tensor for item in client.model(self.model).operation(self.operation).inputs]
+        specs = [item.tensor for item in client.model(self.model).operations[self.operation].inputs]
         return {spec.name: _random(spec, chance) for spec in specs}
 
 
@@ -65,7 +67,11 @@ def _random(spec: samovar.TensorSpec, chance: np.random.Generator) -> NDArray[An
 
 
 ASKS = [
-    *(Ask(f"digits-{name}", operation) for name, entry in FAMILIES.items() for operation in entry.operations),
+    *(
+        Ask(f"{entry.data[0]}-{name}", operation)
+        for name, entry in FAMILIES.items()
+        for operation in entry.operations
+    ),
     Ask("digits-vae", "sample", {"pixels": "mean"}),
     Ask("digits-vae", "reconstruct", {"latent": "draw"}),
     Ask("digits-vae", "score", {"draws": 25}),

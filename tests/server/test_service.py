@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from torch import Tensor, nn
 
 import samovar
+from export import artifact, golden, program
 from samovar import tensors
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
@@ -41,6 +43,77 @@ def refusal(call: grpc.RpcError) -> tuple[grpc.StatusCode, dict[str, str]]:
         if detail.Unpack(bad_request):
             violations = {v.field: v.description for v in bad_request.field_violations}
     return call.code(), violations
+
+
+class Halve(nn.Module):
+    """One way to make a sample of noise."""
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return noise / 2
+
+
+class Double(nn.Module):
+    """Another."""
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return noise * 2
+
+
+@pytest.fixture(scope="module")
+def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Client]:
+    """A client of a model with two ways to sample and a reason not to score."""
+    point = program.TensorSpec("point", shape=(2,), doc="a point")
+    noise = program.Noise("noise", "normal", (2,), 0)
+    usual = program.Program("sample", Halve(), (point,), "halve the noise", noise=(noise,))
+    other = program.Program("sample", Double(), (point,), "double it", noise=(noise,), method="double")
+    model = artifact.Model(
+        name="two-ways",
+        family="toy",
+        description="noise, halved or doubled",
+        value=program.Value("vector", point),
+        programs=(usual, other),
+        examples=(golden.Example("sample"), golden.Example("sample:double")),
+        refusals={"score": "nobody has worked out its density"},
+    )
+    models = tmp_path_factory.mktemp("ways")
+    for way in (usual, other):
+        way.readout.eval()
+    artifact.write(model, models)
+    with serving(models) as running, samovar.Client(running.address) as connected:
+        yield connected
+
+
+def test_a_method_is_another_way_to_do_an_operation(two_ways: samovar.Client) -> None:
+    usual = two_ways.sample("two-ways", 3, seed=5).value
+    other = two_ways.sample("two-ways", 3, seed=5, method="double").value
+    assert np.array_equal(other, 4 * usual)
+
+
+def test_a_method_that_there_is_not_is_named_with_those_that_there_are(two_ways: samovar.Client) -> None:
+    with pytest.raises(samovar.InvalidRequest, match="expected one of sample: double; got 'triple'"):
+        two_ways.sample("two-ways", method="triple")
+
+
+def test_the_server_says_so_itself(two_ways: samovar.Client, stub: pb_grpc.InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, method="magic")))
+    code, violations = refusal(raised.value)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "got 'magic'" in violations["method"]
+
+
+def test_a_refused_operation_comes_with_its_reason(two_ways: samovar.Client) -> None:
+    with pytest.raises(
+        samovar.UnsupportedOperation, match="nobody has worked out its density; it has sample"
+    ):
+        two_ways.score("two-ways", np.zeros((1, 2), np.float32))
+
+
+def test_the_reason_is_on_the_wire_too(stub: pb_grpc.InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Energy(pb.TransformRequest(model=selector()))
+    assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "an integral without a closed form" in (raised.value.details() or "")
 
 
 def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.InferenceStub) -> None:

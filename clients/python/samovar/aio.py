@@ -18,6 +18,7 @@ from samovar.errors import Cancelled, translated
 from samovar.inputs import Inputs
 from samovar.manifest import read_model
 from samovar.messages import (
+    Call,
     Options,
     Selector,
     StreamReader,
@@ -112,7 +113,7 @@ class AsyncClient:
         """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps."""
         call, deadline = settle(model, options), self._deadline(options)
         request = partial(sample_request, call, rows, inputs or {}, preview_every)
-        begin = partial(self._begin, request, call.selector, deadline)
+        begin = partial(self._begin, request, call, deadline)
         return AsyncSampleStream(begin, self._catalog, call.selector)
 
     async def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
@@ -153,24 +154,24 @@ class AsyncClient:
         self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: Options
     ) -> list[R]:
         call, deadline = settle(model, options), self._deadline(options)
-        method = getattr(self._stub, name.capitalize())
+        rpc = getattr(self._stub, name.capitalize())
         with self._catalog.trusting(call.selector):
             described = await self._known(call.selector, deadline)
-            operation = described.operation(name)
+            operation = described.operation(name, call.method)
             requests = transform_requests(call, inputs, operation, described, await self._limits(deadline))
-            parts = [read(await self._unary(method, request, deadline), operation) for request in requests]
+            parts = [read(await self._unary(rpc, request, deadline), operation) for request in requests]
         self._catalog.confirm(call.selector, parts[0].run)
         return parts
 
     async def _begin(
         self,
-        request: Callable[[Model], inference_pb2.SampleRequest],
-        selector: Selector,
+        request: Callable[[Operation], inference_pb2.SampleRequest],
+        call: Call,
         deadline: Deadline,
     ) -> tuple[Responses, Operation]:
-        described = await self._known(selector, deadline)
-        responses = self._stub.Sample(request(described), timeout=deadline.remaining())
-        return responses, described.operation("sample")
+        operation = (await self._known(call.selector, deadline)).operation("sample", call.method)
+        responses = self._stub.Sample(request(operation), timeout=deadline.remaining())
+        return responses, operation
 
     async def _known(self, selector: Selector, deadline: Deadline) -> Model:
         known = self._catalog.models.get(selector)

@@ -89,6 +89,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_request(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     command.add_argument(
+        "--method",
+        default="",
+        metavar="M",
+        help="another way to do it, such as inpaint; `samovar model` lists them",
+    )
+    command.add_argument(
         "--seed", type=_count, help="same seed, same rows (default: drawn, and told afterwards)"
     )
     command.add_argument(

@@ -181,7 +181,7 @@ def _transformed(client: Client, args: Namespace) -> tuple[Model, dict[str, Arra
 def _chosen(client: Client, args: Namespace) -> tuple[Model, Operation]:
     """The model and its operation, once it is sure that the file can hold what comes."""
     model = client.model(args.model, args.version, args.format)
-    operation = model.operation(args.command)
+    operation = model.operation(args.command, args.method)
     if args.output:
         files.check(args.output, model.value, operation.outputs[0])
     return model, operation
@@ -194,6 +194,7 @@ def _options(args: Namespace, operation: Operation) -> Options:
         seed=draw_seed() if args.seed is None else args.seed,
         first_row=args.first_row,
         parameters=_parameters(args.param, operation),
+        method=args.method,
     )
 
 

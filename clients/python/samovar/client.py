@@ -109,9 +109,10 @@ class Client:
         call, deadline = settle(model, options), self._deadline(options)
         with self._catalog.trusting(call.selector):
             described = self._known(call.selector, deadline)
-            request = sample_request(call, rows, inputs or {}, preview_every, described)
+            operation = described.operation("sample", call.method)
+            request = sample_request(call, rows, inputs or {}, preview_every, operation)
             responses = self._stub.Sample(request, timeout=deadline.remaining())
-        return SampleStream(responses, described.operation("sample"), self._catalog, call.selector)
+        return SampleStream(responses, operation, self._catalog, call.selector)
 
     def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
         """Send rows through the model and back."""
@@ -151,12 +152,12 @@ class Client:
         self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: Options
     ) -> list[R]:
         call, deadline = settle(model, options), self._deadline(options)
-        method = getattr(self._stub, name.capitalize())
+        rpc = getattr(self._stub, name.capitalize())
         with self._catalog.trusting(call.selector):
             described = self._known(call.selector, deadline)
-            operation = described.operation(name)
+            operation = described.operation(name, call.method)
             requests = transform_requests(call, inputs, operation, described, self._limits(deadline))
-            parts = [read(self._unary(method, request, deadline), operation) for request in requests]
+            parts = [read(self._unary(rpc, request, deadline), operation) for request in requests]
         self._catalog.confirm(call.selector, parts[0].run)
         return parts
 

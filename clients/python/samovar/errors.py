@@ -118,6 +118,11 @@ class ServerError(SamovarError):
     """The server failed, or answered what its contract does not allow."""
 
 
+def refused(field: str, description: str) -> InvalidRequest:
+    """The error for a request that the client can tell to be wrong."""
+    return InvalidRequest("the request cannot be sent", Details((Violation(field, description),)))
+
+
 _BY_CODE: dict[grpc.StatusCode, type[SamovarError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,

@@ -5,16 +5,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from samovar.errors import Details, InvalidRequest, Violation
+from samovar.errors import refused
 from samovar.model import Operation, TensorSpec
 from samovar.tensors import Array
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
-
-
-def refused(field: str, description: str) -> InvalidRequest:
-    """The error for a request that the client can tell to be wrong."""
-    return InvalidRequest("the request cannot be sent", Details((Violation(field, description),)))
 
 
 def named_arrays(inputs: Inputs, operation: Operation) -> dict[str, Array]:

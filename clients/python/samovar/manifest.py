@@ -36,9 +36,10 @@ def read_model(message: inference_pb2.Model) -> Model:
         formats=tuple(message.formats),
         artifact_sha256=message.artifact_sha256,
         value=_value(manifest.value),
-        operations={program.operation: _operation(program) for program in manifest.programs},
+        operations={each.name: each for each in map(_operation, manifest.programs)},
         quality=tuple(_quality(figure) for figure in manifest.quality),
         provenance=_provenance(manifest.provenance),
+        refusals=dict(manifest.refusals),
     )
 
 
@@ -90,7 +91,7 @@ def _value(value: manifest_pb2.Value) -> Value:
 
 def _operation(program: manifest_pb2.Program) -> Operation:
     return Operation(
-        name=program.operation,
+        name=f"{program.operation}:{program.method}" if program.method else program.operation,
         doc=program.doc,
         parameters=tuple(_parameter(parameter) for parameter in program.parameters),
         inputs=tuple(

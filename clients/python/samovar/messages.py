@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 
 from samovar import result
 from samovar.connection import MAX_MESSAGE_BYTES
-from samovar.errors import ServerError
-from samovar.inputs import Inputs, named_arrays, num_rows, part_of, refused
+from samovar.errors import ServerError, refused
+from samovar.inputs import Inputs, named_arrays, num_rows, part_of
 from samovar.manifest import score_meaning
 from samovar.model import Model, Operation, Scalar
 from samovar.tensors import Array, MalformedTensor, pack, unpack
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     seed: 0 <= seed < 2**64; drawn anew when left out, and told in the result's run.
     first_row: index of the first row: rows 64..127 of a job are first_row 64, rows 64.
     parameters: those that differ from their defaults, by name.
+    method: the way in which to do it, such as "inpaint"; the usual one when left out.
     timeout: seconds for the whole call; None for no limit; the client's when left out.
     """
 
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     first_row: int
     parameters: Mapping[str, Scalar]
+    method: str
     timeout: float | None
 
 
@@ -65,6 +67,7 @@ class Call:
     seed: int
     first_row: int = 0
     parameters: Mapping[str, Scalar] = field(default_factory=dict)
+    method: str = ""
 
 
 def settle(model: str, options: Options) -> Call:
@@ -78,6 +81,7 @@ def settle(model: str, options: Options) -> Call:
         seed=draw_seed() if seed is None else _bounded("seed", seed, 2**64),
         first_row=_bounded("first_row", options.get("first_row", 0), 2**32),
         parameters=options.get("parameters", {}),
+        method=options.get("method", ""),
     )
 
 
@@ -87,10 +91,10 @@ def draw_seed() -> int:
 
 
 def sample_request(
-    call: Call, rows: int, inputs: Mapping[str, ArrayLike], preview_every: int, model: Model
+    call: Call, rows: int, inputs: Mapping[str, ArrayLike], preview_every: int, operation: Operation
 ) -> inference_pb2.SampleRequest:
     """The message that asks for samples."""
-    arrays = named_arrays(inputs, model.operation("sample"))
+    arrays = named_arrays(inputs, operation)
     return inference_pb2.SampleRequest(
         model=call.selector.message(),
         rows=_bounded("rows", rows, 2**32),
@@ -99,6 +103,7 @@ def sample_request(
         parameters=_parameters(call.parameters),
         inputs=_packed(arrays),
         preview_every=_bounded("preview_every", preview_every, 2**32),
+        method=call.method,
     )
 
 
@@ -121,6 +126,7 @@ def transform_requests(
             seed=call.seed,
             first_row=_bounded("first_row", call.first_row + start, 2**32),
             parameters=_parameters(call.parameters),
+            method=call.method,
         )
 
 

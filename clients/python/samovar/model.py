@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from samovar.errors import Details, UnsupportedOperation
+from samovar.errors import Details, UnsupportedOperation, refused
 
 Scalar = bool | int | float | str
 
@@ -127,7 +127,7 @@ class ScoreMeaning:
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing that a model can do."""
+    """One thing that a model can do, in its usual way or by a method: `sample`, `sample:inpaint`."""
 
     name: str
     doc: str
@@ -137,6 +137,11 @@ class Operation:
     steps: Steps
     previewable: bool
     score: ScoreMeaning | None = None
+
+    @property
+    def method(self) -> str:
+        """What to ask for as `method`; empty for the usual way."""
+        return self.name.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -180,13 +185,28 @@ class Model:
     operations: Mapping[str, Operation]
     quality: tuple[Quality, ...]
     provenance: Provenance
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
-    def operation(self, name: str) -> Operation:
-        """The operation of that name; UnsupportedOperation when the model lacks it."""
-        if name in self.operations:
-            return self.operations[name]
-        supported = tuple(self.operations)
-        raise UnsupportedOperation(
-            f"{self.name} {self.version} has no operation {name}; it has {', '.join(supported)}",
+    def operation(self, name: str, method: str = "") -> Operation:
+        """The operation of that name, in its usual way or by a method.
+
+        UnsupportedOperation, with the reason where there is one, when the model lacks the operation;
+        InvalidRequest when it lacks the method.
+        """
+        if name not in self.operations:
+            raise self._unsupported(name)
+        methods = {
+            each.method: each for each in self.operations.values() if each.name.partition(":")[0] == name
+        }
+        if method not in methods:
+            known = ", ".join(filter(None, methods)) or "none besides the usual way"
+            raise refused("method", f"expected one of {name}: {known}; got {method!r}")
+        return methods[method]
+
+    def _unsupported(self, name: str) -> UnsupportedOperation:
+        supported = tuple(name for name in self.operations if ":" not in name)
+        because = f": {self.refusals[name]}" if name in self.refusals else ""
+        return UnsupportedOperation(
+            f"{self.name} {self.version} has no operation {name}{because}; it has {', '.join(supported)}",
             Details(facts={"supported": ",".join(supported)}),
         )

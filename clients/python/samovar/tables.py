@@ -131,6 +131,9 @@ def _model_paragraphs(model: Model) -> Iterator[str]:
     for operation in model.operations.values():
         yield ""
         yield from _operation_lines(operation)
+    if model.refusals:
+        yield "\nnot offered"
+        yield from _facts(model.refusals)
     if model.quality:
         yield "\nquality, on held-out data"
         yield from (f"  {_figure(figure)}  {figure.doc}".rstrip() for figure in model.quality)

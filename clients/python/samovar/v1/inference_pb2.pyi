@@ -3,8 +3,8 @@
 isort:skip_file
 The wire contract: typed methods over rows.
 
-A row's answer depends on the artifact, its format, the operation, the
-parameters, the row's inputs, the seed and the row's index, and on nothing
+A row's answer depends on the artifact, its format, the operation and its
+method, the parameters, the row's inputs, the seed and the row's index, and on nothing
 else: a request may be split, retried or moved and answers the same bytes.
 """
 
@@ -161,6 +161,7 @@ class SampleRequest(google.protobuf.message.Message):
     PARAMETERS_FIELD_NUMBER: builtins.int
     INPUTS_FIELD_NUMBER: builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """Number of rows, at least 1."""
     seed: builtins.int
@@ -171,6 +172,8 @@ class SampleRequest(google.protobuf.message.Message):
     """Send a preview of every unfinished row each so many of its steps; 0 for none. A reader
     that lags behind misses previews, never rows.
     """
+    method: builtins.str
+    """The way in which to do it, one of the model's methods for the operation; empty means the usual one."""
     @property
     def model(self) -> Global___ModelSelector:
         """The model."""
@@ -193,9 +196,10 @@ class SampleRequest(google.protobuf.message.Message):
         parameters: collections.abc.Mapping[builtins.str, Global___ParameterValue] | None = ...,
         inputs: collections.abc.Mapping[builtins.str, Global___Tensor] | None = ...,
         preview_every: builtins.int = ...,
+        method: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "model", b"model", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "model", b"model", "parameters", b"parameters", "preview_every", b"preview_every", "rows", b"rows", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "preview_every", b"preview_every", "rows", b"rows", "seed", b"seed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___SampleRequest: typing_extensions.TypeAlias = SampleRequest
@@ -451,10 +455,13 @@ class TransformRequest(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     FIRST_ROW_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     seed: builtins.int
     """The seed, for programs that draw random numbers; without one the server draws it."""
     first_row: builtins.int
     """Index of the first row."""
+    method: builtins.str
+    """The way in which to do it, one of the model's methods for the operation; empty means the usual one."""
     @property
     def model(self) -> Global___ModelSelector:
         """The model."""
@@ -475,9 +482,10 @@ class TransformRequest(google.protobuf.message.Message):
         seed: builtins.int | None = ...,
         first_row: builtins.int = ...,
         parameters: collections.abc.Mapping[builtins.str, Global___ParameterValue] | None = ...,
+        method: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "model", b"model", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "model", b"model", "parameters", b"parameters", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "seed", b"seed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___TransformRequest: typing_extensions.TypeAlias = TransformRequest
@@ -581,7 +589,9 @@ class ScoreResponse(google.protobuf.message.Message):
 
     @property
     def bits_per_dimension(self) -> Global___Tensor:
-        """The same in bits per dimension: -nats / (dimensions x ln 2). Absent for unnormalised scores."""
+        """The same in bits per dimension: -nats / (dimensions x ln 2), with the row's own number of
+        dimensions where rows differ in length. Absent for unnormalised scores.
+        """
 
     @property
     def standard_error(self) -> Global___Tensor:

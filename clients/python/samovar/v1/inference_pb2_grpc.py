@@ -30,7 +30,7 @@ class InferenceStub(object):
 
     Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
     with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has.
+    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
     """
 
     def __init__(self, channel):
@@ -96,7 +96,7 @@ class InferenceServicer(object):
 
     Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
     with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has.
+    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
     """
 
     def Sample(self, request, context):
@@ -235,7 +235,7 @@ class Inference(object):
 
     Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
     with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has.
+    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
     """
 
     @staticmethod

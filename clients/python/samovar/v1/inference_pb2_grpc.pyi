@@ -3,8 +3,8 @@
 isort:skip_file
 The wire contract: typed methods over rows.
 
-A row's answer depends on the artifact, its format, the operation, the
-parameters, the row's inputs, the seed and the row's index, and on nothing
+A row's answer depends on the artifact, its format, the operation and its
+method, the parameters, the row's inputs, the seed and the row's index, and on nothing
 else: a request may be split, retried or moved and answers the same bytes.
 """
 
@@ -195,7 +195,7 @@ class InferenceStub(typing.Generic[_InferenceSampleType, _InferenceReconstructTy
 
     Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
     with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has.
+    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
     """
 
     @typing.overload
@@ -364,7 +364,7 @@ class InferenceServicer(metaclass=abc.ABCMeta):
 
     Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
     with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has.
+    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
     """
 
     @abc.abstractmethod

@@ -71,6 +71,22 @@ class Manifest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class RefusalsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     FORMAT_VERSION_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
@@ -82,6 +98,7 @@ class Manifest(google.protobuf.message.Message):
     PROGRAMS_FIELD_NUMBER: builtins.int
     GOLDEN_ROWS_FIELD_NUMBER: builtins.int
     QUALITY_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     format_version: builtins.int
     """Version of this contract; a server refuses versions that it does not know. Now 1."""
     name: builtins.str
@@ -116,6 +133,10 @@ class Manifest(google.protobuf.message.Message):
     def quality(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Quality]:
         """Figures measured at export on data held out from training."""
 
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Operations that the model cannot truthfully have, each with the reason, for people."""
+
     def __init__(
         self,
         *,
@@ -130,9 +151,10 @@ class Manifest(google.protobuf.message.Message):
         programs: collections.abc.Iterable[Global___Program] | None = ...,
         golden_rows: collections.abc.Iterable[Global___GoldenRows] | None = ...,
         quality: collections.abc.Iterable[Global___Quality] | None = ...,
+        refusals: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["provenance", b"provenance", "value", b"value"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["description", b"description", "family", b"family", "format_version", b"format_version", "golden_rows", b"golden_rows", "graphs", b"graphs", "name", b"name", "programs", b"programs", "provenance", b"provenance", "quality", b"quality", "value", b"value", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["description", b"description", "family", b"family", "format_version", b"format_version", "golden_rows", b"golden_rows", "graphs", b"graphs", "name", b"name", "programs", b"programs", "provenance", b"provenance", "quality", b"quality", "refusals", b"refusals", "value", b"value", "version", b"version"]) -> None: ...
 
 Global___Manifest: typing_extensions.TypeAlias = Manifest
 
@@ -423,6 +445,7 @@ class Program(google.protobuf.message.Message):
     OUTPUTS_FIELD_NUMBER: builtins.int
     SCORE_FIELD_NUMBER: builtins.int
     PREVIEWABLE_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     operation: builtins.str
     """The operation: sample, reconstruct, score, energy, encode, decode or classify."""
     doc: builtins.str
@@ -435,6 +458,10 @@ class Program(google.protobuf.message.Message):
     """Graph that turns the state into outputs."""
     previewable: builtins.bool
     """True when readout may also be run between steps, to show a row's progress."""
+    method: builtins.str
+    """The way in which it does the operation, where the model has several: lower-case letters,
+    digits and underscores. The program without a method answers when none is asked for.
+    """
     @property
     def state(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """What a row carries from step to step."""
@@ -479,9 +506,10 @@ class Program(google.protobuf.message.Message):
         outputs: collections.abc.Iterable[Global___TensorSpec] | None = ...,
         score: Global___Score | None = ...,
         previewable: builtins.bool = ...,
+        method: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["score", b"score", "steps", b"steps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["doc", b"doc", "init", b"init", "inputs", b"inputs", "noise", b"noise", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "previewable", b"previewable", "readout", b"readout", "score", b"score", "state", b"state", "step", b"step", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["doc", b"doc", "init", b"init", "inputs", b"inputs", "method", b"method", "noise", b"noise", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "previewable", b"previewable", "readout", b"readout", "score", b"score", "state", b"state", "step", b"step", "steps", b"steps"]) -> None: ...
 
 Global___Program: typing_extensions.TypeAlias = Program
 
@@ -719,6 +747,7 @@ class Score(google.protobuf.message.Message):
     NATS_FIELD_NUMBER: builtins.int
     STANDARD_ERROR_FIELD_NUMBER: builtins.int
     DRAWS_FIELD_NUMBER: builtins.int
+    ROW_DIMENSIONS_FIELD_NUMBER: builtins.int
     kind: Global___Score.Kind.ValueType
     """The kind."""
     dimensions: builtins.int
@@ -731,6 +760,8 @@ class Score(google.protobuf.message.Message):
     """Output that holds its standard error in nats, where there is one."""
     draws: builtins.str
     """Parameter that holds the number of Monte Carlo draws, where there are any."""
+    row_dimensions: builtins.str
+    """Output that holds each row's own number of dimensions, where rows differ in length."""
     def __init__(
         self,
         *,
@@ -740,8 +771,9 @@ class Score(google.protobuf.message.Message):
         nats: builtins.str = ...,
         standard_error: builtins.str = ...,
         draws: builtins.str = ...,
+        row_dimensions: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "draws", b"draws", "kind", b"kind", "nats", b"nats", "space", b"space", "standard_error", b"standard_error"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "draws", b"draws", "kind", b"kind", "nats", b"nats", "row_dimensions", b"row_dimensions", "space", b"space", "standard_error", b"standard_error"]) -> None: ...
 
 Global___Score: typing_extensions.TypeAlias = Score
 
@@ -827,6 +859,7 @@ class GoldenRows(google.protobuf.message.Message):
     INPUTS_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     TOLERANCE_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     operation: builtins.str
     """The program."""
     seed: builtins.int
@@ -835,6 +868,8 @@ class GoldenRows(google.protobuf.message.Message):
     """Index of the first row; the others follow."""
     rows: builtins.int
     """Number of rows."""
+    method: builtins.str
+    """The program's method."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Parameters that differ from their defaults; for a choice, its index."""
@@ -862,8 +897,9 @@ class GoldenRows(google.protobuf.message.Message):
         inputs: collections.abc.Mapping[builtins.str, Global___GoldenTensor] | None = ...,
         outputs: collections.abc.Mapping[builtins.str, Global___GoldenTensor] | None = ...,
         tolerance: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        method: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_row", b"first_row", "inputs", b"inputs", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "rows", b"rows", "seed", b"seed", "tolerance", b"tolerance"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_row", b"first_row", "inputs", b"inputs", "method", b"method", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "rows", b"rows", "seed", b"seed", "tolerance", b"tolerance"]) -> None: ...
 
 Global___GoldenRows: typing_extensions.TypeAlias = GoldenRows
 
