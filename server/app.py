@@ -30,7 +30,7 @@ from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.runtime import Device
 from server.scheduler import Limits, Scheduler
-from server.service import InferenceService, ServiceLimits, server_info
+from server.service import InferenceService, ServiceLimits, library_versions
 
 log = logging.getLogger("samovar")
 
@@ -45,13 +45,33 @@ class App:
         self.config = config
         self.device = Device(_device_name(config.device), config.threads)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
-        scheduler = Scheduler(Limits(max_waiting_rows=config.max_waiting_rows))
-        self.engine = Engine(scheduler, self.metrics, on_death=self._end)
+        scheduler = Scheduler(
+            Limits(
+                max_waiting_rows=config.max_waiting_rows,
+                max_held_bytes=config.max_held_mib << 20,
+                quantum_rows=config.quantum_rows,
+                batching=config.scheduling,
+            )
+        )
         self.repository = Repository(self.device, config.formats, config.max_batch_rows)
+        self.engine = Engine(scheduler, self.metrics, renew=self.repository.renew, on_death=self._end)
         self.health = Health()
         max_rows = min(config.max_rows_per_request, config.max_waiting_rows)
         limits = ServiceLimits(config.max_message_mib << 20, max_rows)
-        info = server_info(self.device.name, limits, config.max_waiting_rows, config.max_batch_rows)
+        info = pb.ServerInfo(
+            version=__version__,
+            device=self.device.name,
+            library_versions=library_versions(),
+            max_message_bytes=limits.max_message_bytes,
+            max_rows_per_request=limits.max_rows,
+            max_waiting_rows=config.max_waiting_rows,
+            max_held_bytes=config.max_held_mib << 20,
+            max_batch_rows=config.max_batch_rows,
+            max_concurrent_calls=config.max_concurrent_calls,
+            quantum_rows=config.quantum_rows,
+            scheduling=config.scheduling,
+            threads=config.threads,
+        )
         self.service = InferenceService(self.repository, self.engine, self.metrics, limits, info)
         self.port = 0
         self.metrics_port = 0

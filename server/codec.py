@@ -44,6 +44,13 @@ class Job:
     seed: int
     steps: int
     work: Work
+    priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED
+
+    def is_batch(self, capacity: int) -> bool:
+        """Whether interactive requests go first; unless it says so, when it exceeds one batch."""
+        if self.priority == pb.PRIORITY_UNSPECIFIED:
+            return self.rows > capacity
+        return self.priority == pb.PRIORITY_BATCH
 
 
 @dataclass
@@ -90,11 +97,14 @@ def _job(
     violations: Violations,
 ) -> Job:
     parameters = _parameters(message.parameters, program, violations)
+    if message.priority not in pb.Priority.values():
+        violations.add("priority", f"expected one of {_listed(pb.Priority.keys())}, got {message.priority}")
     if not violations.found and message.first_row + rows > MAX_ROW_INDEX + 1:
         violations.add("first_row", f"expected row indices below 2^32, got {message.first_row} + {rows} rows")
     violations.check()
     seed = message.seed if message.HasField("seed") else secrets.randbits(63)
-    return Job(rows, message.first_row, seed, program.steps.of(parameters), Work(parameters, inputs))
+    steps = program.steps.of(parameters)
+    return Job(rows, message.first_row, seed, steps, Work(parameters, inputs), message.priority)
 
 
 def _parameters(

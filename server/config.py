@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from server.runtime import RUNTIMES
+from server.scheduler import Batching
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_ROWS = 2**32 - 1
@@ -40,7 +41,10 @@ class Config:
     formats: tuple[str, ...] = tuple(RUNTIMES)
     threads: int = 1
     max_batch_rows: int = 64
+    scheduling: Batching = "step"
+    quantum_rows: int = 8
     max_waiting_rows: int = 200_000
+    max_held_mib: int = 1024
     max_rows_per_request: int = 100_000
     max_message_mib: int = 64
     max_concurrent_calls: int = 4096
@@ -88,6 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         _integer(1, MAX_ROWS),
         "rows that may wait in all; more are refused with RESOURCE_EXHAUSTED",
     )
+    flag(
+        "max-held-mib",
+        _integer(1, 1 << 20),
+        "MiB of inputs and unread answers that open requests may hold; more are refused",
+    )
+    flag("quantum-rows", _integer(1, 65_536), "rows that a request may place at each turn when others wait")
+    flag(
+        "scheduling",
+        _scheduling,
+        "step lets rows join at any step; request and none, for comparisons, batch whole requests or nothing",
+    )
     flag("max-rows-per-request", _integer(1, MAX_ROWS), "rows that one request may ask for")
     flag("max-message-mib", _integer(1, 2047), "largest gRPC message, either way, in MiB")
     flag(
@@ -115,6 +130,12 @@ def _seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
     return value
+
+
+def _scheduling(text: str) -> str:
+    if text not in get_args(Batching):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(get_args(Batching))}, got {text!r}")
+    return text
 
 
 def _log_level(text: str) -> str:

@@ -7,6 +7,7 @@ cancel and acknowledge, which never wait for a graph. Knows no transport.
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -17,6 +18,10 @@ from server.scheduler import Scheduler, Turn
 from server.spec import ProgramKey
 
 log = logging.getLogger(__name__)
+
+# So many restarts within the period are one too many.
+MAX_RESTARTS = 3
+RESTART_PERIOD_SECONDS = 300.0
 
 
 class Observer(Protocol):
@@ -30,24 +35,34 @@ class Observer(Protocol):
 
     def faulted(self, program: ProgramKey, kind: str) -> None: ...
 
+    def restarted(self) -> None: ...
+
 
 class Engine:
-    """Owns the device thread, the scheduler and the programs' slots."""
+    """Owns the device thread, the scheduler and the programs' slots.
+
+    When the device thread is struck by what no program accounts for, open requests fail, `renew`
+    opens the programs' graphs again, and the loop goes on. Should that not help, `on_death` is told.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
+        renew: Callable[[], None] = lambda: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._observer = observer
         self._clock = clock
+        self._renew = renew
         self._on_death = on_death
+        self._restarts = deque[float](maxlen=MAX_RESTARTS)
         self._programs: dict[ProgramKey, Program] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
+        self._is_down = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
 
     @property
@@ -84,13 +99,16 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread.
 
-        Raises Overloaded when too many rows wait, ServerUnavailable when stopping.
+        Raises Overloaded when too much waits, DeadlineExceeded when it cannot be done in time,
+        ServerUnavailable when stopping.
         """
         with self._changed:
             if self._is_stopping:
                 raise ServerUnavailable("the server is stopping")
+            if self._is_down:
+                raise ServerUnavailable("the engine failed and starts again; try again")
             request.submitted_at = self._clock()
-            self._scheduler.submit(request)
+            self._scheduler.submit(request, request.submitted_at)
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
@@ -106,15 +124,38 @@ class Engine:
             self._changed.notify()
 
     def _loop(self) -> None:
+        while True:
+            try:
+                while (turn := self._next_turn()) is not None:
+                    self._take(turn)
+                return
+            except BaseException:  # whatever it was, nobody else would tell the clients
+                log.critical("the device thread was struck down", exc_info=True)
+            if not self._restart():
+                self._on_death()
+                return
+
+    def _restart(self) -> bool:
+        """Fail what is open and begin anew; False when that is no use."""
+        now = self._clock()
+        is_hopeless = len(self._restarts) == MAX_RESTARTS and now - self._restarts[0] < RESTART_PERIOD_SECONDS
+        self._restarts.append(now)
+        with self._changed:
+            self._is_down = True
+        self._observer.restarted()
+        self._fail(self._scheduler.open_requests(), ServerUnavailable("the engine failed; try again"))
         try:
-            while (turn := self._next_turn()) is not None:
-                self._take(turn)
-        except Exception:
-            log.critical("the device thread died", exc_info=True)
-            with self._changed:
-                self._is_stopping = True
-            self._fail(self._scheduler.open_requests(), ServerUnavailable("the engine has failed"))
-            self._on_death()
+            if not is_hopeless:
+                self._renew()
+                for program in self._programs.values():
+                    program.clear()
+        except BaseException:
+            log.critical("the programs could not be opened again", exc_info=True)
+            is_hopeless = True
+        with self._changed:
+            self._scheduler.forget_dropped()
+            self._is_down, self._is_stopping = is_hopeless, self._is_stopping or is_hopeless
+        return not is_hopeless
 
     def _next_turn(self) -> Turn | None:
         with self._changed:
@@ -158,9 +199,14 @@ class Engine:
         taking_part = program.slots.requests
         readouts = program.advance()
         seconds = self._clock() - now
+        for _ in range(program.take_shortages()):
+            self._observer.faulted(turn.program, "out_of_memory")
         for request in taking_part:
             request.model_seconds += seconds
-        self._observer.stepped(turn.program, rows, program.bucket(rows), seconds)
+        bucket = program.bucket(rows)
+        self._observer.stepped(turn.program, rows, bucket, seconds)
+        with self._changed:
+            self._scheduler.charge(turn.program, bucket, seconds)
         return readouts
 
     def _deliver(self, readout: Readout) -> None:
@@ -196,7 +242,10 @@ class Engine:
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._changed:
             for request in requests:
-                self._close(request, error, "failed")
+                try:
+                    self._close(request, error, "failed")
+                except Exception:  # one that cannot be told must not keep the others from knowing
+                    log.exception("a client could not be told that its request failed")
 
     def _close(self, request: Request, error: Exception, reason: str) -> None:
         if self._scheduler.close(request, reason):

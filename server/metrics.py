@@ -1,6 +1,7 @@
 """Every Prometheus metric, named and bucketed in one place."""
 
 from collections.abc import Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -14,7 +15,7 @@ _PROGRAM = ("model", "operation", "format")
 _ROWS = [2**exponent for exponent in range(10)]
 
 WASTE_REASONS = ("cancelled", "deadline", "failed")
-FAULT_KINDS = ("graph", "non_finite")
+FAULT_KINDS = ("graph", "non_finite", "out_of_memory")
 
 
 class Metrics:
@@ -54,8 +55,12 @@ class Metrics:
             "wasted_steps", "Row steps taken for rows that were never delivered.", *_OPERATION, "reason"
         )
         self.faults = self._counter(
-            "faults", "Graphs that raised and rows that came out non-finite.", *_OPERATION, "kind"
+            "faults",
+            "Graphs that raised, rows that came out non-finite, batches that did not fit into memory.",
+            *_OPERATION,
+            "kind",
         )
+        self.restarts = self._counter("engine_restarts", "Times that the device thread was struck down.")
         self.rows_waiting = self._gauge("rows_waiting", "Rows that wait for a slot.")
         self.rows_active = self._gauge("rows_active", "Rows in a batch.")
 
@@ -97,11 +102,21 @@ class Metrics:
 
     def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""
+        steps, step_seconds, step_rows, padding_rows = self._step_series(program)
+        steps.inc()
+        step_seconds.observe(seconds)
+        step_rows.observe(rows)
+        padding_rows.inc(bucket - rows)
+
+    @cache  # noqa: B019 (there is one of these in a process, and every step asks)
+    def _step_series(self, program: ProgramKey) -> tuple[Counter, Histogram, Histogram, Counter]:
         labels = program.model, program.name, program.format
-        self.steps.labels(*labels).inc()
-        self.step_seconds.labels(*labels).observe(seconds)
-        self.step_rows.labels(*labels).observe(rows)
-        self.padding_rows.labels(*labels).inc(bucket - rows)
+        return (
+            self.steps.labels(*labels),
+            self.step_seconds.labels(*labels),
+            self.step_rows.labels(*labels),
+            self.padding_rows.labels(*labels),
+        )
 
     def delivered(self, program: ProgramKey, rows: int) -> None:
         """So many rows of a program went out to a request."""
@@ -110,6 +125,10 @@ class Metrics:
     def wasted(self, program: ProgramKey, steps: int, reason: str) -> None:
         """So many steps were taken for rows that nobody will get."""
         self.wasted_steps.labels(program.model, program.name, reason).inc(steps)
+
+    def restarted(self) -> None:
+        """The device thread was struck down and starts again."""
+        self.restarts.inc()
 
     def faulted(self, program: ProgramKey, kind: str) -> None:
         """A graph raised or a row came out non-finite."""

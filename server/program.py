@@ -4,21 +4,25 @@ Binds each graph's inputs by name to state, inputs, parameters, noise and the st
 counters, and pads every call to a bucket. Knows nothing of queues, time or clients.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from samovar import noise
+from server import tape
 from server.request import Request, Rows
-from server.runtime import Graph
+from server.runtime import Graph, Tensors, bound, is_out_of_memory
 from server.slots import Slots
 from server.spec import GraphSpec, ProgramSpec
 
-_DRAW = {"normal": noise.normal, "uniform": noise.uniform}
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,49 @@ class Readout:
 
 
 class Program:
-    """One operation of one model in one format, over up to `buckets[-1]` rows at a time."""
+    """One operation of one model in one format, over up to `buckets[-1]` rows at a time.
+
+    `ahead` draws the random numbers of later steps while the device works; without it they are
+    drawn when they are due.
+    """
 
     def __init__(
-        self, spec: ProgramSpec, graphs: Mapping[str, Graph], buckets: Sequence[int], device: torch.device
+        self,
+        spec: ProgramSpec,
+        graphs: Mapping[str, Graph],
+        buckets: Sequence[int],
+        device: torch.device,
+        ahead: Executor | None = None,
     ) -> None:
         self.spec = spec
         self.buckets = tuple(sorted(buckets))
+        self.capacity = self.buckets[-1]
         self._graphs = graphs
         self._device = device
+        self._ahead = ahead
         self._noise = {item.tensor.name: item for item in spec.noise}
-        tables = [tensor for name, tensor in spec.tensors().items() if name not in self._noise]
-        self.slots = Slots(self.buckets[-1], tables, device)
+        self._num_shortages = 0
+        self.clear()
 
-    @property
-    def capacity(self) -> int:
-        return self.slots.capacity
+    def reopen(self, graphs: Mapping[str, Graph]) -> None:
+        """Go on with graphs that were opened anew, and with empty slots."""
+        self._graphs = graphs
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty the slots; what was in them is gone."""
+        spec = self.spec
+        self._largest = self.capacity
+        tables = [tensor for name, tensor in spec.tensors().items() if name not in self._noise]
+        read = {tensor.name for tensor in spec.step.inputs} if spec.step else set()
+        self._step_noise = {
+            name: torch.zeros((2 * self.capacity, *item.tensor.shape), device=self._device)
+            for name, item in self._noise.items()
+            if name in read
+        }
+        numbers = tape.Tape([self._noise[name] for name in self._step_noise], self.capacity, self._ahead)
+        self.slots = Slots(self.capacity, tables, self._device, spec.state, numbers)
+        self._steps: dict[tuple[int, int, int], Callable[[], None]] = {}
 
     def bucket(self, rows: int) -> int:
         """The batch size at which so many rows are called."""
@@ -58,25 +89,44 @@ class Program:
         """Start the new rows, take one step with all, read out those that are done or due a preview."""
         self._start()
         if self.spec.step is not None and self.slots.num_active:
-            self._store(self._call(self.spec.step, 0, self.slots.num_active), 0)
-            self.slots.count_step()
+            self._step(self.spec.step)
         return self._finish() + self._preview()
 
     def _start(self) -> None:
         slots = self.slots
         start, count = slots.num_started, slots.num_active - slots.num_started
         if count and self.spec.init is not None:
-            self._store(self._call(self.spec.init, start, count), start)
+            state = self._call(self.spec.init, start, count)
+            for tensor, rows in zip(self.spec.state, state, strict=True):
+                slots.device[tensor.name][start : slots.num_active] = rows[:count]
         elif count:
             for tensor in self.spec.state:
                 slots.device[tensor.name][start : slots.num_active] = 0
         slots.num_started = slots.num_active
 
-    def _store(self, state: Sequence[torch.Tensor], start: int) -> None:
-        for tensor, rows in zip(self.spec.state, state, strict=True):
-            self.slots.device[tensor.name][start : self.slots.num_active] = rows[
-                : self.slots.num_active - start
-            ]
+    def _step(self, graph: GraphSpec) -> None:
+        """One step of all active rows, from one side of the state's tables to the other."""
+        rows = self.slots.rows
+        if self._step_noise:
+            self.slots.tape.reach(rows)
+            for name, table in self._step_noise.items():
+                table[: len(rows)].copy_(self.slots.tape.numbers(name, len(rows)), non_blocking=True)
+        self._in_parts(0, len(rows), lambda start, count: self._bound_step(graph, start, count)())
+        self.slots.tape.advance()
+        self.slots.count_step()
+
+    def _bound_step(self, graph: GraphSpec, start: int, count: int) -> Callable[[], None]:
+        """The step of the rows from slot `start` on; bound once for each bucket and side."""
+        key = (start, self.bucket(count), self.slots.side)
+        if key not in self._steps:
+            part, slots = slice(start, start + key[1]), self.slots
+            tables = {**slots.device, **self._step_noise}
+            self._steps[key] = bound(
+                self._graphs[graph.name],
+                [tables[tensor.name][part] for tensor in graph.inputs],
+                [slots.next[tensor.name][part] for tensor in self.spec.state],
+            )
+        return self._steps[key]
 
     def _finish(self) -> list[Readout]:
         done = self._done()
@@ -99,6 +149,8 @@ class Program:
         slots = self.slots
         active = slice(0, slots.num_active)
         every = slots.preview_every[active]
+        if not every.any():
+            return []
         due = np.flatnonzero((every > 0) & (slots.steps_done[active] % np.maximum(every, 1) == 0))
         if not len(due):
             return []
@@ -139,8 +191,12 @@ class Program:
         result: NDArray[np.bool_] = finite.cpu().numpy()
         return result
 
-    def _call(self, graph: GraphSpec, start: int, count: int) -> Sequence[torch.Tensor]:
+    def _call(self, graph: GraphSpec, start: int, count: int) -> Tensors:
         """Call a graph on the rows from slot `start`; the rows beyond `count` are padding."""
+        parts = self._in_parts(start, count, lambda first, rows: self._call_part(graph, first, rows))
+        return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _call_part(self, graph: GraphSpec, start: int, count: int) -> Tensors:
         end = start + self.bucket(count)
         inputs = [
             self._draw(tensor.name, start, count, end)
@@ -150,14 +206,43 @@ class Program:
         ]
         return self._graphs[graph.name](inputs)
 
+    def _in_parts(self, start: int, count: int, call: Callable[[int, int], T]) -> list[T]:
+        """Call with first slot and number of rows: once, or for smaller batches where memory is short."""
+        results, first = list[T](), start
+        while first < start + count:
+            rows = min(self._largest, start + count - first)
+            try:
+                results.append(call(first, rows))
+            except Exception as error:  # each runtime has its own
+                if not is_out_of_memory(error) or not self._shrink():
+                    raise
+            else:
+                first += rows
+        return results
+
+    def _shrink(self) -> bool:
+        """Make batches smaller from now on; False when they cannot be."""
+        smaller = [bucket for bucket in self.buckets if bucket < self._largest]
+        if not smaller:
+            return False
+        log.warning("out of memory with batches of %d rows; going on with %d", self._largest, smaller[-1])
+        self._largest = smaller[-1]
+        self._steps.clear()
+        self._num_shortages += 1
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def take_shortages(self) -> int:
+        """How often memory was short since this was last asked."""
+        taken, self._num_shortages = self._num_shortages, 0
+        return taken
+
     def _draw(self, name: str, start: int, count: int, end: int) -> torch.Tensor:
-        item, slots = self._noise[name], self.slots
-        rows = slice(start, start + count)
-        drawn = _DRAW[item.distribution](
-            slots.seed[rows], slots.row[rows], slots.steps_done[rows], item.stream, item.tensor.shape
-        )
-        padded = np.zeros((end - start, *item.tensor.shape), np.float32)
-        padded[:count] = drawn
+        slots, part = self.slots, slice(start, start + count)
+        rows = tape.Rows(slots.seed[part], slots.row[part], slots.steps_done[part], slots.num_steps[part])
+        padded = np.zeros((end - start, *self._noise[name].tensor.shape), np.float32)
+        padded[:count] = tape.draw(self._noise[name], rows)
         return torch.from_numpy(padded).to(self._device)
 
 

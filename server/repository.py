@@ -4,6 +4,7 @@ Knows every format that a runtime exists for, and no family.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from server.errors import (
     OperationNotSupported,
     Violation,
 )
+from server.lane import RESERVED_SHARE
 from server.probe import Probe
 from server.program import Program
 from server.runtime import RUNTIMES, Device, Graph
@@ -82,6 +84,7 @@ class Repository:
     def __init__(self, device: Device, formats: Sequence[str], max_batch_rows: int) -> None:
         self._device = device
         self._formats = tuple(formats)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
         self._models: dict[str, dict[str, Model]] = {}
 
@@ -123,6 +126,14 @@ class Repository:
         self._models.setdefault(spec.name, {})[spec.version] = model
         return model
 
+    def renew(self) -> None:
+        """Open every graph anew, after a fault that may have left the old ones unusable."""
+        for model in self:
+            for format_ in model.formats:
+                graphs = self._open(model.spec, format_)
+                for name in model.spec.programs:
+                    model.programs[format_, name].program.reopen(graphs)
+
     def _versions(self, name: str) -> list[Model]:
         return sorted(self._models[name].values(), key=lambda model: -int(model.spec.version))
 
@@ -143,7 +154,7 @@ class Repository:
             is_bitwise = all(stable[graph.name] for graph in program.graphs)
             buckets = sorted(common) if is_bitwise else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
-            ready = Program(program, graphs, buckets, self._device.torch)
+            ready = Program(program, graphs, buckets, self._device.torch, self._ahead)
             loaded.append(LoadedProgram(key, ready, is_bitwise))
         return loaded
 
@@ -162,10 +173,11 @@ class Repository:
 
 
 def _buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to try: powers of two, and the largest.
+    """Batch sizes to try: powers of two, the largest, and the most that batch requests may fill.
 
     None is under SMALLEST_BUCKET but for the largest: what does not fill a SIMD packet takes scalar
     paths whose logarithms differ once in thousands of rows, too rarely for a probe to notice.
     """
     powers = (2**exponent for exponent in range(largest.bit_length()))
-    return tuple(sorted({*(power for power in powers if power >= SMALLEST_BUCKET), largest}))
+    sizes = {*powers, largest - largest // RESERVED_SHARE}
+    return tuple(sorted({*(size for size in sizes if size >= SMALLEST_BUCKET), largest}))

@@ -17,6 +17,11 @@ class Work:
     parameters: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the inputs hold."""
+        return sum(array.nbytes for array in self.inputs.values())
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -63,7 +68,11 @@ Deliver = Callable[[Sequence[Event]], None]
 
 @dataclass(eq=False)
 class Request:
-    """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times."""
+    """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times.
+
+    At most `window` rows are on the way that the reader has not taken; inputs and those rows hold
+    `held_bytes` until the request ends. A batch request lets interactive ones go first.
+    """
 
     program: ProgramKey
     rows: int
@@ -75,6 +84,9 @@ class Request:
     deadline: float | None = None
     preview_every: int = 0
     window: int = 1 << 32
+    is_batch: bool = False
+    may_end_early: bool = False
+    held_bytes: int = 0
 
     admitted: int = 0
     finished: int = 0
@@ -83,6 +95,12 @@ class Request:
     submitted_at: float = 0.0
     started_at: float = 0.0
     model_seconds: float = 0.0
+    deficit: int = 0
+
+    @property
+    def row_cost(self) -> int:
+        """What a row takes of its slot's time, in steps."""
+        return max(1, self.steps)
 
     @property
     def is_closed(self) -> bool:

@@ -2,37 +2,43 @@
 
 Pure policy: no tensors, no clock (time is an argument), no threads. A row that has
 been admitted stays until it is finished or dropped; between steps, free slots go to
-waiting requests in turn, a quantum of rows each, and programs take turns as well.
+waiting rows. Programs share the device by deficit round robin as well, in seconds:
+one whose step takes long has fewer turns. lane.py says who gets a program's slots.
 """
 
 import heapq
 import itertools
+import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from server.errors import Overloaded, ServerUnavailable
+from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
+from server.lane import Admission, Lane
 from server.request import Request
 from server.spec import ProgramKey
 
 MIN_CROWD = 64
+# A program that only batch jobs use earns so much of the device time of one that somebody waits for.
+BATCH_SHARE = 0.25
+
+Batching = Literal["step", "request", "none"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may wait, and how it is dealt out."""
+    """How much may wait, and how it is dealt out.
+
+    `batching` is for comparisons: `step` lets rows join at any step; with `request` a batch is
+    formed when the device is idle and runs to its end; with `none` every request runs alone.
+    """
 
     max_waiting_rows: int = 200_000
+    max_held_bytes: int = 1 << 30
     quantum_rows: int = 8
-    retry_after_seconds: float = 1.0
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Rows of a request that enter the batch: offsets first .. first + count."""
-
-    request: Request
-    first: int
-    count: int
+    batching: Batching = "step"
+    min_retry_seconds: float = 0.1
+    max_retry_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,59 +50,42 @@ class Turn:
     dropped: list[Request]
 
 
-@dataclass
-class Lane:
-    """One program's queue and slots."""
-
-    program: ProgramKey
-    capacity: int
-    waiting: deque[Request] = field(default_factory=deque)
-    active: dict[Request, None] = field(default_factory=dict)
-    dropped: list[Request] = field(default_factory=list)
-    num_active: int = 0
-
-    @property
-    def has_work(self) -> bool:
-        return bool(
-            self.num_active or self.dropped or any(request.num_admissible for request in self.waiting)
-        )
-
-
 class Scheduler:
     """Admission, fairness, deadlines and cancellation over the lanes of all programs."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._lanes: dict[ProgramKey, Lane] = {}
-        self._rotation: deque[Lane] = deque()
+        # Lanes with work, the one whose turn it is in front; `_granted` has had this round's quantum.
+        self._ring: deque[Lane] = deque()
+        self._granted: Lane | None = None
         self._deadlines: list[tuple[float, int, Request]] = []
         self._crowded = MIN_CROWD
         self._arrivals = itertools.count()
         self.num_waiting = 0
-
-    @property
-    def num_active(self) -> int:
-        return sum(lane.num_active for lane in self._lanes.values())
+        self.num_active = 0
+        self.held_bytes = 0
 
     def open_lane(self, program: ProgramKey, capacity: int) -> None:
         """Make a program known; at most `capacity` of its rows are active at a time."""
-        lane = self._lanes[program] = Lane(program, capacity)
-        self._rotation.append(lane)
+        self._lanes[program] = Lane(program, capacity)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; Overloaded when too many rows wait already."""
+    def submit(self, request: Request, now: float = -math.inf) -> None:
+        """Queue a request.
+
+        Overloaded when too much waits already; DeadlineExceeded when even an idle device could
+        not finish in time, by the pace that was measured.
+        """
         lane = self._lanes.get(request.program)
         if lane is None:
             raise ServerUnavailable(f"{request.program} is not loaded")
-        limits = self.limits
-        if self.num_waiting + request.rows > limits.max_waiting_rows:
-            raise Overloaded(
-                f"{self.num_waiting} rows wait and {request.rows} more would pass the limit of "
-                f"{limits.max_waiting_rows}; try again in {limits.retry_after_seconds:g} s",
-                limits.retry_after_seconds,
-            )
+        self._refuse_overload(request)
+        _refuse_hopeless(request, lane, now)
         self.num_waiting += request.rows
-        lane.waiting.append(request)
+        self.held_bytes += request.held_bytes
+        lane.num_waiting_steps += request.rows * request.row_cost
+        lane.join(request)
+        self._wake(lane)
         if request.deadline is not None:
             self._forget_ended()
             heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
@@ -110,18 +99,19 @@ class Scheduler:
             return False
         request.closed_because = reason
         lane = self._lanes[request.program]
-        if request.num_waiting:
-            lane.waiting.remove(request)
-            self.num_waiting -= request.num_waiting
-        if request in lane.active:
-            del lane.active[request]
-            lane.num_active -= request.num_active
-            lane.dropped.append(request)
+        self.num_waiting -= request.num_waiting
+        self.num_active -= request.num_active
+        self.held_bytes -= request.held_bytes
+        lane.remove(request)
+        self._wake(lane)
         return True
 
     def acknowledge(self, request: Request, rows: int) -> None:
         """The reader has taken so many rows, and has room for as many more."""
         request.acknowledged += rows
+        lane = self._lanes[request.program]
+        lane.resume(request)
+        self._wake(lane)
 
     def expired(self, now: float) -> list[Request]:
         """Open requests whose deadline has passed; each is named once."""
@@ -138,28 +128,100 @@ class Scheduler:
 
     def next_turn(self) -> Turn | None:
         """The program whose turn it is, with the rows that join it; None when nothing can run."""
-        for _ in range(len(self._rotation)):
-            lane = self._rotation[0]
-            self._rotation.rotate(-1)
-            if lane.has_work:
-                dropped, lane.dropped = lane.dropped, []
-                return Turn(lane.program, self._admit(lane), dropped)
+        while self._ring:
+            lane = self._ring[0]
+            if not lane.has_work:
+                self._retire(lane)
+            elif self._runs_on(lane) or self._can_pay(lane):
+                return Turn(lane.program, self._admit(lane), lane.take_dropped())
+            else:
+                self._pass_on()
         return None
+
+    def charge(self, program: ProgramKey, bucket: int, seconds: float) -> None:
+        """The turn that was taken last, of this program, took so long in a batch of this size."""
+        lane = self._lanes[program]
+        lane.pace.learn(bucket, seconds)
+        lane.credit -= seconds
+        if lane.credit <= 0:
+            self._pass_on()
 
     def finish(self, request: Request, rows: int) -> None:
         """So many rows of an open request have left the batch."""
-        lane = self._lanes[request.program]
         request.finished += rows
-        lane.num_active -= rows
-        if not request.num_active:
-            lane.active.pop(request, None)
+        self.num_active -= rows
+        self._lanes[request.program].finish(request, rows)
         if request.is_complete:
             request.closed_because = "completed"
+            self.held_bytes -= request.held_bytes
+
+    def forget_dropped(self) -> None:
+        """The slots have been emptied: nothing is left in them to be dropped."""
+        for lane in self._lanes.values():
+            lane.take_dropped()
 
     def open_requests(self) -> list[Request]:
         """Every request that has not ended."""
-        lanes = self._lanes.values()
-        return list(dict.fromkeys(request for lane in lanes for request in (*lane.active, *lane.waiting)))
+        return [request for lane in self._lanes.values() for request in lane.requests]
+
+    def _wake(self, lane: Lane) -> None:
+        if lane.has_work and not lane.is_ringed:
+            lane.is_ringed = True
+            self._ring.append(lane)
+
+    def _retire(self, lane: Lane) -> None:
+        """A lane without work leaves the ring and forfeits the time that it has not used."""
+        self._ring.popleft()
+        self._granted = None
+        lane.is_ringed = False
+        lane.credit = min(0.0, lane.credit)
+
+    def _pass_on(self) -> None:
+        """The next lane is in front, and has not had its quantum yet."""
+        self._ring.rotate(-1)
+        self._granted = None
+
+    def _runs_on(self, lane: Lane) -> bool:
+        """Without step batching, what has begun runs to its end."""
+        return self.limits.batching != "step" and lane.num_active > 0
+
+    def _can_pay(self, lane: Lane) -> bool:
+        """Whether a lane may run, once it has had its quantum of this round: a turn of the dearest lane."""
+        if self._granted is not lane:
+            self._granted = lane
+            dearest = max(each.pace.latest for each in self._ring)
+            lane.credit += dearest * (1.0 if lane.is_interactive else BATCH_SHARE)
+        return lane.credit >= 0
+
+    def _admit(self, lane: Lane) -> list[Admission]:
+        if self._runs_on(lane):
+            return []
+        most = 1 if self.limits.batching == "none" else None
+        admissions = lane.admit(self.limits.quantum_rows, most)
+        count = sum(admission.count for admission in admissions)
+        self.num_waiting -= count
+        self.num_active += count
+        return admissions
+
+    def _refuse_overload(self, request: Request) -> None:
+        limits = self.limits
+        if self.num_waiting + request.rows > limits.max_waiting_rows:
+            self._refuse(
+                f"{self.num_waiting} rows wait and {request.rows} more would pass the limit of "
+                f"{limits.max_waiting_rows}"
+            )
+        if self.held_bytes + request.held_bytes > limits.max_held_bytes:
+            self._refuse(
+                f"open requests hold {self.held_bytes} bytes of inputs and unread answers, and "
+                f"{request.held_bytes} more would pass the limit of {limits.max_held_bytes}"
+            )
+
+    def _refuse(self, reason: str) -> None:
+        """Overloaded, with the time in which half of what waits should be done."""
+        backlog = sum(lane.backlog_seconds for lane in self._lanes.values())
+        limits = self.limits
+        delay = min(limits.max_retry_seconds, max(limits.min_retry_seconds, backlog / 2))
+        raise Overloaded(f"{reason}; try again in {delay:.1f} s", delay)
 
     def _forget_ended(self) -> None:
         """Ended requests leave the heap from its top, or here, once they are as many as the open ones."""
@@ -168,21 +230,16 @@ class Scheduler:
             heapq.heapify(self._deadlines)
             self._crowded = 2 * len(self._deadlines) + MIN_CROWD
 
-    def _admit(self, lane: Lane) -> list[Admission]:
-        admissions: dict[Request, Admission] = {}
-        passed = 0
-        while (free := lane.capacity - lane.num_active) and passed < len(lane.waiting):
-            request = lane.waiting.popleft()
-            count = min(self.limits.quantum_rows, free, request.num_admissible)
-            passed = 0 if count else passed + 1
-            if count:
-                earlier = admissions.get(request)
-                first = earlier.first if earlier else request.admitted
-                request.admitted += count
-                lane.num_active += count
-                self.num_waiting -= count
-                lane.active[request] = None
-                admissions[request] = Admission(request, first, request.admitted - first)
-            if request.num_waiting:
-                lane.waiting.append(request)
-        return list(admissions.values())
+
+def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
+    """DeadlineExceeded when the request's own steps alone take longer than it has."""
+    if request.deadline is None:
+        return
+    waves = math.ceil(request.rows / lane.capacity)
+    steps = 1 if request.may_end_early else request.row_cost
+    needed = waves * steps * lane.pace.fastest
+    if now + needed > request.deadline:
+        raise DeadlineExceeded(
+            f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the measured pace of "
+            f"{lane.pace.fastest:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
+        )

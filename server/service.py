@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from server import __version__, codec
+from server import codec
 from server.call import Call
 from server.codec import Job
 from server.engine import Engine
@@ -154,8 +154,9 @@ class InferenceService(pb_grpc.InferenceServicer):
     def _submit(self, job: Job, target: Target, context: Context, preview_every: int = 0) -> Call:
         call = Call(self._engine)
         remaining = context.time_remaining()
-        row_bytes = target.loaded.spec.output_row_bytes
+        row_bytes = max(1, target.loaded.spec.output_row_bytes)
         capacity = target.loaded.program.capacity
+        window = max(2 * capacity, self._limits.window_bytes // row_bytes)
         call.submit(
             Request(
                 program=target.loaded.key,
@@ -167,7 +168,10 @@ class InferenceService(pb_grpc.InferenceServicer):
                 work=job.work,
                 deadline=None if remaining is None else time.monotonic() + remaining,
                 preview_every=preview_every,
-                window=max(2 * capacity, self._limits.window_bytes // max(row_bytes, 1)),
+                window=window,
+                is_batch=job.is_batch(capacity),
+                may_end_early=bool(target.loaded.spec.steps.done),
+                held_bytes=job.work.num_bytes + min(window, job.rows) * row_bytes,
             )
         )
         return call
@@ -277,20 +281,10 @@ def _page_start(request: pb.ListModelsRequest, count: int) -> int:
     return int(token or 0)
 
 
-def server_info(
-    device: str, limits: ServiceLimits, max_waiting_rows: int, max_batch_rows: int
-) -> pb.ServerInfo:
-    """What serves, and within which limits."""
+def library_versions() -> dict[str, str]:
+    """The libraries that decide what graphs compute and how calls travel, as far as they are installed."""
     libraries = ("torch", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "numpy")
-    return pb.ServerInfo(
-        version=__version__,
-        device=device,
-        library_versions={name: version for name in libraries if (version := _version(name))},
-        max_message_bytes=limits.max_message_bytes,
-        max_rows_per_request=limits.max_rows,
-        max_waiting_rows=max_waiting_rows,
-        max_batch_rows=max_batch_rows,
-    )
+    return {name: version for name in libraries if (version := _version(name))}
 
 
 def _version(library: str) -> str:

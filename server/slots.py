@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from server.request import Request
 from server.spec import NUM_STEPS, STEP_INDEX, TensorSpec
+from server.tape import Rows, Tape
 
 Mask = NDArray[np.bool_]
 
@@ -22,11 +23,20 @@ class Slots:
     """Tables of `capacity` rows: `device[name]` is a tensor [2 x capacity, *row shape].
 
     The tables are twice as long as the capacity because a call that is padded to
-    its bucket may start at any active slot.
+    its bucket may start at any active slot. The state's tables exist twice: a step
+    reads `device` and writes `next`, and then they change places.
     """
 
-    def __init__(self, capacity: int, tensors: Iterable[TensorSpec], device: torch.device) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        tensors: Iterable[TensorSpec],
+        device: torch.device,
+        state: Iterable[TensorSpec] = (),
+        tape: Tape | None = None,
+    ) -> None:
         self.capacity = capacity
+        self.tape = tape or Tape((), capacity)
         self.num_active = 0
         self.num_started = 0
         slots = 2 * capacity
@@ -36,6 +46,8 @@ class Slots:
             )
             for tensor in tensors
         }
+        self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
+        self.side = 0
         self.seed = np.zeros(slots, np.uint64)
         self.row = np.zeros(slots, np.int64)
         self.steps_done = np.zeros(slots, np.int64)
@@ -71,9 +83,18 @@ class Slots:
         self.num_active = end
 
     def count_step(self) -> None:
-        """All active rows have taken one more step."""
+        """All active rows have taken one more step, whose state is in `next`."""
+        for name in self.next:
+            self.device[name], self.next[name] = self.next[name], self.device[name]
+        self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
         self.device[STEP_INDEX][: self.num_active] += 1
+
+    @property
+    def rows(self) -> Rows:
+        """Whose numbers the active rows draw."""
+        active = slice(0, self.num_active)
+        return Rows(self.seed[active], self.row[active], self.steps_done[active], self.num_steps[active])
 
     def move_to_tail(self, leaving: Mask) -> int:
         """Reorder the active rows so that the leaving ones come last; returns the first one's slot.
@@ -97,11 +118,13 @@ class Slots:
                 table[to] = table[source]
             for tensor in self.device.values():
                 tensor[torch.from_numpy(to)] = tensor[torch.from_numpy(source)]
+            self.tape.move(to, source)
         return boundary
 
     def release(self, boundary: int) -> None:
         """Free the slots from `boundary` on."""
         self.num_active = self.num_started = boundary
+        self.tape.keep(boundary)
         self._requests = {
             owner: self._requests[owner] for owner in np.unique(self._owner[:boundary]).tolist()
         }

@@ -125,6 +125,7 @@ class Ledger:
     turns: list[int] = field(default_factory=list)
     wasted_steps: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    restarts: int = 0
     rows: int = 0
 
     def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
@@ -138,3 +139,6 @@ class Ledger:
 
     def faulted(self, program: ProgramKey, kind: str) -> None:
         self.faults.append(kind)
+
+    def restarted(self) -> None:
+        self.restarts += 1

@@ -1,6 +1,6 @@
 """One graph, many ways to execute it: a runtime per file format."""
 
-from server.runtime.base import Device, Graph, OpenGraph
+from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_out_of_memory
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torchscript import TorchScriptGraph
 
@@ -9,4 +9,4 @@ RUNTIMES: dict[str, OpenGraph] = {
     "torchscript": TorchScriptGraph,
 }
 
-__all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph"]
+__all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph", "Tensors", "bound", "is_out_of_memory"]

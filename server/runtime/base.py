@@ -1,21 +1,24 @@
 """What the engine asks of a runtime: open a graph file, then call it with tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from server.spec import GraphSpec
 
+Tensors = Sequence[torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Device:
-    """Where graphs run, and on how many CPU threads each."""
+    """Where graphs run, and on how many CPU threads each; CUDA graphs replay what was captured once."""
 
     name: str = "cpu"
     threads: int = 1
+    cuda_graphs: bool = False
 
     @property
     def torch(self) -> torch.device:
@@ -23,16 +26,56 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        return self.torch.type == "cuda"
+        return self.name.startswith("cuda")
 
 
 class Graph(Protocol):
     """A pure function over rows: tensors [B, *row shape] in and out, in the order of its spec."""
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]: ...
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """New tensors, none of them a view of an input."""
+        ...
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A graph that has a quicker way to be called on the same tensors again and again."""
+
+    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]: ...
+
+
+def bound(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+    """A call on these very, contiguous tensors, which writes the outputs in place."""
+    return graph.bind(inputs, outputs) if isinstance(graph, Bindable) else copying(graph, inputs, outputs)
+
+
+def copying(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+    """The plain way: call, then copy the results."""
+
+    def call() -> None:
+        for output, result in zip(outputs, graph(inputs), strict=True):
+            output.copy_(result)
+
+    return call
 
 
 class OpenGraph(Protocol):
     """Loads a graph file; ArtifactRefused when the file is not what the spec says."""
 
     def __call__(self, path: Path, spec: GraphSpec, device: Device) -> Graph: ...
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "failed to allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a graph failed for want of memory, in the words of any runtime."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -1,14 +1,15 @@
 """Graphs in ONNX, by ONNX Runtime on the CPU or on CUDA."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 
 from server.errors import ArtifactRefused
-from server.runtime.base import Device
+from server.runtime.base import Device, Tensors
 from server.spec import GraphSpec, TensorSpec
 
 # A server reports to its own operators, and to nobody else.
@@ -25,7 +26,7 @@ _ELEMENT_TYPES = {
 
 
 class OnnxGraph:
-    """An ONNX Runtime session, fed by name."""
+    """An ONNX Runtime session, fed by name or bound to memory."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
         self._spec = spec
@@ -42,32 +43,44 @@ class OnnxGraph:
         _check_names(path, self._session.get_inputs(), spec.inputs)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Tensors:
         if self._device.is_cuda:
             return self._call_bound(inputs)
         feed = {tensor.name: array.numpy() for tensor, array in zip(self._spec.inputs, inputs, strict=True)}
         return [torch.from_numpy(array) for array in self._session.run(self._outputs, feed)]
 
-    def _call_bound(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+        """A call that reads and writes these tensors' memory, which must be contiguous."""
+        binding, run = self._session.io_binding(), self._session.run_with_iobinding
+        is_cuda, device = self._device.is_cuda, self._device.torch
+        for tensor, array in zip(self._spec.inputs, inputs, strict=True):
+            binding.bind_input(tensor.name, *self._place(array, tensor.dtype))
+        for name, tensor, array in zip(self._outputs, self._spec.outputs, outputs, strict=True):
+            binding.bind_output(name, *self._place(array, tensor.dtype))
+
+        # A binding holds addresses only: the default argument keeps the memory alive as long as the call.
+        def call(kept: Any = (inputs, outputs)) -> None:
+            if is_cuda:  # the two libraries have streams of their own
+                torch.cuda.current_stream(device).synchronize()
+            run(binding)
+            if is_cuda:
+                binding.synchronize_outputs()
+
+        return call
+
+    def _call_bound(self, inputs: Tensors) -> Tensors:
         """Run on tensors that are and stay in the GPU's memory."""
-        binding = self._session.io_binding()
         batch = inputs[0].shape[0]
         outputs = [
             torch.empty((batch, *tensor.shape), dtype=getattr(torch, tensor.dtype), device=self._device.torch)
             for tensor in self._spec.outputs
         ]
-        for tensor, array in zip(self._spec.inputs, inputs, strict=True):
-            binding.bind_input(tensor.name, *self._place(array.contiguous(), tensor.dtype))
-        for name, tensor, array in zip(self._outputs, self._spec.outputs, outputs, strict=True):
-            binding.bind_output(name, *self._place(array, tensor.dtype))
-        # The two libraries have streams of their own.
-        torch.cuda.current_stream(self._device.torch).synchronize()
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        self.bind([array.contiguous() for array in inputs], outputs)()
         return outputs
 
     def _place(self, array: torch.Tensor, dtype: str) -> tuple[Any, ...]:
-        return "cuda", self._device.torch.index or 0, dtype, tuple(array.shape), array.data_ptr()
+        kind, index = ("cuda", self._device.torch.index or 0) if self._device.is_cuda else ("cpu", 0)
+        return kind, index, np.dtype(dtype), tuple(array.shape), array.data_ptr()
 
 
 def _session_options(device: Device) -> onnxruntime.SessionOptions:

@@ -1,13 +1,13 @@
 """Graphs in TorchScript, on the CPU or a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from server.errors import ArtifactRefused
-from server.runtime.base import Device
+from server.runtime.base import Device, Tensors, copying
 from server.spec import GraphSpec
 
 
@@ -15,6 +15,7 @@ class TorchScriptGraph:
     """A frozen TorchScript function, called positionally."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
+        self._replays = device.is_cuda and device.cuda_graphs
         try:
             self._module: Any = torch.jit.load(str(path), map_location=device.torch)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -24,7 +25,7 @@ class TorchScriptGraph:
         if arguments != expected:
             raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
         result = self._module(*inputs)
         outputs = (result,) if isinstance(result, torch.Tensor) else result
@@ -34,6 +35,25 @@ class TorchScriptGraph:
             output.detach().clone() if output.untyped_storage().data_ptr() in given else output.detach()
             for output in outputs
         ]
+
+    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+        """A call on these very tensors; on CUDA one that replays a graph of its kernels, when asked to."""
+        call = copying(self, inputs, outputs)
+        return captured(call) if self._replays else call
+
+
+def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
+    """Capture the kernels of a call as a CUDA graph, which is launched as one."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up_calls):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """The loop: every row is delivered once, with the bytes that it would have alone."""
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import Engine
+from server.engine import MAX_RESTARTS, Engine
 from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
 from server.request import Completed, Event, Request, Work
 from server.runtime import Graph
@@ -255,25 +257,97 @@ def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
     bench.engine.cancel(slow)
 
 
-def test_a_dead_device_thread_fails_what_is_open_and_says_so() -> None:
+def submit_when_up(engine: Engine, asked: Request) -> None:
+    """Submit, as a client that retries what was UNAVAILABLE."""
+    for _ in range(10_000):
+        try:
+            return engine.submit(asked)
+        except ServerUnavailable:
+            time.sleep(0.001)
+    raise AssertionError("the engine did not come up again")
+
+
+class Strike(BaseException):
+    """What no graph should raise."""
+
+
+class Struck:
+    """A graph that strikes the device thread down, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self.times:
+            self.times -= 1
+            raise Strike
+        return toys.walk(inputs)
+
+
+def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on() -> None:
+    renewed = threading.Event()
+    ledger = Ledger()
+    engine = Engine(Scheduler(), ledger, renew=renewed.set)
+    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(1)}))
+    readers = [Reader(), Reader()]
+    for reader in readers:
+        engine.submit(request(reader, rows=5, steps=50))
+    engine.start()
+    for reader in readers:
+        assert isinstance(reader.error(), ServerUnavailable)
+    assert renewed.wait(30)
+    later = Reader()
+    submit_when_up(engine, request(later, rows=3, steps=2, seed=1))
+    assert later.rows() == {index: alone(1, index, 2, 1.0) for index in range(3)}
+    assert ledger.restarts == 1
+    engine.stop()
+
+
+def test_one_that_is_struck_down_again_and_again_gives_up_and_says_so() -> None:
     died = threading.Event()
-    scheduler, ledger = Scheduler(), Ledger()
-    engine = Engine(scheduler, ledger, on_death=died.set)
+    ledger = Ledger()
+    engine = Engine(Scheduler(), ledger, on_death=died.set)
     engine.add(KEY, toys.program())
 
     def unreachable(events: Sequence[Event]) -> None:
-        if isinstance(events[-1], Completed):
-            raise RuntimeError("the event loop is closed")
+        raise RuntimeError("the event loop is closed")
 
-    scheduler.submit(request(steps=1, deliver=unreachable))
-    reader = Reader()
-    scheduler.submit(request(reader, rows=100, steps=50))
     engine.start()
-    assert isinstance(reader.error(), ServerUnavailable)
-    assert died.wait(30)
+    while not died.wait(0.001):
+        with contextlib.suppress(ServerUnavailable):
+            engine.submit(request(steps=1, deliver=unreachable))
+    assert ledger.restarts == MAX_RESTARTS + 1
     with pytest.raises(ServerUnavailable):
         engine.submit(request())
     engine.stop()
+
+
+class Cramped:
+    """A graph for which only so many rows fit into memory."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if len(inputs[0]) > self.rows:
+            raise RuntimeError("CUDA error: out of memory")
+        return toys.walk(inputs)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does() -> None:
+    bench = Bench({**toys.GRAPHS, "walk": Cramped(2)})
+    _, reader = bench.submit(rows=20, steps=3, seed=1)
+    assert reader.rows() == {index: alone(1, index, 3, 1.0) for index in range(20)}
+    assert bench.ledger.faults == ["out_of_memory"] * 2
+    bench.engine.stop()
+
+
+def test_one_row_that_does_not_fit_fails_its_model_only() -> None:
+    bench = Bench({**toys.GRAPHS, "walk": Cramped(0)})
+    _, reader = bench.submit(rows=1)
+    assert isinstance(reader.error(), ModelFailed)
+    assert bench.ledger.faults[-1] == "graph"
+    bench.engine.stop()
 
 
 def test_timings_add_up(gated: Bench, gate: Gate) -> None:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.errors import Overloaded, ServerUnavailable
+from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
 from server.request import Request
-from server.scheduler import Limits, Scheduler, Turn
+from server.scheduler import Batching, Limits, Scheduler, Turn
 from server.spec import ProgramKey
 
 LEFT = ProgramKey("left", "1", "toy", "sample")
@@ -18,19 +18,21 @@ CAPACITY = 8
 
 
 def scheduler(**limits: int) -> Scheduler:
-    made = Scheduler(Limits(**{"quantum_rows": 2, **limits}))
+    made = Scheduler(Limits(**{"quantum_rows": 2, **limits}))  # type: ignore[arg-type]
     made.open_lane(LEFT, CAPACITY)
     made.open_lane(RIGHT, CAPACITY)
     return made
 
 
-def request(rows: int, program: ProgramKey = LEFT, **settings: object) -> Request:
-    return Request(program, rows, 1, lambda events: None, **settings)  # type: ignore[arg-type]
+def request(rows: int, program: ProgramKey = LEFT, steps: int = 1, **settings: object) -> Request:
+    return Request(program, rows, steps, lambda events: None, **settings)  # type: ignore[arg-type]
 
 
-def next_turn(policy: Scheduler) -> Turn:
+def next_turn(policy: Scheduler, seconds: float = 1.0) -> Turn:
+    """The next turn, which is taken and takes so long."""
     turn = policy.next_turn()
     assert turn is not None
+    policy.charge(turn.program, CAPACITY, seconds)
     return turn
 
 
@@ -165,6 +167,127 @@ def test_no_request_waits_while_another_gets_more_than_its_share(sizes: list[int
             assert max(shares.values()) - shares.get(one, 0) <= quantum
 
 
+def served(policy: Scheduler, requests: list[Request], turns: int) -> dict[Request, int]:
+    """Row-steps that every request gets when each turn finishes rows whose steps are over."""
+    ages: list[tuple[Request, int]] = []
+    got = dict.fromkeys(requests, 0)
+    for _ in range(turns):
+        turn = next_turn(policy)
+        ages += [(one, 0) for one, count in admitted(turn).items() for _ in range(count)]
+        for one, _ in ages:
+            got[one] += 1
+        ages = [(one, age + 1) for one, age in ages]
+        for one, age in ages:
+            if age == one.steps:
+                policy.finish(one, 1)
+        ages = [(one, age) for one, age in ages if age < one.steps]
+    return got
+
+
+def test_requests_share_the_slots_time_whatever_the_length_of_their_rows() -> None:
+    policy = scheduler()
+    long, short = request(10_000, steps=40), request(10_000, steps=5)
+    policy.submit(long)
+    policy.submit(short)
+    got = served(policy, [long, short], turns=4000)
+    assert 0.8 < got[long] / got[short] < 1.25
+
+
+def test_programs_share_the_device_by_time_not_by_turns() -> None:
+    policy = scheduler()
+    policy.submit(request(8, LEFT))
+    policy.submit(request(8, RIGHT))
+    seconds = {LEFT: 0.010, RIGHT: 0.001}
+    spent = dict.fromkeys(seconds, 0.0)
+    for _ in range(1000):
+        turn = policy.next_turn()
+        assert turn is not None
+        policy.charge(turn.program, CAPACITY, seconds[turn.program])
+        spent[turn.program] += seconds[turn.program]
+    assert 0.8 < spent[LEFT] / spent[RIGHT] < 1.25
+
+
+def test_a_newcomer_waits_for_one_step_of_another_program() -> None:
+    policy = scheduler()
+    policy.submit(request(8, LEFT, steps=1000))
+    for _ in range(10):
+        assert next_turn(policy, 0.01).program == LEFT
+    under_way = policy.next_turn()
+    policy.submit(request(1, RIGHT))
+    assert under_way is not None
+    policy.charge(under_way.program, CAPACITY, 0.01)
+    assert next_turn(policy, 0.001).program == RIGHT
+
+
+def test_batch_rows_leave_slots_to_others() -> None:
+    policy = scheduler()
+    job, person = request(1000, is_batch=True), request(1)
+    policy.submit(job)
+    assert admitted(next_turn(policy)) == {job: CAPACITY - 1}
+    policy.submit(person)
+    assert admitted(next_turn(policy)) == {person: 1}
+
+
+def test_batch_jobs_are_not_starved() -> None:
+    policy = scheduler()
+    people, job = request(10_000), request(10_000, is_batch=True)
+    policy.submit(people)
+    policy.submit(job)
+    for _ in range(200):
+        next_turn(policy)
+        for one in (people, job):
+            if one.num_active:
+                policy.finish(one, one.num_active)
+    assert 0.05 < job.finished / people.finished < 0.3
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
+    policy = scheduler()
+    policy.submit(request(1, steps=5, deadline=0.001), now=0.0)
+    next_turn(policy, seconds=0.5)
+    with pytest.raises(
+        DeadlineExceeded, match=r"take 5 s at the measured pace of 0\.5 s a step, and 4 s are"
+    ):
+        policy.submit(request(1, steps=10, deadline=14.0), now=10.0)
+    policy.submit(request(1, steps=10, deadline=15.5), now=10.0)
+    policy.submit(request(1, steps=10, deadline=11.0, may_end_early=True), now=10.0)
+
+
+def test_requests_that_hold_too_many_bytes_are_refused() -> None:
+    policy = scheduler(max_held_bytes=100)
+    first = request(1, held_bytes=80)
+    policy.submit(first)
+    with pytest.raises(Overloaded, match="80 bytes"):
+        policy.submit(request(1, held_bytes=21))
+    policy.close(first, "cancelled")
+    policy.submit(request(1, held_bytes=100))
+
+
+def test_the_time_to_come_back_grows_with_what_waits() -> None:
+    def delay(rows: int) -> float:
+        policy = scheduler(max_waiting_rows=rows)
+        policy.submit(request(CAPACITY, steps=10))
+        next_turn(policy, seconds=0.01)
+        policy.submit(request(rows, steps=10))
+        with pytest.raises(Overloaded) as refusal:
+            policy.submit(request(1))
+        return refusal.value.retry_after
+
+    assert delay(100) < delay(1000) < delay(1_000_000) == Limits().max_retry_seconds
+
+
+@pytest.mark.parametrize(("batching", "joins"), [("step", True), ("request", False), ("none", False)])
+def test_only_step_batching_lets_rows_join_a_batch_on_its_way(batching: Batching, joins: bool) -> None:
+    policy = Scheduler(Limits(batching=batching))
+    policy.open_lane(LEFT, CAPACITY)
+    first, second, late = request(2, steps=5), request(2, steps=5), request(2, steps=5)
+    policy.submit(first)
+    policy.submit(second)
+    assert set(admitted(next_turn(policy))) == ({first} if batching == "none" else {first, second})
+    policy.submit(late)
+    assert (late in admitted(next_turn(policy))) is joins
+
+
 class Traffic(RuleBasedStateMachine):
     """Any order of submitting, stepping, finishing and cancelling keeps the books."""
 
@@ -173,9 +296,15 @@ class Traffic(RuleBasedStateMachine):
         self.policy = scheduler(max_waiting_rows=60)
         self.requests: list[Request] = []
 
-    @rule(rows=st.integers(1, 40), program=st.sampled_from([LEFT, RIGHT]), window=st.integers(1, 50))
-    def submit(self, rows: int, program: ProgramKey, window: int) -> None:
-        asked = request(rows, program, window=window)
+    @rule(
+        rows=st.integers(1, 40),
+        steps=st.integers(0, 30),
+        program=st.sampled_from([LEFT, RIGHT]),
+        window=st.integers(1, 50),
+        is_batch=st.booleans(),
+    )
+    def submit(self, rows: int, steps: int, program: ProgramKey, window: int, is_batch: bool) -> None:
+        asked = request(rows, program, steps, window=window, is_batch=is_batch, held_bytes=rows)
         try:
             self.policy.submit(asked)
         except Overloaded:
@@ -183,9 +312,11 @@ class Traffic(RuleBasedStateMachine):
         else:
             self.requests.append(asked)
 
-    @rule()
-    def step(self) -> None:
+    @rule(seconds=st.floats(0, 10))
+    def step(self, seconds: float) -> None:
         turn = self.policy.next_turn()
+        if turn:
+            self.policy.charge(turn.program, CAPACITY, seconds)
         for admission in turn.admissions if turn else ():
             assert admission.count > 0
             assert admission.first + admission.count == admission.request.admitted <= admission.request.rows
@@ -214,11 +345,13 @@ class Traffic(RuleBasedStateMachine):
             mine = [one for one in open_requests if one.program == program]
             assert sum(one.num_active for one in mine) <= CAPACITY
             assert all(one.admitted - one.acknowledged <= one.window for one in mine)
+        assert self.policy.held_bytes == sum(one.held_bytes for one in open_requests)
         assert set(self.policy.open_requests()) == set(open_requests)
 
     def teardown(self) -> None:
         """Whatever happened, everything that is open can be finished."""
         while turn := self.policy.next_turn():
+            self.policy.charge(turn.program, CAPACITY, 1.0)
             for one in [one for one in self.requests if one.program == turn.program and not one.is_closed]:
                 if one.num_active:
                     rows = one.num_active

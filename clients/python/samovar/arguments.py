@@ -95,6 +95,9 @@ def _add_request(command: argparse.ArgumentParser) -> None:
         help="another way to do it, such as inpaint; `samovar model` lists them",
     )
     command.add_argument(
+        "--priority", choices=("interactive", "batch"), help="who goes first (default: by the number of rows)"
+    )
+    command.add_argument(
         "--seed", type=_count, help="same seed, same rows (default: drawn, and told afterwards)"
     )
     command.add_argument(

@@ -188,7 +188,7 @@ def _chosen(client: Client, args: Namespace) -> tuple[Model, Operation]:
 
 
 def _options(args: Namespace, operation: Operation) -> Options:
-    return Options(
+    options = Options(
         version=args.version,
         format=args.format,
         seed=draw_seed() if args.seed is None else args.seed,
@@ -196,6 +196,7 @@ def _options(args: Namespace, operation: Operation) -> Options:
         parameters=_parameters(args.param, operation),
         method=args.method,
     )
+    return options | Options(priority=args.priority) if args.priority else options
 
 
 def _parameters(texts: Sequence[str], operation: Operation) -> dict[str, Scalar]:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,6 +26,9 @@ _ENVELOPE_BYTES = 64 * 1024
 _SCORE_ROW_BYTES = 3 * 8
 
 
+Priority = Literal["interactive", "batch"]
+
+
 class Options(TypedDict, total=False):
     """What any call may say besides its rows.
 
@@ -35,6 +38,7 @@ class Options(TypedDict, total=False):
     first_row: index of the first row: rows 64..127 of a job are first_row 64, rows 64.
     parameters: those that differ from their defaults, by name.
     method: the way in which to do it, such as "inpaint"; the usual one when left out.
+    priority: "interactive", or "batch" to let others go first; left out, it goes by the number of rows.
     timeout: seconds for the whole call; None for no limit; the client's when left out.
     """
 
@@ -44,6 +48,7 @@ class Options(TypedDict, total=False):
     first_row: int
     parameters: Mapping[str, Scalar]
     method: str
+    priority: Priority
     timeout: float | None
 
 
@@ -68,6 +73,7 @@ class Call:
     first_row: int = 0
     parameters: Mapping[str, Scalar] = field(default_factory=dict)
     method: str = ""
+    priority: inference_pb2.Priority.ValueType = inference_pb2.PRIORITY_UNSPECIFIED
 
 
 def settle(model: str, options: Options) -> Call:
@@ -82,7 +88,21 @@ def settle(model: str, options: Options) -> Call:
         first_row=_bounded("first_row", options.get("first_row", 0), 2**32),
         parameters=options.get("parameters", {}),
         method=options.get("method", ""),
+        priority=_priority(options),
     )
+
+
+def _priority(options: Options) -> inference_pb2.Priority.ValueType:
+    priority = options.get("priority")
+    if priority is not None and priority not in _PRIORITIES:
+        raise refused("priority", f"expected one of {', '.join(_PRIORITIES)}, got {priority!r}")
+    return _PRIORITIES[priority] if priority else inference_pb2.PRIORITY_UNSPECIFIED
+
+
+_PRIORITIES: Mapping[str, inference_pb2.Priority.ValueType] = {
+    "interactive": inference_pb2.PRIORITY_INTERACTIVE,
+    "batch": inference_pb2.PRIORITY_BATCH,
+}
 
 
 def draw_seed() -> int:
@@ -104,6 +124,7 @@ def sample_request(
         inputs=_packed(arrays),
         preview_every=_bounded("preview_every", preview_every, 2**32),
         method=call.method,
+        priority=call.priority,
     )
 
 
@@ -127,6 +148,7 @@ def transform_requests(
             first_row=_bounded("first_row", call.first_row + start, 2**32),
             parameters=_parameters(call.parameters),
             method=call.method,
+            priority=call.priority,
         )
 
 
@@ -196,6 +218,11 @@ def read_server_info(info: inference_pb2.ServerInfo) -> result.ServerInfo:
         max_rows_per_request=info.max_rows_per_request,
         max_waiting_rows=info.max_waiting_rows,
         max_batch_rows=info.max_batch_rows,
+        max_held_bytes=info.max_held_bytes,
+        max_concurrent_calls=info.max_concurrent_calls,
+        quantum_rows=info.quantum_rows,
+        scheduling=info.scheduling,
+        threads=info.threads,
     )
 
 

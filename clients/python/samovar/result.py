@@ -121,6 +121,11 @@ class ServerInfo:
     max_rows_per_request: int
     max_waiting_rows: int
     max_batch_rows: int
+    max_held_bytes: int = 0
+    max_concurrent_calls: int = 0
+    quantum_rows: int = 0
+    scheduling: str = ""
+    threads: int = 0
 
 
 class Canvas:

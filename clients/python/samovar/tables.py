@@ -83,6 +83,11 @@ def server(info: ServerInfo) -> str:
         "rows per request": f"{info.max_rows_per_request:,}",
         "rows waiting": f"{info.max_waiting_rows:,}",
         "rows per batch": f"{info.max_batch_rows:,}",
+        "rows per turn": f"{info.quantum_rows:,} of each request while others wait",
+        "held by requests": f"{info.max_held_bytes / 2**20:g} MiB",
+        "calls in flight": f"{info.max_concurrent_calls:,}",
+        "batching": info.scheduling,
+        "threads": f"{info.threads} for each graph call",
     }
     return "\n".join(_facts(facts))
 

@@ -26,6 +26,30 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Interactive for a request that fits into one batch, batch for a larger one."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for the answer."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Interactive requests go first, and some slots stay free for them; never starved."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Priority says who goes first when rows wait."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Interactive for a request that fits into one batch, batch for a larger one."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for the answer."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Interactive requests go first, and some slots stay free for them; never starved."""
+Global___Priority: typing_extensions.TypeAlias = Priority
+
 @typing.final
 class ModelSelector(google.protobuf.message.Message):
     """ModelSelector names the model that a request is for."""
@@ -162,6 +186,7 @@ class SampleRequest(google.protobuf.message.Message):
     INPUTS_FIELD_NUMBER: builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """Number of rows, at least 1."""
     seed: builtins.int
@@ -174,6 +199,8 @@ class SampleRequest(google.protobuf.message.Message):
     """
     method: builtins.str
     """The way in which to do it, one of the model's methods for the operation; empty means the usual one."""
+    priority: Global___Priority.ValueType
+    """Who goes first; no row's bytes depend on it."""
     @property
     def model(self) -> Global___ModelSelector:
         """The model."""
@@ -197,9 +224,10 @@ class SampleRequest(google.protobuf.message.Message):
         inputs: collections.abc.Mapping[builtins.str, Global___Tensor] | None = ...,
         preview_every: builtins.int = ...,
         method: builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "model", b"model", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "preview_every", b"preview_every", "rows", b"rows", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "preview_every", b"preview_every", "priority", b"priority", "rows", b"rows", "seed", b"seed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___SampleRequest: typing_extensions.TypeAlias = SampleRequest
@@ -456,12 +484,15 @@ class TransformRequest(google.protobuf.message.Message):
     FIRST_ROW_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     seed: builtins.int
     """The seed, for programs that draw random numbers; without one the server draws it."""
     first_row: builtins.int
     """Index of the first row."""
     method: builtins.str
     """The way in which to do it, one of the model's methods for the operation; empty means the usual one."""
+    priority: Global___Priority.ValueType
+    """Who goes first; no row's bytes depend on it."""
     @property
     def model(self) -> Global___ModelSelector:
         """The model."""
@@ -483,9 +514,10 @@ class TransformRequest(google.protobuf.message.Message):
         first_row: builtins.int = ...,
         parameters: collections.abc.Mapping[builtins.str, Global___ParameterValue] | None = ...,
         method: builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "model", b"model", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "first_row", b"first_row", "inputs", b"inputs", "method", b"method", "model", b"model", "parameters", b"parameters", "priority", b"priority", "seed", b"seed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___TransformRequest: typing_extensions.TypeAlias = TransformRequest
@@ -765,6 +797,11 @@ class ServerInfo(google.protobuf.message.Message):
     MAX_ROWS_PER_REQUEST_FIELD_NUMBER: builtins.int
     MAX_WAITING_ROWS_FIELD_NUMBER: builtins.int
     MAX_BATCH_ROWS_FIELD_NUMBER: builtins.int
+    MAX_HELD_BYTES_FIELD_NUMBER: builtins.int
+    MAX_CONCURRENT_CALLS_FIELD_NUMBER: builtins.int
+    QUANTUM_ROWS_FIELD_NUMBER: builtins.int
+    SCHEDULING_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The server's version."""
     device: builtins.str
@@ -777,6 +814,16 @@ class ServerInfo(google.protobuf.message.Message):
     """Most rows that may wait over all requests; beyond, RESOURCE_EXHAUSTED."""
     max_batch_rows: builtins.int
     """Most rows of a program that share one step."""
+    max_held_bytes: builtins.int
+    """Most bytes that open requests may hold in inputs and unread answers; beyond, RESOURCE_EXHAUSTED."""
+    max_concurrent_calls: builtins.int
+    """Most calls in flight; beyond, RESOURCE_EXHAUSTED."""
+    quantum_rows: builtins.int
+    """Rows of the longest kind that a request may place at each turn when others wait too."""
+    scheduling: builtins.str
+    """How rows are batched: "step", or for comparisons "request" or "none"."""
+    threads: builtins.int
+    """CPU threads of one graph call."""
     @property
     def library_versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Versions of the libraries that matter, by name."""
@@ -791,7 +838,12 @@ class ServerInfo(google.protobuf.message.Message):
         max_rows_per_request: builtins.int = ...,
         max_waiting_rows: builtins.int = ...,
         max_batch_rows: builtins.int = ...,
+        max_held_bytes: builtins.int = ...,
+        max_concurrent_calls: builtins.int = ...,
+        quantum_rows: builtins.int = ...,
+        scheduling: builtins.str = ...,
+        threads: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "library_versions", b"library_versions", "max_batch_rows", b"max_batch_rows", "max_message_bytes", b"max_message_bytes", "max_rows_per_request", b"max_rows_per_request", "max_waiting_rows", b"max_waiting_rows", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "library_versions", b"library_versions", "max_batch_rows", b"max_batch_rows", "max_concurrent_calls", b"max_concurrent_calls", "max_held_bytes", b"max_held_bytes", "max_message_bytes", b"max_message_bytes", "max_rows_per_request", b"max_rows_per_request", "max_waiting_rows", b"max_waiting_rows", "quantum_rows", b"quantum_rows", "scheduling", b"scheduling", "threads", b"threads", "version", b"version"]) -> None: ...
 
 Global___ServerInfo: typing_extensions.TypeAlias = ServerInfo

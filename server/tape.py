@@ -1,0 +1,136 @@
+"""The random numbers of a program's steps, drawn several steps at a time.
+
+A tape holds the numbers of the next steps for every slot. Rows of any age lie on it
+side by side: each has the numbers of its own steps, which depend on its seed, index
+and step alone (samovar.noise), so when they are drawn changes no bit. While the
+device works through one stretch of tape, a thread may draw the next.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from samovar import noise
+from server.spec import NoiseSpec
+
+MAX_STEPS_AHEAD = 16
+_BUDGET_BYTES = 4 << 20
+
+Array = NDArray[Any]
+_DRAW = {"normal": noise.normal, "uniform": noise.uniform}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whose numbers: seed, row index, step and number of steps of each row, all [B]."""
+
+    seed: Array
+    row: Array
+    step: Array
+    num_steps: Array
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+    def __getitem__(self, chosen: slice | Array) -> "Rows":
+        return Rows(self.seed[chosen], self.row[chosen], self.step[chosen], self.num_steps[chosen])
+
+    def later(self, steps: int) -> "Rows":
+        """The same rows so many steps on."""
+        return Rows(self.seed, self.row, self.step + steps, self.num_steps)
+
+    def copy(self) -> "Rows":
+        return Rows(self.seed.copy(), self.row.copy(), self.step.copy(), self.num_steps.copy())
+
+    def same(self, other: "Rows") -> Array:
+        """Where two sets of rows hold the same row at the same step, bool [B]."""
+        same: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
+        return same
+
+
+def draw(item: NoiseSpec, rows: Rows) -> Array:
+    """The numbers of one step of each row, float32 [B, *shape]."""
+    return _DRAW[item.distribution](rows.seed, rows.row, rows.step, item.stream, item.tensor.shape)
+
+
+class Tape:
+    """The numbers of the next `length` steps of every slot, for the noise that a step reads."""
+
+    def __init__(self, noise: Sequence[NoiseSpec], slots: int, ahead: Executor | None = None) -> None:
+        row_bytes = sum(item.tensor.row_bytes for item in noise)
+        affordable = _BUDGET_BYTES // max(1, slots * row_bytes)
+        self.length = max(1, min(MAX_STEPS_AHEAD, affordable))
+        self._noise = tuple(noise)
+        self._stretch, self._spare = (
+            {
+                item.tensor.name: np.zeros((self.length, slots, *item.tensor.shape), np.float32)
+                for item in noise
+            }
+            for _ in range(2)
+        )
+        self._ahead = ahead
+        self._drawn: Future[None] | None = None
+        self._drawn_for: Rows | None = None
+        self._position = self.length
+        self._num_ready = 0
+
+    def numbers(self, name: str, count: int) -> torch.Tensor:
+        """The numbers of the present step of the rows in the first slots, float32 [count, *shape]."""
+        return torch.from_numpy(self._stretch[name][self._position, :count])
+
+    def reach(self, rows: Rows) -> None:
+        """Make sure that the numbers of these rows' present step are there."""
+        if self._position >= self.length:
+            self._turn_over(rows)
+        if self._num_ready < len(rows):
+            self._fill(self._stretch, rows, np.arange(self._num_ready, len(rows)), self._position)
+            self._num_ready = len(rows)
+
+    def advance(self) -> None:
+        """Every row has taken its step."""
+        self._position += 1
+
+    def move(self, to: Array, source: Array) -> None:
+        """Rows have moved from slots to others."""
+        for table in self._stretch.values():
+            table[self._position :, to] = table[self._position :, source]
+
+    def keep(self, slots: int) -> None:
+        """Only the first so many slots are still in use."""
+        self._num_ready = min(self._num_ready, slots)
+
+    def _turn_over(self, rows: Rows) -> None:
+        """Begin a new stretch: what was drawn ahead for rows that kept their slots, and the rest."""
+        lacking = np.ones(len(rows), bool)
+        if self._drawn is not None and self._drawn_for is not None:
+            self._drawn.result()
+            self._stretch, self._spare = self._spare, self._stretch
+            both = min(len(rows), len(self._drawn_for))
+            lacking[:both] = ~rows[:both].same(self._drawn_for[:both])
+        self._position, self._num_ready = 0, len(rows)
+        self._fill(self._stretch, rows, np.flatnonzero(lacking), 0)
+        self._draw_ahead(rows)
+
+    def _draw_ahead(self, rows: Rows) -> None:
+        if self._ahead is None:
+            return
+        later = rows.later(self.length)
+        self._drawn_for = later.copy()
+        self._drawn = self._ahead.submit(self._fill, self._spare, later.copy(), np.arange(len(rows)), 0)
+
+    def _fill(self, tables: dict[str, Array], rows: Rows, slots: Array, position: int) -> None:
+        """Draw the rest of a stretch for some slots; not beyond a row's last step."""
+        steps = np.arange(self.length - position)
+        taken = (rows.step[slots, None] + steps) < rows.num_steps[slots, None]
+        which, offsets = np.nonzero(taken)
+        if not len(which):
+            return
+        chosen = rows[slots[which]]
+        wanted = Rows(chosen.seed, chosen.row, chosen.step + offsets, chosen.num_steps)
+        for item in self._noise:
+            tables[item.tensor.name][position + offsets, slots[which]] = draw(item, wanted)
