@@ -31,7 +31,7 @@ FAMILIES: Mapping[str, Entry] = {
     "vae": Entry(
         "export.families.vae",
         "variational autoencoder (Kingma & Welling 2013)",
-        ("sample", "reconstruct", "encode", "decode", "score"),
+        ("sample", "sample:inpaint", "reconstruct", "encode", "decode", "score"),
     ),
     "diffusion": Entry(
         "export.families.diffusion",
