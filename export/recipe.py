@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from google.protobuf import timestamp_pb2
 
-from export import artifact, training
+from export import artifact, quality, training
 from export.checkpoint import Checkpoint
 from export.data import Dataset
 from export.families.base import Family, Preset
@@ -136,18 +136,12 @@ def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network)
 
 def _measured(recipe: Recipe, model: artifact.Model) -> artifact.Model:
     player, family = artifact.player(model.value, model.programs), recipe.family
-    quality = family.quality(player, recipe.data, recipe.suited)
-    for figure in quality:
-        print(f"  {_line(figure)}")
-    caption = "\n".join(map(_line, quality))
+    figures = family.quality(player, recipe.data, recipe.suited)
+    for figure in figures:
+        print(f"  {quality.line(figure)}")
+    caption = "\n".join(map(quality.line, figures))
     picture = draw(model.name, caption, family.panels(player, recipe.data), model.value.levels)
-    return dataclasses.replace(model, quality=tuple(quality), pictures={PICTURE: picture})
-
-
-def _line(quality: manifest_pb2.Quality) -> str:
-    error = f" ± {quality.standard_error:.3f}" if quality.HasField("standard_error") else ""
-    floor = f", real data {quality.floor:.3f}" if quality.HasField("floor") else ""
-    return f"{quality.name}: {quality.value:.3f}{error} {quality.unit}".rstrip() + floor
+    return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
 
 
 def _evaluating(program: Program) -> Program:
@@ -160,6 +154,7 @@ def _provenance(recipe: Recipe, outcome: training.Outcome) -> manifest_pb2.Prove
     settings = {
         "preset": recipe.preset,
         "best_step": outcome.best.step,
+        "threads": torch.get_num_threads(),
         **dataclasses.asdict(recipe.training),
     }
     return manifest_pb2.Provenance(
