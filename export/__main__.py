@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from export.commands import catalogue, collection, train, verify
+from export.commands import catalogue, collection, train, verify, write
 
 _EPILOG = """\
 examples:
@@ -15,6 +15,7 @@ examples:
   python -m export all                        every model, several at a time; skips what is there
   python -m export train vae                  one model, on its usual data
   python -m export train diffusion --data-dir ~/mnist --preset full --device cuda
+  python -m export write examples/galaxy.py   a model of one's own, from a Python file
   python -m export verify models/digits-vae/1 prove that an artifact computes what was recorded
 
 Every command has --help. What is interrupted goes on when the same command is run again.
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (catalogue, train, collection, verify):
+    for module in (catalogue, train, collection, verify, write):
         module.add(commands)
     return parser
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from export.commands.arguments import Commands
 
 _DESCRIPTION = """\
-Run a Python file, take the model that it calls MODEL, write MODELS/NAME/VERSION in every format and verify it.
+Run a Python file, take the model that it calls MODEL, write MODELS/NAME/VERSION and verify it.
 examples/ holds such files, docs/own-models.md explains them."""
 _ENDINGS = {"image": ".png", "tokens": ".txt", "vector": ".npy"}
 
