@@ -117,7 +117,9 @@ def _problems(model: Model) -> Iterator[str]:
 
 
 def _run(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name that no other module has, and that TorchScript can spell.
+    name = "own_" + re.sub(r"\W", "_", path.stem)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
@@ -151,23 +153,27 @@ def _blaming(path: Path) -> Iterator[None]:
         place, source = _place(error, path)
         if isinstance(error, GraphError):
             raise GraphError(f"{error}{source}") from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = (error.msg if isinstance(error, SyntaxError) else str(error)).strip().partition("\n")[0]
         hint = "; @module makes a module of a function" if "no attribute 'forward'" in reason else ""
         raise OwnFileError(f"{place}: {type(error).__name__}: {reason}{hint}{source}") from error
 
 
 def _place(error: BaseException, path: Path) -> tuple[str, str]:
     """File and line that an error was raised in or through, and the line itself, as far as they are known."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    if isinstance(error, SyntaxError) and _is_same(error.filename or "", path):
         return f"{path}:{error.lineno}", f"\n    {(error.text or '').strip()}"
     frames: list[traceback.FrameSummary] = []
     cause: BaseException | None = error
     while cause is not None:
-        frames += [f for f in traceback.extract_tb(cause.__traceback__) if Path(f.filename) == path]
+        frames += [f for f in traceback.extract_tb(cause.__traceback__) if _is_same(f.filename, path)]
         cause = cause.__cause__ or cause.__context__
     if not frames:
         return str(path), ""
     return f"{path}:{frames[-1].lineno}", f"\n    line {frames[-1].lineno}: {frames[-1].line}"
+
+
+def _is_same(filename: str, path: Path) -> bool:
+    return Path(filename).resolve() == path.resolve()
 
 
 def _completed(model: Model, path: Path, name: str) -> artifact.Model:
