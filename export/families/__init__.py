@@ -33,6 +33,12 @@ FAMILIES: Mapping[str, Entry] = {
         "variational autoencoder (Kingma & Welling 2013)",
         ("sample", "sample:inpaint", "reconstruct", "encode", "decode", "score"),
     ),
+    "gan": Entry(
+        "export.families.gan",
+        "class-conditional GAN (Goodfellow et al. 2014, R3GAN by Huang et al. 2024)",
+        ("sample", "decode"),
+        ("digits", "moons"),
+    ),
     "diffusion": Entry(
         "export.families.diffusion",
         "class-conditional diffusion model (EDM, Karras et al. 2022)",
