@@ -260,7 +260,7 @@ class Family:
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"temperature": 0.7, "pixels": 0}),
             Example("sample:inpaint", seed=6, parameters={"steps": 3}, inputs=given),
-            Example("sample:inpaint", seed=7, parameters={"steps": 4, "chain": 1, "pixels": 0}, inputs=given),
+            Example("sample:inpaint", seed=7, parameters={"steps": 4, "chain": 0, "pixels": 0}, inputs=given),
             Example("reconstruct", inputs={"image": images}),
             Example("reconstruct", seed=3, parameters={"latent": 1}, inputs={"image": images}),
             Example("encode", inputs={"image": images}),
@@ -352,13 +352,14 @@ def _inpaint(vae: VAE, image: TensorSpec) -> Program:
         ),
         steps=Steps(parameter="steps"),
         parameters=(
-            Parameter("steps", "integer", 50, 1, 1000, doc="how often the image is encoded and decoded"),
+            Parameter("steps", "integer", 100, 1, 1000, doc="how often the image is encoded and decoded"),
             Parameter.choice(
                 "chain",
                 CHAINS,
                 "pseudo_gibbs takes the encoder's word for the posterior; metropolis_within_gibbs, in the "
                 "second half of its steps, accepts or keeps latents so that the chain tends to the model's "
                 "own conditional",
+                "metropolis_within_gibbs",
             ),
             _pixels("draw"),
         ),
