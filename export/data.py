@@ -3,6 +3,7 @@
 Images are always the stored integers: scaling belongs to the models, so that
 densities are of integers and bits per dimension need no offset. Points are real
 numbers, and their densities are in the coordinates that the value's doc names.
+Sequences are rows of tokens, 0 after the last one.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from export import chorales as music
+from export import text as writing
 from export.program import TensorSpec, Value
 
 VALIDATION_SHARE = 0.12
@@ -84,7 +87,28 @@ def moons() -> Dataset:
     return _dataset("moons", Value("vector", point, class_labels=("upper", "lower")), *parts)
 
 
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": digits, "moons": moons}
+def text() -> Dataset:
+    """The language reference of the standard library's pydoc, character by character, in rows of 512."""
+    return _sequences("text", writing.standard_library(), "characters")
+
+
+def chorales() -> Dataset:
+    """Bach's chorales, four tokens an eighth note; DataError when music21 is not installed."""
+    try:
+        corpus = music.chorales()
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"the chorales come with music21, and {error}; install it with: pip install music21"
+        ) from None
+    return _sequences("chorales", corpus, "soprano, alto, tenor and bass of each eighth note in turn")
+
+
+DATASETS: dict[str, Callable[[], Dataset]] = {
+    "digits": digits,
+    "moons": moons,
+    "text": text,
+    "chorales": chorales,
+}
 
 
 def load(name: str, directory: Path | None = None) -> Dataset:
@@ -99,13 +123,15 @@ def load(name: str, directory: Path | None = None) -> Dataset:
 
 
 def folder(directory: Path) -> Dataset:
-    """Images in train.parquet and test.parquet: image struct<bytes, path>, label int64.
+    """Text in input.txt, or images in train.parquet and test.parquet: image struct<bytes, path>, label int64.
 
     Grey images become [height, width], others [height, width, channels], with 256 levels.
     """
+    name = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
+    if (directory / "input.txt").is_file():
+        return _sequences(name, writing.read(directory / "input.txt"), "characters")
     learn, names = _parquet(directory / "train.parquet")
     test, _ = _parquet(directory / "test.parquet")
-    name = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
     labels = names or tuple(map(str, range(int(learn.labels.max()) + 1)))
     return _dataset(name, _images(learn, 256, labels), learn, test)
 
@@ -115,6 +141,18 @@ def _images(part: Part, levels: int, class_labels: tuple[str, ...]) -> Value:
         "image", "uint8", part.rows.shape[1:], 0, levels - 1, doc=f"brightness, integers 0..{levels - 1}"
     )
     return Value("image", pixels, levels=levels, class_labels=class_labels)
+
+
+def _sequences(name: str, corpus: writing.Corpus, doc: str) -> Dataset:
+    last, parts = len(corpus.vocabulary) - 1, (corpus.train, corpus.validation, corpus.test)
+    sequence = TensorSpec(
+        "sequence", "uint8", corpus.train.shape[1:], 0, last,
+        f"{doc}, as indices 1..{last} of the vocabulary; the first 0 ends it",
+    )  # fmt: skip
+    train, validation, test = (Part(rows, np.zeros(len(rows), np.int64)) for rows in parts)
+    value = Value("tokens", sequence, levels=last + 1, vocabulary=corpus.vocabulary)
+    digest = hashlib.sha256(corpus.train.tobytes()).hexdigest()
+    return Dataset(name, value, train, validation, test, digest)
 
 
 def _dataset(name: str, value: Value, learn: Part, test: Part) -> Dataset:
@@ -137,7 +175,7 @@ def _parquet(path: Path) -> tuple[Part, tuple[str, ...]]:
     import pyarrow.parquet
 
     if not path.is_file():
-        raise DataError(f"expected {path}: a data folder holds train.parquet and test.parquet")
+        raise DataError(f"expected {path}: a data folder holds train.parquet and test.parquet, or input.txt")
     table = pyarrow.parquet.read_table(path)
     if not {"image", "label"} <= set(table.column_names):
         raise DataError(f"{path}: expected the columns image and label, got {', '.join(table.column_names)}")

@@ -1,8 +1,8 @@
 """Graphs: modules as files, and files as functions of arrays.
 
-A graph is a pure function of tensors with the batch axis first. It holds no
-randomness and no training mode; a file that does is refused after it is read
-back from disk. Knows nothing of programs beyond the names of a graph's tensors.
+A graph is a pure function of tensors with the batch axis first. A module that
+is none is refused before it is written, a file that is none after it is read.
+Knows nothing of programs beyond the names of a graph's tensors.
 """
 
 import logging
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
+from export import purity
 from export.program import Program, ProgramError, TensorSpec, arguments
 
 Array = NDArray[Any]
@@ -82,7 +83,23 @@ def _refuse_disagreement(first: Graph, second: Graph) -> None:
 
 
 def write(graph: Graph, format: str, directory: Path) -> Path:
-    """Write a graph in one format; GraphError when it is not a pure, deterministic function."""
+    """Write a graph in one format; GraphError when it is not a pure function of what it declares."""
+    examine(graph)
+    path = directory / graph.path(format)
+    try:
+        _WRITERS[format](graph, path)
+    except GraphError:
+        raise
+    except Exception as error:  # what cannot be traced raises anything
+        raise GraphError(
+            f"graph {graph.name}: {type(graph.module).__name__} cannot be written as {format}: "
+            f"{_cause(error)}"
+        ) from error
+    return path
+
+
+def examine(graph: Graph) -> None:
+    """Run a module on rows of zeros; GraphError when it is not pure or returns what it does not declare."""
     training = [
         name or type(graph.module).__name__
         for name, module in graph.module.named_modules()
@@ -92,14 +109,40 @@ def write(graph: Graph, format: str, directory: Path) -> Path:
         raise GraphError(
             f"graph {graph.name}: {training[0]} is in training mode; call eval() before exporting"
         )
-    path = directory / graph.path(format)
-    _WRITERS[format](graph, path)
-    return path
+    results, impurities = purity.in_module(graph.module, _examples(graph))
+    if impurities:
+        raise GraphError(f"graph {graph.name}: {'; '.join(impurities)}")
+    returned = list(map(_described, (results,) if isinstance(results, Tensor) else results))
+    declared = [f"{spec.dtype}{[_EXAMPLE_ROWS, *spec.shape]}" for spec in graph.outputs]
+    if returned != declared:
+        names = ", ".join(spec.name for spec in graph.outputs)
+        raise GraphError(
+            f"graph {graph.name}: {type(graph.module).__name__} should return {', '.join(declared)} for "
+            f"{names} of {_EXAMPLE_ROWS} rows, and returns {', '.join(returned)}"
+        )
+
+
+def _described(result: object) -> str:
+    if not isinstance(result, Tensor):
+        return f"a {type(result).__name__}"
+    return f"{str(result.dtype).removeprefix('torch.')}{list(result.shape)}"
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom; exporters wrap it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load(path: Path, format: str) -> Call:
-    """Read a graph as a function of arrays in argument order; GraphError when it holds randomness."""
-    return _LOADERS[format](path)
+    """Read a graph as a function of arrays in argument order; GraphError when it is none, or not pure."""
+    try:
+        return _LOADERS[format](path)
+    except GraphError:
+        raise
+    except Exception as error:  # the libraries' exceptions share no narrower base
+        raise GraphError(f"{path.name}: expected a graph in {format}: {_cause(error)}") from error
 
 
 def eager(module: nn.Module) -> Call:
@@ -171,7 +214,7 @@ _KNOWN_WARNINGS = (
     (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning, ""),
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning, ""),
     (r"# The axis name: batch will not be used", UserWarning, ""),
-    (r"Converting a tensor to a Python boolean", TracerWarning, r"torch\.nn\.functional"),
+    (r"Converting a tensor to a Python boolean", TracerWarning, r"torch\."),
 )
 
 
@@ -183,6 +226,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
+            # What is traced once for all rows may not branch on the numbers of some.
+            warnings.simplefilter("error", TracerWarning)
             for message, category, module in _KNOWN_WARNINGS:
                 warnings.filterwarnings("ignore", message, category, module)
             yield
@@ -191,8 +236,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _load_onnx(path: Path) -> Call:
-    model = onnx.load(path)
-    _refuse_random(path, {node.op_type for node in _onnx_nodes(model)})
+    model = onnx.load(path, load_external_data=False)
+    _refuse_impure(path, purity.in_onnx(model))
+    if any(map(onnx.external_data_helper.uses_external_data, model.graph.initializer)):
+        raise GraphError(f"{path.name}: expected its weights inside, because only its own bytes are sealed")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -205,50 +252,19 @@ def _load_onnx(path: Path) -> Call:
     return call
 
 
-def _onnx_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    while pending:
-        node = pending.pop()
-        yield node
-        for attribute in node.attribute:
-            pending += [*attribute.g.node, *(inner for graph in attribute.graphs for inner in graph.node)]
-
-
 def _load_torchscript(path: Path) -> Call:
     with _quiet():
         module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     # The graph is kept while its nodes are read: they do not keep it.
     inlined = module.inlined_graph
-    _refuse_random(path, _torchscript_kinds(inlined))
+    _refuse_impure(path, purity.in_torchscript(inlined))
     return _torch_call(module)
 
 
-def _torchscript_kinds(block: Any) -> set[str]:
-    kinds: set[str] = set()
-    for node in block.nodes():
-        kinds.add(node.kind())
-        for inner in node.blocks():
-            kinds |= _torchscript_kinds(inner)
-    return kinds
-
-
-_RANDOM = {
-    "Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",
-    "Multinomial", "aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout",
-    "aten::native_dropout",
-    "aten::bernoulli", "aten::bernoulli_", "aten::rand", "aten::rand_like", "aten::randn", "aten::randn_like",
-    "aten::randint", "aten::randint_like", "aten::randperm", "aten::normal", "aten::normal_",
-    "aten::uniform_", "aten::multinomial", "aten::exponential_",
-}  # fmt: skip
-
-
-def _refuse_random(path: Path, kinds: set[str]) -> None:
-    found = sorted(kinds & _RANDOM)
+def _refuse_impure(path: Path, impurities: Iterator[str]) -> None:
+    found = "; ".join(impurities)
     if found:
-        raise GraphError(
-            f"{path.name}: expected a pure function, found {', '.join(found)}; export modules in eval mode, "
-            "and take random numbers as noise arguments"
-        )
+        raise GraphError(f"{path.name}: expected a pure function, but {found}")
 
 
 _WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript}

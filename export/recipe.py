@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.metadata
+import json
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -10,21 +12,26 @@ from pathlib import Path
 import torch
 from google.protobuf import timestamp_pb2
 
-from export import artifact, training
+from export import artifact, quality, training
+from export.checkpoint import Checkpoint
 from export.data import Dataset
 from export.families.base import Family, Preset
 from export.figure import draw
 from export.graph import FORMATS
+from export.layout import sha256
 from export.program import Program
 from samovar.v1 import manifest_pb2
 
 PICTURE = "samples.png"
+CURVE = "training.json"
+_NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "kinds")
+_UNTRAINED = training.Outcome(seconds=0, best=training.Point(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to make. Settings that are None are the preset's."""
+    """What to make. Settings that are None are the preset's; `fresh` forgets a run that was interrupted."""
 
     family: Family
     data: Dataset
@@ -37,6 +44,7 @@ class Recipe:
     seconds: float | None = None
     seed: int = 0
     device: str = "cpu"
+    fresh: bool = False
 
     @property
     def model_name(self) -> str:
@@ -62,14 +70,43 @@ class Recipe:
 
 
 def make(recipe: Recipe) -> Path:
-    """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be."""
+    """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be.
+
+    A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
+    """
     artifact.destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)
     network = recipe.family.network(recipe.data, recipe.suited)
-    outcome = training.fit(network, recipe.data, recipe.training)
+    checkpoint = Checkpoint(recipe.models / recipe.model_name, _identity(recipe, network))
+    if recipe.fresh:
+        checkpoint.remove()
+    outcome = training.fit(network, recipe.data, recipe.training, checkpoint=checkpoint)
     model = _measured(recipe, _model(recipe, outcome, network))
+    model = dataclasses.replace(model, pictures={**model.pictures, CURVE: _curve(outcome)})
     print("  writing and verifying the graphs ...", flush=True)
-    return artifact.write(model, recipe.models, recipe.version, recipe.formats)
+    path = artifact.write(model, recipe.models, recipe.version, recipe.formats)
+    checkpoint.remove()
+    return path
+
+
+def _identity(recipe: Recipe, network: training.Network) -> dict[str, str]:
+    """All that the trained weights depend on."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
+    size = {name: value for name, value in vars(recipe.suited).items() if name not in _NOT_OF_THE_NETWORK}
+    known = {
+        "family": recipe.family.name,
+        "data": recipe.data.sha256,
+        "torch": torch.__version__,
+        "network": sha256(repr(shapes).encode())[:12],
+        **size,
+        **dataclasses.asdict(recipe.training),
+    }
+    return {name: str(value) for name, value in known.items()}
+
+
+def _curve(outcome: training.Outcome) -> bytes:
+    points = [dataclasses.asdict(point) for point in outcome.curve]
+    return (json.dumps({"curve": points, "best_step": outcome.best.step}, indent=1) + "\n").encode()
 
 
 def untrained(recipe: Recipe) -> Path:
@@ -80,7 +117,7 @@ def untrained(recipe: Recipe) -> Path:
     for weights in network.parameters():
         # Layers that begin as zeros would hide what goes wrong before them.
         weights.add_(0.05 * torch.randn_like(weights))
-    model = _model(recipe, training.Outcome(seconds=0, best_step=0, validation_loss=0), network)
+    model = _model(recipe, _UNTRAINED, network)
     return artifact.write(model, recipe.models, recipe.version, recipe.formats)
 
 
@@ -93,23 +130,18 @@ def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network)
         programs=tuple(map(_evaluating, recipe.family.programs(network, recipe.data))),
         examples=recipe.family.examples(recipe.data),
         provenance=_provenance(recipe, outcome),
+        refusals=recipe.family.refusals,
     )
 
 
 def _measured(recipe: Recipe, model: artifact.Model) -> artifact.Model:
     player, family = artifact.player(model.value, model.programs), recipe.family
-    quality = family.quality(player, recipe.data, recipe.suited)
-    for figure in quality:
-        print(f"  {_line(figure)}")
-    caption = "\n".join(map(_line, quality))
+    figures = family.quality(player, recipe.data, recipe.suited)
+    for figure in figures:
+        print(f"  {quality.line(figure)}")
+    caption = "\n".join(map(quality.line, figures))
     picture = draw(model.name, caption, family.panels(player, recipe.data), model.value.levels)
-    return dataclasses.replace(model, quality=tuple(quality), pictures={PICTURE: picture})
-
-
-def _line(quality: manifest_pb2.Quality) -> str:
-    error = f" ± {quality.standard_error:.3f}" if quality.HasField("standard_error") else ""
-    floor = f", real data {quality.floor:.3f}" if quality.HasField("floor") else ""
-    return f"{quality.name}: {quality.value:.3f}{error} {quality.unit}".rstrip() + floor
+    return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
 
 
 def _evaluating(program: Program) -> Program:
@@ -121,7 +153,8 @@ def _evaluating(program: Program) -> Program:
 def _provenance(recipe: Recipe, outcome: training.Outcome) -> manifest_pb2.Provenance:
     settings = {
         "preset": recipe.preset,
-        "best_step": outcome.best_step,
+        "best_step": outcome.best.step,
+        "threads": torch.get_num_threads(),
         **dataclasses.asdict(recipe.training),
     }
     return manifest_pb2.Provenance(

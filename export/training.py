@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from export.checkpoint import Checkpoint, State
 from export.data import Dataset, Part
+from export.interrupt import held_back
 
 _VALIDATION_ROWS = 1300
 _CHUNK_ROWS = 256
 
 
+class TrainingError(RuntimeError):
+    """A run from which no network came."""
+
+
 class Network(nn.Module):
-    """A module that can be trained."""
+    """A module that can be trained; what it carries from step to step are parameters and buffers."""
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Loss of each row [B], of rows [B, *shape] and int64 labels [B]; it draws its own noise."""
@@ -61,38 +67,72 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a run; `best_step` is where the validation loss was lowest."""
+class Point:
+    """Of a training curve: the mean loss of the steps since the last point, and the validation loss."""
 
-    seconds: float
-    best_step: int
+    step: int
+    training_loss: float
     validation_loss: float
 
 
-def fit(network: Network, data: Dataset, settings: Settings, title: str = "  training") -> Outcome:
-    """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU."""
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run; `best` is where the validation loss was lowest, `seconds` are of all sessions."""
+
+    seconds: float
+    best: Point
+    curve: tuple[Point, ...]
+
+
+def fit(
+    network: Network,
+    data: Dataset,
+    settings: Settings,
+    title: str = "  training",
+    checkpoint: Checkpoint | None = None,
+) -> Outcome:
+    """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU.
+
+    With a checkpoint, a run that was interrupted goes on where it stopped and ends as if it had
+    not been: on a CPU, to the bit. TrainingError when no validation loss is a number.
+    """
     torch.manual_seed(settings.seed)
     network.to(settings.device).train()
-    run = _Run(network, settings, started)
-    batches = _batches(data.train, settings)
-    with tqdm(total=settings.steps, desc=title, unit="step", dynamic_ncols=True) as bar:
-        while run.progress < 1:
-            loss = run.step(*next(batches))
+    run = _Run(network, data, settings)
+    if checkpoint and (saved := checkpoint.load()):
+        run.load_state_dict(saved)
+        print(f"  going on at step {run.steps} of {settings.steps}, from {checkpoint.path}", flush=True)
+    with held_back() as interrupt, tqdm(**_bar(title, run.steps, settings)) as bar:
+        while run.progress < 1 and not interrupt.is_asked:
+            run.step()
             bar.update()
             if run.evaluation_due:
-                run.evaluate(data.validation)
-                bar.set_postfix_str(f"loss {loss:.4g}, held out {run.best_loss:.4g} at step {run.best_step}")
-    network.load_state_dict(run.best_weights)
-    network.to("cpu").eval().requires_grad_(False)
-    return Outcome(time.monotonic() - started, run.best_step, run.best_loss)
+                run.evaluate()
+                bar.set_postfix_str(run.summary)
+            if checkpoint and checkpoint.is_due:
+                checkpoint.save(run.state_dict())
+        if checkpoint:
+            checkpoint.save(run.state_dict())
+    return run.finish()
+
+
+def _bar(title: str, steps: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "desc": title,
+        "initial": steps,
+        "total": settings.steps,
+        "unit": "step",
+        "dynamic_ncols": True,
+    }
 
 
 class _Run:
-    """The state of a training run."""
+    """A training run between two steps; all that the next ones depend on is in its state_dict."""
 
-    def __init__(self, network: Network, settings: Settings, started: float) -> None:
-        self._network, self._settings, self._started = network, settings, started
+    def __init__(self, network: Network, data: Dataset, settings: Settings) -> None:
+        self._network, self._data, self._settings = network, data, settings
+        self._started = time.monotonic()
+        self._batches = _Batches(data.train, settings)
         self._optimizer = torch.optim.AdamW(
             network.parameters(),
             settings.learning_rate,
@@ -103,24 +143,25 @@ class _Run:
             network,
             multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay),  # type: ignore[no-untyped-call]
         )
-        self._steps = 0
-        self._evaluated = 0
-        self.best_loss, self.best_step = math.inf, 0
-        self.best_weights: dict[str, Any] = {}
-
-    @property
-    def progress(self) -> float:
-        elapsed = time.monotonic() - self._started
-        return max(self._steps / self._settings.steps, elapsed / self._settings.seconds)
+        self.steps, self.progress = 0, 0.0
+        self._losses: list[float] = []
+        self._curve: list[Point] = []
+        self._best: Point | None = None
+        self._best_weights: State = {}
 
     @property
     def evaluation_due(self) -> bool:
-        return self.progress >= (self._evaluated + 1) / self._settings.evaluations or self.progress >= 1
+        return self.progress >= min(1, (len(self._curve) + 1) / self._settings.evaluations)
 
-    def step(self, rows: Tensor, labels: Tensor) -> float:
+    @property
+    def summary(self) -> str:
+        best = f", best {self._best.validation_loss:.4g} at step {self._best.step}" if self._best else ""
+        return f"loss {self._curve[-1].training_loss:.4g}{best}"
+
+    def step(self) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * (1 + math.cos(math.pi * min(self.progress, 1))) / 2
-        for objective in self._network.objectives(rows, labels):
+            group["lr"] = self._settings.learning_rate * (1 + math.cos(math.pi * self.progress)) / 2
+        for objective in self._network.objectives(*self._batches.draw()):
             loss = objective.loss.mean()
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward(inputs=objective.parameters)  # type: ignore[no-untyped-call]
@@ -128,18 +169,97 @@ class _Run:
             # Parameters without a gradient stay, and so do their moments.
             self._optimizer.step()
         self._average.update_parameters(self._network)
-        self._steps += 1
-        return float(loss.detach())
+        self._losses.append(float(loss.detach()))
+        self.steps += 1
+        self.progress = min(1, max(self.steps / self._settings.steps, self._seconds / self._settings.seconds))
 
-    def evaluate(self, held_out: Part) -> None:
-        self._evaluated += 1
+    def evaluate(self) -> None:
         average = self._average.module
         assert isinstance(average, Network)
         average.eval()
-        loss = validation_loss(average, held_out, self._settings)
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self._steps
-            self.best_weights = copy.deepcopy(average.state_dict())
+        loss = validation_loss(average, self._data.validation, self._settings)
+        point = Point(self.steps, sum(self._losses) / len(self._losses), loss)
+        self._losses.clear()
+        self._curve.append(point)
+        if loss < (self._best.validation_loss if self._best else math.inf):
+            self._best, self._best_weights = point, copy.deepcopy(average.state_dict())
+
+    def finish(self) -> Outcome:
+        """Leave the network with the best weights."""
+        if self._best is None:
+            raise TrainingError(
+                f"after {self.steps} steps no validation loss was a finite number; lower the learning rate"
+            )
+        self._network.load_state_dict(self._best_weights)
+        self._network.to("cpu").eval().requires_grad_(False)
+        return Outcome(self._seconds, self._best, tuple(self._curve))
+
+    def state_dict(self) -> State:
+        return {
+            "steps": self.steps,
+            "progress": self.progress,
+            "seconds": self._seconds,
+            "network": self._network.state_dict(),
+            "average": self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "batches": self._batches.state_dict(),
+            "random": _random_states(self._settings.device),
+            "losses": self._losses,
+            "curve": [astuple(point) for point in self._curve],
+            "best": self._best and astuple(self._best),
+            "best_weights": self._best_weights,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.steps, self.progress = state["steps"], state["progress"]
+        self._started = time.monotonic() - state["seconds"]
+        self._network.load_state_dict(state["network"])
+        self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._batches.load_state_dict(state["batches"])
+        self._losses = list(state["losses"])
+        self._curve = [Point(*point) for point in state["curve"]]
+        self._best = Point(*state["best"]) if state["best"] else None
+        self._best_weights = state["best_weights"]
+        _set_random_states(state["random"], self._settings.device)
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+class _Batches:
+    """Training rows in a new random order every epoch; the few that would not fill a batch are left out."""
+
+    def __init__(self, part: Part, settings: Settings) -> None:
+        self._rows, self._labels = _tensors(part, settings)
+        self._size = min(settings.batch_rows, len(part))
+        self._order, self._start = torch.empty(0, dtype=torch.int64), 0
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The next rows [B, *shape] and labels [B]."""
+        if self._start + self._size > len(self._order):
+            self._order, self._start = torch.randperm(len(self._rows)), 0
+        chosen = self._order[self._start : self._start + self._size].to(self._rows.device)
+        self._start += self._size
+        return self._rows[chosen], self._labels[chosen]
+
+    def state_dict(self) -> State:
+        return {"order": self._order, "start": self._start}
+
+    def load_state_dict(self, state: State) -> None:
+        self._order, self._start = state["order"], state["start"]
+
+
+def _random_states(device: str) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.startswith("cuda") else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def _set_random_states(states: list[Tensor], device: str) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def validation_loss(network: Network, held_out: Part, settings: Settings) -> float:
@@ -158,13 +278,3 @@ def validation_loss(network: Network, held_out: Part, settings: Settings) -> flo
 
 def _tensors(part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.rows).to(settings.device), torch.from_numpy(part.labels).to(settings.device)
-
-
-def _batches(part: Part, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    rows, labels = _tensors(part, settings)
-    size = min(settings.batch_rows, len(part))
-    while True:
-        order = torch.randperm(len(part)).to(settings.device)
-        for start in range(0, len(part) // size * size, size):
-            chosen = order[start : start + size]
-            yield rows[chosen], labels[chosen]

@@ -31,7 +31,13 @@ FAMILIES: Mapping[str, Entry] = {
     "vae": Entry(
         "export.families.vae",
         "variational autoencoder (Kingma & Welling 2013)",
-        ("sample", "reconstruct", "encode", "decode", "score"),
+        ("sample", "sample:inpaint", "reconstruct", "encode", "decode", "score"),
+    ),
+    "gan": Entry(
+        "export.families.gan",
+        "class-conditional GAN (Goodfellow et al. 2014, R3GAN by Huang et al. 2024)",
+        ("sample", "decode"),
+        ("digits", "moons"),
     ),
     "diffusion": Entry(
         "export.families.diffusion",

@@ -5,9 +5,12 @@ z ~ N(0, I) and p(x | z); the encoder gives q(z | x) = N(mean, std^2), and
 
     log p(x) >= E_q[log p(x | z)] - KL(q || N(0, I)).
 
-The score is the importance-weighted bound with K draws, tighter as K grows.
-Pixels given z are independent mixtures of discretised logistics (Salimans et al.,
-"PixelCNN++", 2017) with a trace of the uniform, a normalised mass on integers.
+The score is the importance-weighted bound with K draws, tighter as K grows. Pixels
+given z are independent, which makes inpainting a Markov chain over z and the missing
+pixels (Rezende, Mohamed & Wierstra, 2014, appendix F): encode and decode again and
+again, the known pixels clamped. That is Gibbs sampling as far as q(z | x) is the
+posterior; accepted by Metropolis and Hastings' rule (Mattei & Frellsen, "Leveraging
+the Exact Likelihood of Deep Latent Variable Models", 2018), it is exact in the limit.
 """
 
 import math
@@ -18,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from export import importance, replay
 from export.data import Dataset
@@ -26,7 +28,8 @@ from export.families.base import Preset
 from export.figure import Panel
 from export.golden import Example
 from export.measure import Judge, bits_per_dimension, play, sampler
-from export.program import Input, Noise, Parameter, Program, Score, TensorSpec
+from export.pixels import PixelMixture
+from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.replay import Player
 from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
@@ -36,56 +39,7 @@ COMPONENTS = 3
 TRAINING_DRAWS = 5
 MEASURED_DRAWS = 500
 PICTURED = 100
-UNIFORM_SHARE = 1e-4
-
-
-class PixelMixture:
-    """Independent mixtures of M discretised logistics on 0..levels-1, from free parameters [..., 3 * M]."""
-
-    def __init__(self, parameters: Tensor, levels: int) -> None:
-        weights, means, scales = parameters.reshape(*parameters.shape[:-1], -1, 3).unbind(-1)
-        self._top = levels - 1
-        self._weights = weights.softmax(-1)
-        self._means = (means / 2 + 1) * self._top / 2
-        self._scales = scales.clamp(-5, 5).exp() * levels / 16
-
-    def log_mass(self, pixels: Tensor) -> Tensor:
-        """Log-mass of integer pixels [...], in nats."""
-        value = pixels.unsqueeze(-1).to(self._means.dtype)
-        above = (value + 0.5 - self._means) / self._scales
-        below = (value - 0.5 - self._means) / self._scales
-        above = torch.where(value >= self._top, torch.full_like(above, 1e4), above)
-        below = torch.where(value <= 0, torch.full_like(below, -1e4), below)
-        # A difference of sigmoids is taken where they are small, which keeps its digits.
-        mirrored = below > 0
-        upper = torch.where(mirrored, -below, above).sigmoid()
-        lower = torch.where(mirrored, -above, below).sigmoid()
-        mass = (self._weights * (upper - lower)).sum(-1)
-        return torch.log((1 - UNIFORM_SHARE) * mass + UNIFORM_SHARE / (self._top + 1))
-
-    def mean(self) -> Tensor:
-        """Mean of the pixels clipped to their range, in closed form: the integral of 1 - CDF."""
-        spread = functional.softplus(self._means / self._scales) - functional.softplus(
-            (self._means - self._top) / self._scales
-        )
-        return (self._weights * self._scales * spread).sum(-1)
-
-    def draw(self, uniform: Tensor) -> Tensor:
-        """Pixels by inversion of a uniform number each: it picks the component, its remainder the value."""
-        flat = uniform / UNIFORM_SHARE * (self._top + 1) - 0.5
-        share = ((uniform - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)).clamp(0, 1).unsqueeze(-1)
-        reached = self._weights.cumsum(-1)
-        index = (share >= reached[..., :-1]).long().sum(-1, keepdim=True)
-        weight, end, mean, scale = (
-            entries.gather(-1, index) for entries in (self._weights, reached, self._means, self._scales)
-        )
-        rest = ((share - (end - weight)) / weight).clamp(1e-6, 1 - 1e-6)
-        drawn = (mean + scale * torch.log(rest / (1 - rest))).squeeze(-1)
-        return torch.where(uniform < UNIFORM_SHARE, flat, drawn)
-
-    def quantise(self, pixels: Tensor) -> Tensor:
-        """The nearest integers of the range, uint8."""
-        return pixels.round().clamp(0, self._top).to(torch.uint8)
+CHAINS = ("pseudo_gibbs", "metropolis_within_gibbs")
 
 
 class VAE(Network):
@@ -150,20 +104,63 @@ class Encode(_Part):
 
 
 class Decode(_Part):
-    """latent -> expected pixels."""
+    """latent -> expected or drawn pixels."""
 
-    def forward(self, latent: Tensor) -> Tensor:
-        pixels = self.vae.decode(latent)
-        return pixels.quantise(pixels.mean())
+    def forward(self, latent: Tensor, pixels: Tensor, pixel_noise: Tensor) -> Tensor:
+        return _rendered(self.vae.decode(latent), pixels, pixel_noise)
 
 
 class Sample(_Part):
     """A latent of the prior -> expected or drawn pixels."""
 
     def forward(self, latent: Tensor, temperature: Tensor, pixels: Tensor, pixel_noise: Tensor) -> Tensor:
-        mixture = self.vae.decode(latent * temperature.unsqueeze(1))
-        drawn = _per_row(pixels == 1, pixel_noise)
-        return mixture.quantise(torch.where(drawn, mixture.draw(pixel_noise), mixture.mean()))
+        return _rendered(self.vae.decode(latent * temperature.unsqueeze(1)), pixels, pixel_noise)
+
+
+class InpaintInit(_Part):
+    """Known pixels around those of a sample, and that sample's latent."""
+
+    def forward(
+        self, image: Tensor, known: Tensor, start_latent: Tensor, start_noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mixture = self.vae.decode(start_latent)
+        start = mixture.quantise(mixture.draw(start_noise))
+        return torch.where(known == 1, image, start), start_latent
+
+
+class InpaintStep(_Part):
+    """Draw a latent given all pixels, accept it if the chain asks, and draw the missing pixels given it."""
+
+    def forward(  # noqa: PLR0913 (bound by name)
+        self,
+        canvas: Tensor,
+        latent: Tensor,
+        known: Tensor,
+        chain: Tensor,
+        latent_noise: Tensor,
+        pixel_noise: Tensor,
+        acceptance: Tensor,
+        step_index: Tensor,
+        num_steps: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        mean, std = self.vae.encode(canvas)
+        standard = torch.stack([(latent - mean) / std, latent_noise], 1)
+        log_weights = self.vae.log_weights(canvas, mean, std, standard)
+        # The other chain begins as this one, which gets away from a bad start sooner.
+        is_gibbs = (chain == 0) | (2 * step_index < num_steps)
+        accepted = is_gibbs | (acceptance.log() < log_weights[:, 1] - log_weights[:, 0])
+        latent = torch.where(accepted.unsqueeze(1), mean + std * latent_noise, latent)
+        mixture = self.vae.decode(latent)
+        return torch.where(known == 1, canvas, mixture.quantise(mixture.draw(pixel_noise))), latent
+
+
+class InpaintReadout(_Part):
+    """The canvas, or the expected values of its missing pixels given the latent."""
+
+    def forward(self, canvas: Tensor, latent: Tensor, known: Tensor, pixels: Tensor) -> Tensor:
+        mixture = self.vae.decode(latent)
+        kept = (known == 1) | _per_row(pixels == 1, canvas)
+        return torch.where(kept, canvas, mixture.quantise(mixture.mean()))
 
 
 class Reconstruct(_Part):
@@ -203,6 +200,11 @@ class ScoreStep(_Part):
         return mean, std, *sums
 
 
+def _rendered(mixture: PixelMixture, pixels: Tensor, noise: Tensor) -> Tensor:
+    drawn = _per_row(pixels == 1, noise)
+    return mixture.quantise(torch.where(drawn, mixture.draw(noise), mixture.mean()))
+
+
 def _per_row(flags: Tensor, like: Tensor) -> Tensor:
     return flags.reshape(-1, *(1 for _ in like.shape[1:]))
 
@@ -214,7 +216,7 @@ class Family:
     description = (
         "Variational autoencoder (Kingma & Welling 2013), trained on the bound of Burda et al. (2015)."
     )
-    operations = ("sample", "reconstruct", "encode", "decode", "score")
+    operations = ("sample", "sample:inpaint", "reconstruct", "encode", "decode", "score")
     refusals: Mapping[str, str] = {
         "energy": "its log-density is an integral without a closed form; score bounds it",
         "classify": "it has learned no labels",
@@ -237,11 +239,12 @@ class Family:
         return VAE(data.value.tensor.shape, data.value.levels, LATENT_DIMENSIONS, preset)
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
-        """sample, reconstruct, encode, decode and score."""
+        """sample, and by inpainting; reconstruct, encode, decode and score."""
         assert isinstance(network, VAE)
         image = data.value.tensor
         return (
             _sample(network, image),
+            _inpaint(network, image),
             _reconstruct(network, image),
             _encode(network, image),
             _decode(network, image),
@@ -252,13 +255,17 @@ class Family:
         """Requests with and without parameters, on the first rows of the test part."""
         images = data.test.rows[:3]
         latents = torch.linspace(-2, 2, 3 * LATENT_DIMENSIONS).reshape(3, -1).numpy()
+        given = {"image": images, "known": _upper_half(images)}
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"temperature": 0.7, "pixels": 0}),
+            Example("sample:inpaint", seed=6, parameters={"steps": 3}, inputs=given),
+            Example("sample:inpaint", seed=7, parameters={"steps": 4, "chain": 0, "pixels": 0}, inputs=given),
             Example("reconstruct", inputs={"image": images}),
             Example("reconstruct", seed=3, parameters={"latent": 1}, inputs={"image": images}),
             Example("encode", inputs={"image": images}),
             Example("decode", inputs={"latent": latents}),
+            Example("decode", seed=8, parameters={"pixels": 1}, inputs={"latent": latents}),
             Example("score", seed=4, parameters={"draws": 25}, inputs={"image": images}),
             Example("score", seed=5, first_row=2, rows=2, inputs={"image": images[:2]}),
         )
@@ -293,6 +300,12 @@ def _bits_per_dimension(player: Player, images: NDArray[np.uint8], draws: int) -
     return bits_per_dimension(answers["log_likelihood"], images[0].size, draws)
 
 
+def _upper_half(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    known = np.zeros_like(images)
+    known[:, : images.shape[1] // 2] = 1
+    return known
+
+
 def _latent_noise(stream: int, name: str, *shape: int) -> Noise:
     return Noise(name, "normal", (*shape, LATENT_DIMENSIONS), stream, "standard normal")
 
@@ -307,17 +320,58 @@ def _sample(vae: VAE, image: TensorSpec) -> Program:
             Parameter(
                 "temperature", "float", 1, 0, 2, doc="standard deviation of the latents; 1 is the model's own"
             ),
+            _pixels("draw"),
+        ),
+        noise=(_latent_noise(0, "latent"), _pixel_noise(1, image)),
+    )
+
+
+def _pixels(default: str) -> Parameter:
+    doc = "mean: their expected values; draw: draw them, as the model says"
+    return Parameter.choice("pixels", ("mean", "draw"), doc, default)
+
+
+def _pixel_noise(stream: int, image: TensorSpec, name: str = "pixel_noise") -> Noise:
+    return Noise(name, "uniform", image.shape, stream, "one number for every pixel, by inversion")
+
+
+def _inpaint(vae: VAE, image: TensorSpec) -> Program:
+    known_doc = "1 for pixels that are given and stay as they are, 0 for those to draw"
+    given = TensorSpec("image", image.dtype, image.shape, image.minimum, image.maximum, "the given pixels")
+    return Program(
+        operation="sample",
+        method="inpaint",
+        init=InpaintInit(vae),
+        step=InpaintStep(vae),
+        readout=InpaintReadout(vae),
+        outputs=(image,),
+        doc="Draw the missing pixels given the known ones, by a chain that encodes and decodes: approximate.",
+        state=(
+            TensorSpec("canvas", image.dtype, image.shape, doc="the pixels that are known or drawn"),
+            TensorSpec("latent", shape=(LATENT_DIMENSIONS,), doc="the latent of the missing pixels"),
+        ),
+        steps=Steps(parameter="steps"),
+        parameters=(
+            Parameter("steps", "integer", 100, 1, 1000, doc="how often the image is encoded and decoded"),
             Parameter.choice(
-                "pixels",
-                ("mean", "draw"),
-                "mean: their expected values; draw: draw them, as the model says",
-                "draw",
+                "chain",
+                CHAINS,
+                "pseudo_gibbs takes the encoder's word for the posterior; metropolis_within_gibbs, in the "
+                "second half of its steps, accepts or keeps latents so that the chain tends to the model's "
+                "own conditional",
+                "metropolis_within_gibbs",
             ),
+            _pixels("draw"),
         ),
+        inputs=(Input(given), Input(TensorSpec("known", "uint8", image.shape, 0, 1, known_doc))),
         noise=(
-            _latent_noise(0, "latent"),
-            Noise("pixel_noise", "uniform", image.shape, 1, "one number for every pixel, by inversion"),
+            _latent_noise(0, "start_latent"),
+            _pixel_noise(1, image, "start_noise"),
+            _latent_noise(2, "latent_noise"),
+            _pixel_noise(3, image),
+            Noise("acceptance", "uniform", (), 4, "accepts a latent, or keeps the one before"),
         ),
+        previewable=True,
     )
 
 
@@ -357,10 +411,12 @@ def _decode(vae: VAE, image: TensorSpec) -> Program:
         operation="decode",
         readout=Decode(vae),
         outputs=(image,),
-        doc="Expected pixel values of a latent.",
+        doc="The pixels of a latent: their expected values, or a draw.",
+        parameters=(_pixels("mean"),),
         inputs=(
             Input(TensorSpec("latent", shape=(LATENT_DIMENSIONS,), doc="standard normal under the prior")),
         ),
+        noise=(_pixel_noise(0, image),),
     )
 
 

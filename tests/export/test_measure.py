@@ -46,3 +46,18 @@ def test_bits_per_dimension_of_uniform_integers() -> None:
     assert quality.value == pytest.approx(np.log2(17))
     assert quality.unit == "bits/dim"
     assert quality.standard_error == pytest.approx(0)
+
+
+def test_coverage_of_one_distribution_is_the_documented_number() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [measure.coverage(*generator.normal(size=(2, 500, 4))) for _ in range(10)]
+    expected = 1 - np.prod([(500 - i) / (1000 - i) for i in range(1, 6)])
+    assert np.mean(drawn) == pytest.approx(expected, abs=0.01)
+
+
+def test_coverage_counts_the_modes_that_are_there() -> None:
+    """A quarter of the rows is far from the samples, which lie on the others."""
+    real = np.random.default_rng(0).normal(size=(400, 2))
+    made = real[100:] + 1e-9
+    real[:100] += 1000
+    assert measure.coverage(made, real) == pytest.approx(0.75)

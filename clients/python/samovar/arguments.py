@@ -14,6 +14,7 @@ examples:
   samovar sample NAME -n 64 --seed 7 -o grid.png      64 samples as a picture
   samovar sample NAME -n 64 --param steps=50 -o rows.npz
   samovar sample NAME -n 10 --label 3 -o threes.npy
+  samovar complete NAME "Once" --tokens 200 --param temperature=0.8
   samovar score NAME --input rows.npy                 log-densities, and what they are
   samovar reconstruct NAME --input rows.npy -o pairs.png
 
@@ -24,6 +25,7 @@ _ENDINGS = {
     ".npz": "all outputs",
     ".png": "picture",
     ".txt": "text",
+    ".mid": "music",
     ".csv": "table",
 }
 _TRANSFORMS = {
@@ -31,7 +33,7 @@ _TRANSFORMS = {
     "score": ("log-densities of rows, and what they are", (".npy", ".npz", ".csv")),
     "energy": ("unnormalised energies of rows", (".npy", ".npz", ".csv")),
     "encode": ("map rows to their latents or features", (".npy", ".npz")),
-    "decode": ("map latents to rows", (".npy", ".npz", ".png", ".txt")),
+    "decode": ("map latents to rows", (".npy", ".npz", ".png", ".txt", ".mid")),
     "classify": ("class probabilities of rows", (".npy", ".npz", ".csv")),
 }
 
@@ -65,6 +67,7 @@ def _add_commands(commands: Commands) -> None:
     _add_model(_command(commands, "model", "describe one model"))
     _command(commands, "server", "say what serves, and within which limits")
     _add_sample(_command(commands, "sample", "draw rows"))
+    _add_complete(_command(commands, "complete", "go on with a text, and print it as it comes"))
     for name, (doc, endings) in _TRANSFORMS.items():
         command = _command(commands, name, doc)
         _add_request(command)
@@ -88,27 +91,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_request(command: argparse.ArgumentParser) -> None:
     _add_model(command)
-    command.add_argument(
-        "--method",
-        default="",
-        metavar="M",
-        help="another way to do it, such as inpaint; `samovar model` lists them",
-    )
+    _add_settings(command)
     command.add_argument(
         "--priority", choices=("interactive", "batch"), help="who goes first (default: by the number of rows)"
     )
     command.add_argument(
-        "--seed", type=_count, help="same seed, same rows (default: drawn, and told afterwards)"
-    )
-    command.add_argument(
         "--first-row", type=_count, default=0, metavar="I", help="index of the first row (default: 0)"
-    )
-    command.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a parameter that differs from its default; `samovar model` lists them",
     )
     command.add_argument(
         "--input",
@@ -116,6 +104,25 @@ def _add_request(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]VALUE",
         help="FILE.npy, FILE.npz, or numbers such as point=0.5,1; `samovar model` lists the inputs",
+    )
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seed", type=_count, help="same seed, same rows (default: drawn, and told afterwards)"
+    )
+    command.add_argument(
+        "--method",
+        default="",
+        metavar="M",
+        help="another way to do it, such as inpaint; `samovar model` lists them",
+    )
+    command.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter that differs from its default; `samovar model` lists them",
     )
 
 
@@ -134,7 +141,21 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         metavar="K",
         help="refresh FILE after each K steps of a row",
     )
-    _add_output(command, (".npy", ".npz", ".png", ".txt"), required=False)
+    _add_output(command, (".npy", ".npz", ".png", ".txt", ".mid"), required=False)
+
+
+def _add_complete(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("prompt", nargs="?", default="", help="what it begins with (default: nothing)")
+    command.add_argument("--tokens", type=_count, metavar="N", help="how many to add at most")
+    command.add_argument(
+        "--stop",
+        type=lambda word: word.replace(r"\n", "\n"),
+        metavar="TOKEN",
+        help=r"ends the text once it is drawn; \n is a new line",
+    )
+    _add_settings(command)
+    _add_output(command, (".txt", ".mid"), required=False)
 
 
 def _add_output(command: argparse.ArgumentParser, endings: tuple[str, ...], required: bool) -> None:

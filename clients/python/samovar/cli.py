@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from samovar import arguments, files, tables
+from samovar import arguments, files, tables, vocabulary
 from samovar.client import Client
 from samovar.errors import Overloaded, SamovarError, Unavailable
 from samovar.inputs import named_arrays, num_rows, part_of
@@ -23,6 +23,7 @@ from samovar.model import Model, Operation, Parameter, ParameterType, Scalar
 from samovar.progress import Bar
 from samovar.result import Canvas, Event, Preview, Result, Rows, Scores, merge, merge_scores
 from samovar.tensors import Array
+from samovar.text import PROMPT, STOP, pieces
 
 _PREVIEWS_PER_ROW = 20
 
@@ -89,7 +90,7 @@ def _sample(client: Client, args: Namespace) -> None:
         raise UsageError("say where the rows go: -o FILE.npy, FILE.npz, or FILE.png for images")
     result = _drawn(client, args, model, operation)
     if args.output is None:
-        print("\n".join(files.text(result.value, model.value)))
+        print("\n".join(vocabulary.decode(result.value, model.value)))
         return
     files.write(args.output, result.outputs, model.value)
     print(f"{args.rows} rows in {args.output}; {tables.summary(result)}")
@@ -115,6 +116,30 @@ def _drawn(client: Client, args: Namespace, model: Model, operation: Operation) 
             if args.preview_every and args.output and isinstance(event, Preview):
                 files.write(args.output, canvas.outputs, model.value)
         return Result(canvas.complete(), stream.run, stream.timings)
+
+
+def _complete(client: Client, args: Namespace) -> None:
+    model = client.model(args.model, args.version, args.format)
+    operation = model.operation("sample", args.method)
+    prompt = vocabulary.tokens_of(args.prompt, model.value, PROMPT)
+    if args.output:
+        files.check(args.output, model.value, operation.outputs[0])
+    given = [*args.param, *([] if args.tokens is None else [f"tokens={args.tokens}"])]
+    parameters = _parameters(given, operation) | ({} if args.stop is None else {STOP: args.stop})
+    options = Options(version=args.version, format=args.format, method=args.method, seed=_seed(args))
+    written = args.prompt
+    print(written, end="", flush=True)
+    for piece in pieces(client, model, prompt, options=options, **parameters):
+        print(piece, end="", flush=True)
+        written += piece
+    print()
+    if args.output:
+        files.write(args.output, {"text": vocabulary.encode([written], model.value)}, model.value)
+    print(f"seed {options['seed']}", file=sys.stderr)
+
+
+def _seed(args: Namespace) -> int:
+    return draw_seed() if args.seed is None else args.seed
 
 
 def _share(event: Event, steps: int) -> Array | float:
@@ -191,7 +216,7 @@ def _options(args: Namespace, operation: Operation) -> Options:
     options = Options(
         version=args.version,
         format=args.format,
-        seed=draw_seed() if args.seed is None else args.seed,
+        seed=_seed(args),
         first_row=args.first_row,
         parameters=_parameters(args.param, operation),
         method=args.method,
@@ -274,6 +299,7 @@ _COMMANDS: Mapping[str, Callable[[Client, Namespace], None]] = {
     "model": _model,
     "server": _server,
     "sample": _sample,
+    "complete": _complete,
     "reconstruct": _reconstruct,
     "score": _score,
     "energy": _transform,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samovar import png
+from samovar import midi, png, vocabulary
 from samovar.model import TensorSpec, Value, ValueKind
 from samovar.tensors import Array
 
@@ -27,6 +27,8 @@ def check(path: Path, value: Value, main: TensorSpec) -> None:
         raise UnsuitableFile(f"{path}: .png is for images, and {main.name} is {main}; use .npy or .npz")
     if path.suffix == ".txt" and not value.vocabulary:
         raise UnsuitableFile(f"{path}: .txt is for text, and {main.name} is {main}; use .npy or .npz")
+    if path.suffix == ".mid" and not midi.is_music(value.vocabulary):
+        raise UnsuitableFile(f"{path}: .mid is for music, and {main.name} is {main}; use .npy or .npz")
 
 
 def write(path: Path, arrays: Arrays, value: Value) -> None:
@@ -56,12 +58,6 @@ def read(path: Path) -> Array | dict[str, Array]:
         raise UnsuitableFile(f"{path}: expected a .npy or .npz file of numbers: {error}") from error
 
 
-def text(tokens: Array, value: Value) -> list[str]:
-    """Rows of tokens as lines of text."""
-    separator = "" if all(len(word) == 1 for word in value.vocabulary) else " "
-    return [separator.join(value.vocabulary[token] for token in row) for row in tokens.tolist()]
-
-
 def _range(value: Value) -> tuple[float, float]:
     low = value.tensor.minimum or 0.0
     if value.tensor.maximum is not None:
@@ -86,7 +82,11 @@ def _png(arrays: Arrays, value: Value) -> bytes:
 
 
 def _txt(arrays: Arrays, value: Value) -> bytes:
-    return "".join(f"{line}\n" for line in text(next(iter(arrays.values())), value)).encode()
+    return "".join(f"{line}\n" for line in vocabulary.decode(next(iter(arrays.values())), value)).encode()
+
+
+def _mid(arrays: Arrays, value: Value) -> bytes:
+    return midi.encode([vocabulary.words_of(row, value) for row in next(iter(arrays.values()))])
 
 
 def _csv(arrays: Arrays, value: Value) -> bytes:
@@ -105,5 +105,6 @@ _ENCODERS: dict[str, Callable[[Arrays, Value], bytes]] = {
     ".npz": _npz,
     ".png": _png,
     ".txt": _txt,
+    ".mid": _mid,
     ".csv": _csv,
 }

@@ -1,0 +1,39 @@
+"""A galaxy: a long normal cloud of points, wound up around its centre. Its density is known exactly."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from export.own import Input, Model, Noise, Program, Score, TensorSpec, Value, module
+
+SCALE, WINDING = torch.tensor([2.0, 0.2]), 1.5
+POINT, LATENT = TensorSpec("point", shape=(2,)), TensorSpec("latent", shape=(2,), doc="standard normal")
+LOG_DENSITY = TensorSpec("log_density", doc="in nats")
+EXACT = Score("exact", dimensions=2, space="the plane", nats="log_density")
+
+
+def wind(rows: Tensor, winding: float) -> Tensor:
+    """Turn each point by an angle in proportion to its radius, which keeps areas."""
+    angle = winding * rows.square().sum(1).sqrt()
+    x, y = rows.unbind(1)
+    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], 1)
+
+
+decode = module(lambda latent: wind(latent * SCALE, WINDING))
+encode = module(lambda point: wind(point, -WINDING) / SCALE)
+
+
+@module
+def score(point: Tensor) -> Tensor:
+    latent: Tensor = encode(point)
+    return -0.5 * latent.square().sum(1) - math.log(2 * math.pi) - SCALE.log().sum()
+
+
+PROGRAMS = (
+    Program("sample", decode, (POINT,), "Draw points.", noise=(Noise("latent", "normal", (2,), stream=0),)),
+    Program("decode", decode, (POINT,), "The point of a latent.", inputs=(Input(LATENT),)),
+    Program("encode", encode, (LATENT,), "The latent of a point.", inputs=(Input(POINT),)),
+    Program("score", score, (LOG_DENSITY,), "The density of a point.", inputs=(Input(POINT),), score=EXACT),
+)
+MODEL = Model(Value("vector", POINT), PROGRAMS)

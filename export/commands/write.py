@@ -1,0 +1,43 @@
+"""python -m export write: an artifact from a Python file of one's own; nothing is trained."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.commands.arguments import add_models, command
+
+if TYPE_CHECKING:
+    from export.commands.arguments import Commands
+
+_DESCRIPTION = """\
+Run a Python file, take the model that it calls MODEL, write MODELS/NAME/VERSION and verify it.
+examples/ holds such files, docs/own-models.md explains them."""
+_ENDINGS = {"image": ".png", "tokens": ".txt", "vector": ".npy"}
+
+
+def add(commands: "Commands") -> None:
+    """The command `write`."""
+    parser = command(commands, "write", "export a model of one's own from a Python file", _DESCRIPTION)
+    parser.add_argument("file", type=Path, help="such as examples/galaxy.py")
+    parser.add_argument("--name", default="", help="the artifact's name; the file's when left out")
+    parser.add_argument(
+        "--format", choices=("onnx", "torchscript", "both"), default="both", help="graph files (%(default)s)"
+    )
+    add_models(parser)
+    parser.set_defaults(command=_write)
+
+
+def _write(options: argparse.Namespace) -> int:
+    from export import layout, own
+    from export.graph import FORMATS
+
+    formats = FORMATS if options.format == "both" else (options.format,)
+    path = own.write(options.file, options.models, options.name, formats)
+    written = layout.read(path)
+    operations = list(dict.fromkeys(program.operation for program in written.programs))
+    print(f"Wrote {path}, verified in {' and '.join(formats)}: {', '.join(operations)}")
+    print(f"  serve it:  python -m server --models {options.models}")
+    if "sample" in operations:
+        kind = written.value.Kind.Name(written.value.kind).removeprefix("KIND_").lower()
+        print(f"  ask it:    samovar sample {written.name} -n 16 --seed 7 -o {written.name}{_ENDINGS[kind]}")
+    return 0

@@ -1,0 +1,188 @@
+"""Training that is interrupted goes on, and ends as if it had not been."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import checkpoint, recipe, training
+from export.checkpoint import Checkpoint, CheckpointError
+from export.data import Dataset, Part
+from export.families import mlp
+from export.interrupt import held_back
+from export.program import Program, TensorSpec, Value
+from export.training import Settings
+
+SETTINGS = Settings(steps=23, batch_rows=8, evaluations=5)
+
+
+class Net(training.Network):
+    """Everything that has a state: dropout, batch statistics, noise of its own; and it can break down."""
+
+    def __init__(self, breaks_at: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
+        self.breaks_at, self.calls = breaks_at, 0
+
+    def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.training and self.calls == self.breaks_at:
+            raise KeyboardInterrupt
+        moved: Tensor = self.layers(rows + 0.1 * torch.randn_like(rows))
+        return (moved - rows).square().mean(1)
+
+
+@pytest.fixture
+def points() -> Dataset:
+    rows = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    part = Part(rows, np.zeros(60, np.int64))
+    value = Value("vector", TensorSpec("point", shape=(2,)))
+    return Dataset("points", value, part[:20], part[20:40], part[40:], "no digest")
+
+
+def fit(
+    points: Dataset, directory: Path, breaks_at: int = 0, every: float = 0
+) -> tuple[training.Outcome, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    net = Net(breaks_at)
+    outcome = training.fit(net, points, SETTINGS, checkpoint=Checkpoint(directory, {"run": "1"}, every))
+    return outcome, net.state_dict()
+
+
+def steps(directory: Path) -> int:
+    saved = Checkpoint(directory, {"run": "1"}).load()
+    return saved["steps"] if saved else -1
+
+
+@pytest.mark.parametrize("breaks_at", [2, 11, 12, 23])
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    points: Dataset, tmp_path: Path, breaks_at: int
+) -> None:
+    """Mid-epoch and at its end, before the first evaluation and after the last but one."""
+    expected, weights = fit(points, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(points, tmp_path / "broken", breaks_at)
+    assert steps(tmp_path / "broken") == breaks_at - 1
+    outcome, resumed = fit(points, tmp_path / "broken")
+    assert (outcome.best, outcome.curve) == (expected.best, expected.curve)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+def test_what_was_lost_since_the_last_checkpoint_is_done_again(points: Dataset, tmp_path: Path) -> None:
+    _, weights = fit(points, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(points, tmp_path / "broken", breaks_at=20, every=1000)
+    assert steps(tmp_path / "broken") == -1
+    _, resumed = fit(points, tmp_path / "broken", every=1000)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_finished_run_is_not_trained_again(points: Dataset, tmp_path: Path) -> None:
+    """Whoever interrupts the measuring, or finds a fault in it, does not train for that once more."""
+    expected, weights = fit(points, tmp_path)
+    outcome, again = fit(points, tmp_path, breaks_at=1)
+    assert outcome.curve == expected.curve
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_the_curve_is_the_mean_loss_between_evaluations(points: Dataset, tmp_path: Path) -> None:
+    outcome, _ = fit(points, tmp_path)
+    assert [point.step for point in outcome.curve] == [5, 10, 14, 19, 23]
+    assert outcome.best == min(outcome.curve, key=lambda point: point.validation_loss)
+    assert all(0 < point.training_loss < 10 for point in outcome.curve)
+
+
+def test_losses_that_are_no_numbers_are_said_to_be(points: Dataset) -> None:
+    class Lost(Net):
+        def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(rows, labels) * float("nan")
+
+    with pytest.raises(training.TrainingError, match="after 23 steps no validation loss was a finite number"):
+        training.fit(Lost(), points, SETTINGS)
+
+
+def test_another_run_may_not_go_on(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, {"steps": "10", "seed": "0"}).save({"steps": 3})
+    with pytest.raises(CheckpointError, match=r"another run \(seed: 0 there, 1 here\); .*--fresh"):
+        Checkpoint(tmp_path, {"steps": "10", "seed": "1"}).load()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path, {})
+    kept.save({"steps": 3})
+    kept.path.write_bytes(kept.path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"cannot be read .*--fresh"):
+        kept.load()
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path, {})
+    kept.save({"steps": 3})
+    with pytest.raises(AttributeError):
+        kept.save({"steps": lambda: 4})
+    assert kept.load() == {"steps": 3}
+    assert [path.name for path in kept.path.parent.iterdir()] == [kept.path.name]
+
+
+def signalled(seen: list[bool], *numbers: int) -> None:
+    with held_back() as interrupt:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            seen.append(interrupt.is_asked)
+
+
+def test_a_signal_waits_for_the_end_of_the_block() -> None:
+    seen: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        signalled(seen, signal.SIGTERM)
+    assert seen == [True]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    seen: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        signalled(seen, signal.SIGINT, signal.SIGTERM)
+    assert seen == [True]
+
+
+class Stopping(mlp.Family):
+    """Interrupted when its training is over."""
+
+    def programs(self, network: training.Network, data: Dataset) -> tuple[Program, ...]:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def tiny(digits: Dataset, tmp_path: Path) -> recipe.Recipe:
+    return recipe.Recipe(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
+
+
+def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: recipe.Recipe) -> None:
+    written = recipe.make(tiny)
+    assert [path.name for path in written.parent.iterdir()] == ["1"]
+
+
+def test_an_interrupted_recipe_says_where_it_goes_on(
+    tiny: recipe.Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted = dataclasses.replace(tiny, family=Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        recipe.make(interrupted)
+    assert [path.name for path in (tiny.models / "digits-mlp").iterdir()] == [checkpoint.DIRECTORY]
+    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
+        recipe.make(dataclasses.replace(tiny, seed=1))
+    recipe.make(tiny)
+    assert "going on at step 4 of 4" in capsys.readouterr().out
+
+
+def test_a_fresh_start_forgets(tiny: recipe.Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        recipe.make(dataclasses.replace(tiny, family=Stopping()))
+    recipe.make(dataclasses.replace(tiny, seed=1, fresh=True))
+    assert "going on" not in capsys.readouterr().out

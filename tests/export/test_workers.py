@@ -1,0 +1,100 @@
+"""Several commands at a time: whatever becomes of one, the others go on, and nobody is left behind."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from export.workers import Crew, Result
+
+
+class Recorded:
+    """What a display is told, and an event for the first update that says so."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.lines: list[str] = []
+        self.results: list[Result] = []
+
+    def begin(self, name: str) -> None:
+        self.begun.append(name)
+
+    def update(self, name: str, line: str) -> None:
+        self.lines.append(f"{name}: {line}")
+        if line == "interrupt me":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def end(self, result: Result) -> None:
+        self.results.append(result)
+
+
+def python(script: str) -> list[str]:
+    return [sys.executable, "-c", script]
+
+
+def test_results_come_in_the_order_asked_for() -> None:
+    display = Recorded()
+    results = Crew(2, display).run(
+        {
+            "slow": python("import time; time.sleep(0.3)"),
+            "bad": python("import sys; print('so far'); sys.exit('wrong')"),
+            "good": python("print('fine')"),
+        }
+    )
+    assert [(result.name, result.status) for result in results] == [("slow", 0), ("bad", 1), ("good", 0)]
+    assert results[1].last_lines == ("so far", "wrong")
+    assert sorted(result.name for result in display.results) == ["bad", "good", "slow"]
+
+
+def test_what_a_progress_bar_overwrites_is_shown_but_not_kept() -> None:
+    display = Recorded()
+    (result,) = Crew(1, display).run({"one": python("print('10%\\r20%\\rdone')")})
+    assert display.lines == ["one: 10%", "one: 20%", "one: done"]
+    assert result.last_lines == ("done",)
+
+
+_PATIENT = """
+import os, signal, sys, time
+def stop(*_):
+    open({path!r}, "w").write("saved")
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+print({line!r}, os.getpid(), sep="\\n", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_stops_all_and_waits_for_them(tmp_path: Path) -> None:
+    display = Recorded()
+    saved = [tmp_path / "first", tmp_path / "second"]
+    ready = _PATIENT.format(path=str(saved[0]), line="ready")
+    # The second one gives the sign, when the first one is ready too.
+    asking = f"import time; time.sleep(1)\n{_PATIENT.format(path=str(saved[1]), line='interrupt me')}"
+    crew = Crew(2, display)
+    with pytest.raises(KeyboardInterrupt):
+        crew.run({"first": python(ready), "second": python(asking), "third": python("")})
+    assert [path.read_text() for path in saved] == ["saved", "saved"]
+    assert sorted(display.begun) == ["first", "second"]
+    for line in display.lines:
+        number = line.split(": ")[1]
+        if number.isdecimal():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(number), 0)
+
+
+def test_workers_have_one_thread_and_no_input() -> None:
+    display = Recorded()
+    Crew(1, display).run(
+        {"one": python("import os, sys; print(os.environ['OMP_NUM_THREADS'], repr(sys.stdin.read()))")}
+    )
+    assert display.lines == ["one: 1 ''"]
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_parent_alone() -> None:
+    """A worker is in a process group of its own."""
+    display = Recorded()
+    Crew(1, display).run({"one": python("import os; print(os.getpgid(0) == os.getpid())")})
+    assert display.lines == ["one: True"]
