@@ -65,4 +65,16 @@ FAMILIES: Mapping[str, Entry] = {
         ("sample", "reconstruct", "encode", "decode", "score"),
         ("digits", "moons"),
     ),
+    "lstm": Entry(
+        "export.families.lstm",
+        "LSTM for text and music, token by token (Hochreiter & Schmidhuber 1997)",
+        ("sample", "score", "encode"),
+        ("text", "chorales"),
+    ),
+    "ebm": Entry(
+        "export.families.ebm",
+        "energy-based model by noise contrast (Gutmann & Hyvärinen 2010)",
+        ("sample", "sample:langevin", "energy", "score"),
+        ("digits", "moons"),
+    ),
 }

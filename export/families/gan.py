@@ -44,7 +44,8 @@ from export.replay import Player
 from export.training import Network, Objective, Settings
 from samovar.v1 import manifest_pb2
 
-LATENT_DIMENSIONS = 32
+# By kind of value.
+LATENT_DIMENSIONS = {"image": 32, "vector": 4}
 # What an element of a latent is when it is left out, or asked to be drawn.
 DRAWN = 100.0
 # Convolutions halve an image until its sides are no longer than this; a perceptron takes the rest.
@@ -54,7 +55,9 @@ CHANNEL_SHARE = 16
 # Of leaky rectifiers, below 0.
 SLOPE = 0.2
 # gamma, by kind of value.
-PENALTY = {"image": 0.5, "vector": 0.1}
+PENALTY = {"image": 0.5, "vector": 0.01}
+# What the discriminator sees points by: so many random waves, whose frequencies have this spread.
+WAVES, FREQUENCY = 64, 4.0
 # Of the kernels of the MMD, as shares of the median distance between training rows.
 BANDWIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 PICTURED = 10
@@ -104,12 +107,13 @@ class Generator(nn.Module):
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
         self.shape, self.levels = data.value.tensor.shape, data.value.levels
+        self.latent = LATENT_DIMENSIONS[data.value.kind]
         self.classes, sizes = len(data.value.class_labels), _sizes(data.value, preset)
         counts = torch.tensor(data.train.labels).bincount(minlength=self.classes)
         self.register_buffer("class_shares", counts / counts.sum())
-        self.label = nn.Embedding(self.classes, LATENT_DIMENSIONS)
+        self.label = nn.Embedding(self.classes, self.latent)
         layers: list[nn.Module] = [
-            *_perceptron(2 * LATENT_DIMENSIONS, preset),
+            *_perceptron(2 * self.latent, preset),
             nn.Linear(preset.width, math.prod(sizes[-1])),
             nn.Unflatten(1, sizes[-1]),
         ]
@@ -139,8 +143,26 @@ class Generator(nn.Module):
 
     def draw(self, labels: Tensor) -> Tensor:
         """Scaled rows of these labels [B], of latents drawn by torch."""
-        scaled: Tensor = self(torch.randn((len(labels), LATENT_DIMENSIONS), device=labels.device), labels)
+        scaled: Tensor = self(torch.randn((len(labels), self.latent), device=labels.device), labels)
         return scaled
+
+
+class Waves(nn.Module):
+    """Coordinates [B, D] -> themselves, with sines and cosines of random combinations of them.
+
+    Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions" (2020): without them
+    a perceptron of few coordinates is blind to fine structure.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", FREQUENCY * torch.randn(dimensions, WAVES))
+
+    def forward(self, point: Tensor) -> Tensor:
+        angles = point @ self.frequencies
+        return torch.cat([point, angles.sin(), angles.cos()], 1)
 
 
 class Discriminator(nn.Module):
@@ -149,11 +171,14 @@ class Discriminator(nn.Module):
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
         classes, sizes = len(data.value.class_labels), _sizes(data.value, preset)
+        self.is_image, seen = data.value.kind == "image", math.prod(sizes[-1])
         layers: list[nn.Module] = []
         for wide, deep in pairwise(sizes):
             layers += [nn.Conv2d(wide[0], deep[0], 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
-        self.is_image = data.value.kind == "image"
-        self.layers = nn.Sequential(*layers, nn.Flatten(), *_perceptron(math.prod(sizes[-1]), preset))
+        layers += [nn.Flatten()]
+        if not self.is_image:
+            layers, seen = [*layers, Waves(seen)], seen + 2 * WAVES
+        self.layers = nn.Sequential(*layers, *_perceptron(seen, preset))
         self.realness = nn.Linear(preset.width, 1)
         self.direction = nn.Embedding(classes, preset.width)
         nn.init.zeros_(self.direction.weight)
@@ -340,7 +365,7 @@ class Family:
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without latents, labels and truncation."""
         labels = np.arange(3) % len(data.value.class_labels)
-        latents = torch.linspace(-2, 2, 3 * LATENT_DIMENSIONS).reshape(3, -1).numpy()
+        latents = np.linspace(-2, 2, 3 * LATENT_DIMENSIONS[data.value.kind], dtype=np.float32).reshape(3, -1)
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"truncation": 0.7}, inputs={"label": labels}),
@@ -374,7 +399,7 @@ class Family:
         return [
             Panel("test images", data.test.rows[np.concatenate(order)]),
             Panel("samples by class", _play(player, "sample", {"label": labels})),
-            Panel("between two latents of a class", _play(player, "decode", _paths(labels))),
+            Panel("between two latents of a class", _play(player, "decode", _paths(player, labels))),
         ]
 
 
@@ -383,9 +408,10 @@ def _play(player: Player, operation: str, inputs: Mapping[str, NDArray[Any]]) ->
     return player.play(operation, rows)[player.manifest.value.tensor.name]
 
 
-def _paths(labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """For every PICTURED labels latents on the arc of a great circle, which keeps their length nearly."""
-    ends = np.random.default_rng(0).standard_normal((2, len(labels) // PICTURED, 1, LATENT_DIMENSIONS))
+def _paths(player: Player, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """For every PICTURED labels as many latents from one draw to another, all equally likely."""
+    (dimensions,) = player.program("decode").inputs[0].tensor.shape
+    ends = np.random.default_rng(0).standard_normal((2, len(labels) // PICTURED, 1, dimensions))
     angles = np.linspace(0, np.pi / 2, PICTURED)[:, np.newaxis]
     arcs = np.cos(angles) * ends[0] + np.sin(angles) * ends[1]
     return {"label": labels, "latent": arcs.reshape(len(labels), -1).astype(np.float32)}
@@ -398,7 +424,7 @@ def _point_panels(player: Player, data: Dataset) -> Sequence[Drawing]:
         for label, name in enumerate(data.value.class_labels)
     ]
     labels = np.repeat(np.arange(classes), 5 * PICTURED)
-    between = _play(player, "decode", _paths(labels))
+    between = _play(player, "decode", _paths(player, labels))
     return [
         Scatter("test points", data.test.rows, LIMIT),
         *samples,
@@ -426,7 +452,7 @@ def _sample(generator: Generator, value: Value) -> Program:
             Input(
                 TensorSpec(
                     "latent",
-                    shape=(LATENT_DIMENSIONS,),
+                    shape=(generator.latent,),
                     minimum=-DRAWN,
                     maximum=DRAWN,
                     doc=f"standard normal under the model; every element of {DRAWN:g} is drawn",
@@ -437,7 +463,7 @@ def _sample(generator: Generator, value: Value) -> Program:
             _label(value),
         ),
         noise=(
-            Noise("latent_noise", "normal", (LATENT_DIMENSIONS,), 0, "the latent where none was given"),
+            Noise("latent_noise", "normal", (generator.latent,), 0, "the latent where none was given"),
             _label_noise(1),
         ),
     )
@@ -450,7 +476,7 @@ def _decode(generator: Generator, value: Value) -> Program:
         outputs=(value.tensor,),
         doc="The value of a latent: what sample makes of it.",
         inputs=(
-            Input(TensorSpec("latent", shape=(LATENT_DIMENSIONS,), doc="standard normal under the model")),
+            Input(TensorSpec("latent", shape=(generator.latent,), doc="standard normal under the model")),
             _label(value),
         ),
         noise=(_label_noise(1),),

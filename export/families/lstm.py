@@ -65,6 +65,8 @@ class LSTM(Network):
         self.symbols = len(vocabulary) - 1
         self.token = nn.Embedding(len(vocabulary), self.width)
         self.place = nn.Embedding(self.period, self.width)
+        # Anything that all tokens have in common slows learning down.
+        nn.init.zeros_(self.place.weight)
         dropout = preset.dropout if self.depth > 1 else 0.0
         self.layers = nn.LSTM(self.width, self.width, self.depth, batch_first=True, dropout=dropout)
         self.dropout = nn.Dropout(preset.dropout)
@@ -109,23 +111,40 @@ class LSTM(Network):
         logits: Tensor = self.head(features)
         return logits + self.impossible
 
-    def log_masses(self, tokens: Tensor) -> Tensor:
-        """log p(x_t | the tokens before it) in nats [B, T] of int64 tokens [B, T]; 0 where there is none."""
-        before = functional.pad(tokens[:, :-1], (1, 0))
+    def log_masses(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """log p(x_t | the tokens before it) in nats [B, T] of int64 tokens [B, T]; 0 where there is none.
+
+        `before` holds the token before each, where they are not from the beginning of a sequence.
+        """
+        before = _shifted(tokens) if before is None else before
         places = torch.arange(tokens.shape[1], device=tokens.device) % self.period
         features, _ = self.layers(self.dropout(self.token(before) + self.place(places)))
         logits = self.logits(self.dropout(features)).transpose(1, 2)
         return -functional.cross_entropy(logits, tokens, reduction="none", ignore_index=0)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-mass in nats per token [B]: of whole pieces of music, of a window of each text."""
-        tokens = rows.to(torch.int64)
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())] if self.is_music else self._window(tokens)
-        return -self.log_masses(tokens).sum(1) / (tokens != 0).sum(1).clamp(min=1)
+        """Negative log-mass in nats per token [B], of a window of each row."""
+        tokens, before = self._windows(rows.to(torch.int64))
+        return -self.log_masses(tokens, before).sum(1) / (tokens != 0).sum(1).clamp(min=1)
 
-    def _window(self, tokens: Tensor) -> Tensor:
-        starts = torch.randint(self.context - WINDOW + 1, (len(tokens), 1), device=tokens.device)
-        return tokens.gather(1, starts + torch.arange(WINDOW, device=tokens.device))
+    def _windows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows of rows [B, WINDOW] and the tokens before each of theirs.
+
+        Those of a text are from anywhere and know of nothing before, as the rows that are scored.
+        Those of music are whole beats after a token that they know, or often the beginning of the piece.
+        """
+        lead = WINDOW if self.is_music else 0
+        spare = ((tokens != 0).sum(1, keepdim=True) - WINDOW).clamp(min=0) + lead + 1
+        starts = (torch.rand(spare.shape, device=tokens.device) * spare).long() - lead
+        starts = starts.clamp(min=0) // self.period * self.period
+        chosen = starts + torch.arange(WINDOW, device=tokens.device)
+        window = tokens.gather(1, chosen)
+        return window, _shifted(tokens).gather(1, chosen) if self.is_music else _shifted(window)
+
+
+def _shifted(tokens: Tensor) -> Tensor:
+    """The token before each of [B, T]: 0 before the first."""
+    return functional.pad(tokens[:, :-1], (1, 0))
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -319,7 +338,8 @@ class Family:
         rows = data.test.rows[:3].copy()
         for row, length in zip(rows, (20, 9, 1), strict=True):
             row[length:] = 0
-        settings = {"tokens": 12, "temperature": 0.7, "top_k": 12, "top_p": 0.9, "stop": int(rows[0, 0])}
+        few = min(12, data.value.levels - 1)
+        settings = {"tokens": 12, "temperature": 0.7, "top_k": few, "top_p": 0.9, "stop": int(rows[0, 0])}
         return (
             Example("sample", seed=1, parameters={"tokens": 24}),
             Example("sample", seed=2, first_row=5, parameters=settings, inputs={"prompt": rows}),

@@ -28,7 +28,8 @@ from export.training import Network, Objective, Settings, fit
 from samovar import noise
 
 TINY = Preset(width=16, depth=1, training=Settings(steps=1))
-LATENTS = torch.randn(4, LATENT_DIMENSIONS, generator=torch.Generator().manual_seed(5)).numpy()
+DIMENSIONS = LATENT_DIMENSIONS["image"]
+LATENTS = torch.randn(4, DIMENSIONS, generator=torch.Generator().manual_seed(5)).numpy()
 
 
 def untrained(dataset: data.Dataset) -> GAN:
@@ -200,7 +201,7 @@ def test_squared_mmd_is_nothing_between_equals_and_notices_labels_that_are_swapp
 
 def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(player: replay.Player) -> None:
     rows = np.arange(4)
-    drawn = noise.normal(np.full(4, 9, np.uint64), rows, np.zeros(4, np.int64), 0, (LATENT_DIMENSIONS,))
+    drawn = noise.normal(np.full(4, 9, np.uint64), rows, np.zeros(4, np.int64), 0, (DIMENSIONS,))
     sampled = play(player, "sample", seed=9, label=rows)
     np.testing.assert_array_equal(sampled, play(player, "decode", seed=1, label=rows, latent=drawn))
     assert len(np.unique(sampled, axis=0)) == 4
@@ -256,7 +257,11 @@ def test_points_are_numbers_and_have_classes() -> None:
     moons = data.moons()
     player = artifact.player(moons.value, FAMILY.programs(untrained(moons), moons))
     rows = replay.request(
-        player.program("decode"), 0, range(2), {}, {"latent": LATENTS[[0, 0]], "label": np.arange(2)}
+        player.program("decode"),
+        0,
+        range(2),
+        {},
+        {"latent": np.ones((2, LATENT_DIMENSIONS["vector"]), np.float32), "label": np.arange(2)},
     )
     points = player.play("decode", rows)["point"]
     assert points.dtype == np.float32

@@ -148,7 +148,7 @@ def test_samples_follow_the_masses(abc_player: replay.Player) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}])
-def test_the_masses_of_a_sample_are_its_score(player: replay.Player, settings: dict[str, float]) -> None:
+def test_the_masses_of_a_sample_are_its_score(player: replay.Player, settings: dict[str, Any]) -> None:
     """Under the model itself, whatever the settings were."""
     drawn = sample(player, 5, **settings)
     scored = score(player, drawn["sequence"])
@@ -225,7 +225,7 @@ def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_
 def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: replay.Player) -> None:
     free = sample(player, 30, 2)["sequence"]
     stop = int(free[0, 3])
-    prompt = padded([[stop]] + 29 * [[]], 24)
+    prompt = padded([[stop], *(list[int]() for _ in range(29))], 24)
     drawn = sample(player, 30, 2, stop=stop)
     assert sample(player, 30, 2, stop=stop, prompt=prompt)["length"][0] > 1
     for row, length, whole in zip(drawn["sequence"], drawn["length"], free, strict=True):

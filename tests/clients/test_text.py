@@ -1,0 +1,267 @@
+"""Text and music at the client's end: words and tokens, what is written as it comes, and MIDI files."""
+
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import samovar
+from export import data, recipe
+from export.families.lstm import FAMILY
+from export.program import TensorSpec, Value
+from samovar import midi, text, vocabulary
+from samovar.cli import main
+from tests.serving import serving
+
+CONTEXT = 24
+LETTERS = ("", "\n", " ", *"abcdefgh")
+PITCHES = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
+
+
+def dataset(name: str, words: tuple[str, ...]) -> data.Dataset:
+    rows = np.random.default_rng(0).integers(1, len(words), (4, CONTEXT)).astype(np.uint8)
+    tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(words) - 1)
+    part = data.Part(rows, np.zeros(4, np.int64))
+    return data.Dataset(name, Value("tokens", tensor, len(words), words), part, part, part, sha256="")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with a writer of letters and one of pitches, both untrained."""
+    models = tmp_path_factory.mktemp("writers")
+    for given in (dataset("letters", LETTERS), dataset("pitches", PITCHES)):
+        recipe.untrained(recipe.Recipe(FAMILY, given, models, preset="tiny", formats=("onnx",)))
+    with serving(models) as running:
+        yield running.address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[samovar.Client]:
+    with samovar.Client(address, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def command(address: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main(["--address", address, *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def letters(client: samovar.Client) -> samovar.Value:
+    return client.model("letters-lstm").value
+
+
+def test_words_are_tokens_and_tokens_words(letters: samovar.Value) -> None:
+    rows = vocabulary.encode(["abba", ""], letters)
+    assert rows.dtype == np.uint8
+    assert rows[:, :5].tolist() == [[3, 4, 4, 3, 0], [0] * 5]
+    assert vocabulary.decode(rows, letters) == ["abba", ""]
+
+
+def test_words_of_more_than_one_character_have_blanks_between_them(client: samovar.Client) -> None:
+    value = client.model("pitches-lstm").value
+    rows = vocabulary.encode(["60 hold  67\nend"], value)
+    assert rows[0, :5].tolist() == [4, 2, 11, 1, 0]
+    assert vocabulary.decode(rows, value) == ["60 hold 67 end"]
+
+
+def test_a_text_is_continued_the_same_for_the_same_seed(client: samovar.Client) -> None:
+    first, again = (text.complete(client, "letters-lstm", "abc", options={"seed": 5}) for _ in range(2))
+    other = text.complete(client, "letters-lstm", "abc", options={"seed": 6})
+    assert first == again != other
+    assert first.startswith("abc")
+    assert len(first) == CONTEXT
+    assert len(text.complete(client, "letters-lstm", tokens=7, temperature=0.5)) == 7
+
+
+def test_a_text_comes_token_by_token(client: samovar.Client) -> None:
+    pieces = list(text.stream(client, "letters-lstm", "abc", tokens=9, options={"seed": 5}))
+    assert 1 < len(pieces) <= 9
+    assert "abc" + "".join(pieces) == text.complete(
+        client, "letters-lstm", "abc", tokens=9, options={"seed": 5}
+    )
+
+
+def test_music_comes_with_blanks_between_its_words(client: samovar.Client) -> None:
+    written = text.complete(client, "pitches-lstm", "60 60", tokens=8, stop=0, options={"seed": 5})
+    assert written.startswith("60 60 ")
+    assert len(written.split(" ")) == 10
+
+
+def test_a_stop_may_be_a_word(client: samovar.Client) -> None:
+    whole = text.complete(client, "letters-lstm", options={"seed": 8})
+    stop = whole[5]
+    stopped = text.complete(client, "letters-lstm", stop=stop, options={"seed": 8})
+    assert stopped == whole[: whole.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stop", "said"),
+    [
+        ("abz", 0, r"prompt: the model does not know 'z', at position 2; it knows '\\n abcdefgh'"),
+        ("a" * 25, 0, "prompt: expected at most 24 tokens, got 25"),
+        ("a", "x", r"parameters\[stop\]: the model does not know 'x'"),
+        ("a", "ab", r"parameters\[stop\]: expected one token, got 2: 'ab'"),
+    ],
+)
+def test_what_the_model_does_not_know_is_refused_before_anything_is_sent(
+    client: samovar.Client, prompt: str, stop: int | str, said: str
+) -> None:
+    with pytest.raises(samovar.InvalidRequest, match=said):
+        text.complete(client, "letters-lstm", prompt, stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "said"),
+    [
+        (np.full((1, CONTEXT), 11), {}, r"inputs\[prompt\]: expected elements from 0 to 10, got 11"),
+        (
+            np.ones((1, 25)),
+            {},
+            r"inputs\[prompt\]: expected uint8\[rows, 24\] from 0 to 10, got uint8\[1, 25\]",
+        ),
+        (np.ones((1, 24)), {"tokens": 25}, r"parameters\[tokens\]: expected an integer from 1 to 24, got 25"),
+        (np.ones((1, 24)), {"tokens": 0}, r"parameters\[tokens\]: expected an integer from 1 to 24, got 0"),
+        (np.ones((1, 24)), {"top_p": 1.5}, r"parameters\[top_p\]: expected a float from 0 to 1, got 1.5"),
+        (np.ones((1, 24)), {"stop": 11}, r"parameters\[stop\]: expected an integer from 0 to 10, got 11"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_the_server(
+    client: samovar.Client, inputs: np.ndarray, parameters: dict[str, float], said: str
+) -> None:
+    with pytest.raises(samovar.InvalidRequest, match=said):
+        client.sample("letters-lstm", inputs={"prompt": inputs.astype(np.uint8)}, parameters=parameters)
+
+
+def test_a_score_is_per_token_and_its_bits_are_of_the_rows_own_length(
+    client: samovar.Client, letters: samovar.Value
+) -> None:
+    scores = client.score("letters-lstm", vocabulary.encode(["abcdef", "ab"], letters))
+    assert scores.kind is samovar.ScoreKind.EXACT
+    assert scores.outputs["length"].tolist() == [6, 2]
+    masses = scores.outputs["log_mass_by_token"]
+    np.testing.assert_allclose(masses.sum(1), scores.nats, rtol=1e-5)
+    assert scores.bits_per_dimension is not None
+    np.testing.assert_allclose(scores.bits_per_dimension, -scores.nats / np.log(2) / [6, 2], rtol=1e-5)
+
+
+def test_what_it_lacks_is_refused_with_the_reason(client: samovar.Client, letters: samovar.Value) -> None:
+    with pytest.raises(samovar.UnsupportedOperation, match="cannot be decoded; sample continues"):
+        client.reconstruct("letters-lstm", vocabulary.encode(["ab"], letters))
+
+
+def test_the_command_writes_on(command: Callable[..., tuple[int, str, str]], client: samovar.Client) -> None:
+    code, out, err = command("complete", "letters-lstm", "abc", "--tokens", 9, "--seed", 5)
+    expected = text.complete(client, "letters-lstm", "abc", tokens=9, options={"seed": 5})
+    assert (code, out, err) == (0, f"{expected}\n", "seed 5\n")
+    whole = text.complete(client, "letters-lstm", stop="\n", temperature=1.5, options={"seed": 3})
+    given = ("--stop", r"\n", "--param", "temperature=1.5", "--seed", 3)
+    assert command("complete", "letters-lstm", *given)[1] == f"{whole}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("abz",), 1, "the model does not know 'z', at position 2"),
+        (("abc", "--tokens", 25), 1, "expected an integer from 1 to 24, got 25"),
+        (("abc", "--param", "heat=1"), 2, "sample has no parameter 'heat'; it has: tokens, temperature"),
+        (("abc", "-o", "a.mid"), 2, ".mid is for music, and sequence is uint8[24]"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    command: Callable[..., tuple[int, str, str]], words: tuple[str, ...], code: int, said: str
+) -> None:
+    ended, _, err = command("complete", "letters-lstm", *words)
+    assert ended == code
+    assert said in err
+
+
+def test_music_goes_into_a_file(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    one, two = tmp_path / "one.mid", tmp_path / "two.mid"
+    assert command("complete", "pitches-lstm", "60 62 64 65", "--seed", 1, "-o", one)[0] == 0
+    assert command("sample", "pitches-lstm", "-n", 2, "--seed", 1, "-o", two)[0] == 0
+    assert [struct.unpack(">HHH", path.read_bytes()[8:14]) for path in (one, two)] == [(1, 5, 480)] * 2
+
+
+WORDS = "67 62 rest 43 hold 64 59 hold hold hold 59 55 end".split()  # noqa: SIM905 (as it is written)
+# Voice, pitch, beginning and end in ticks of a 480th of a quarter.
+NOTES = [(0, 67, 0, 720), (1, 62, 0, 240), (1, 64, 240, 720), (2, 59, 240, 480), (2, 59, 480, 720)]
+BASS = [(3, 43, 0, 480), (3, 55, 480, 720)]
+
+
+def played(content: bytes) -> list[tuple[int, int, int, int]]:
+    """The notes of a MIDI file, as a reader finds them that trusts no writer."""
+    kind, length, form, tracks, division = struct.unpack(">4sIHHH", content[:14])
+    assert (kind, length, form, tracks, division) == (b"MThd", 6, 1, 5, 480)
+    notes, at = list[tuple[int, int, int, int]](), 14
+    for _ in range(tracks):
+        kind, length = struct.unpack(">4sI", content[at : at + 8])
+        assert kind == b"MTrk"
+        notes += _notes(content[at + 8 : at + 8 + length])
+        at += 8 + length
+    assert at == len(content)
+    return notes
+
+
+def _notes(track: bytes) -> Iterator[tuple[int, int, int, int]]:
+    at, now, begun, ended = 0, 0, dict[int, int](), False
+    while at < len(track):
+        assert not ended
+        delta = 0
+        while True:
+            byte, at = track[at], at + 1
+            delta = delta << 7 | byte & 0x7F
+            if byte < 0x80:
+                break
+        now += delta
+        match track[at] >> 4:
+            case 0x9:
+                begun[track[at + 1]] = now
+                at += 3
+            case 0x8:
+                yield track[at] & 15, track[at + 1], begun.pop(track[at + 1]), now
+                at += 3
+            case 0xC:
+                at += 2
+            case 0xF:
+                ended = track[at + 1] == 0x2F
+                at += 3 + track[at + 2]
+    assert ended
+    assert not begun
+
+
+def test_a_midi_file_holds_the_notes() -> None:
+    assert played(midi.encode([WORDS])) == NOTES + BASS
+
+
+def test_pieces_follow_each_other_and_what_is_not_a_whole_frame_is_left_out() -> None:
+    later = [(voice, pitch, a + 7 * 240, b + 7 * 240) for voice, pitch, a, b in NOTES + BASS]
+    notes = played(midi.encode([WORDS, [*WORDS[:-1], "60", "60"]]))
+    assert sorted(notes) == sorted(NOTES + BASS + later)
+    assert played(midi.encode([[]])) == []
+
+
+def test_long_silences_have_lengths_of_several_bytes() -> None:
+    words = ["60"] * 4 + ["rest"] * 400 + ["61"] * 4
+    assert played(midi.encode([words]))[:2] == [(0, 60, 0, 240), (0, 61, 101 * 240, 102 * 240)]
+
+
+def test_music21_reads_the_file(tmp_path: Path) -> None:
+    converter = pytest.importorskip("music21.converter")
+    path = tmp_path / "piece.mid"
+    path.write_bytes(midi.encode([WORDS]))
+    parts = converter.parse(path).parts
+    read = [
+        [(note.pitch.midi, float(note.offset), float(note.quarterLength)) for note in part.flatten().notes]
+        for part in parts
+    ]
+    expected = [
+        [(p, a / 480, (b - a) / 480) for v, p, a, b in NOTES + BASS if v == voice] for voice in range(4)
+    ]
+    assert read == expected
