@@ -101,10 +101,19 @@ def test_every_field_is_sealed(artifact: Path, manifest: Json) -> None:
             assert "changed after export" in refusal(artifact), path
 
 
+def is_idle(manifest: Json, path: tuple[Any, ...]) -> bool:
+    """Whether a path leads to the numbers that decide on a chain's offers: untrained, it accepts them all."""
+    if "noise" not in path or path[-1] != "stream":
+        return False
+    noise = manifest["programs"][path[1]]["noise"][path[3]]
+    return bool(noise["tensor"]["name"] == "acceptance")
+
+
 def test_what_does_not_fit_together_is_refused_even_under_a_fitting_seal(
     artifact: Path, manifest: Json
 ) -> None:
     paths = [path for path in leaves(manifest) if STRUCTURE & set(path) and not FREE & set(path)]
+    paths = [path for path in paths if not is_idle(manifest, path)]
     assert len(paths) > 100
     for path in paths:
         reseal(artifact, tampered(manifest, path))
