@@ -27,7 +27,7 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", ACCENT: "var(--accent)",
 _SERIES = (ACCENT, SECOND)
 _COPPER = (0.78, 0.44, 0.22)
 _GREY = "#888888"
-_SIZE, _SQUARE, _LONG = (5.2, 3.3), (3.6, 3.6), (10.0, 2.6)
+_SIZE, _SQUARE, _LONG = (4.4, 3.0), (3.4, 3.4), (10.0, 2.4)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from export import chart, chorales, replay, text, usage
@@ -34,7 +34,7 @@ SCORED = 200
 LINES = 6
 CELLS = 120
 SEED = 0
-_DRAWN = {IMAGE: 100, VECTOR: 2000, TOKENS: 4}
+_DRAWN = {IMAGE: 100, VECTOR: 2000, TOKENS: 3}
 # Of the points' extent.
 _MARGIN = 1.1
 # Of a figure that is the mean of a score with its sign changed.
@@ -89,6 +89,11 @@ class Subject:
         """What the rows to work on are."""
         return "samples, for the data set is not at hand" if self.test is None else "test rows"
 
+    @property
+    def is_plane(self) -> bool:
+        """Whether rows are points whose first two coordinates can be drawn."""
+        return self.value.kind == VECTOR and len(self.value.tensor.shape) == 1 < self.value.tensor.shape[0]
+
     @cached_property
     def limits(self) -> tuple[float, float]:
         """Of both axes, around all points."""
@@ -96,11 +101,16 @@ class Subject:
         extent = _MARGIN * max((float(np.quantile(abs(cloud), 0.999)) for cloud in clouds), default=3.0)
         return -extent, extent
 
+    def only_input(self, name: str) -> str:
+        """The one input that a program requires; nothing where it has more or none, or is not there."""
+        needed = required(self.programs[name]) if name in self.programs else []
+        return needed[0] if len(needed) == 1 else ""
+
     def draw(self, name: str) -> Rows:
         """Rows of a program that needs none, the classes in turn where it takes a label."""
         count = _DRAWN[self.value.kind]
         classes = len(self.value.class_labels)
-        labelled = any(given.tensor.name == "label" for given in self.programs[name].inputs) and classes
+        labelled = classes and _takes_label(self.programs[name])
         return self.play(name, {"label": np.arange(count) % classes} if labelled else {}, count)
 
     def play(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> Rows:
@@ -115,15 +125,18 @@ class Subject:
 
 
 def _samples(subject: Subject) -> Iterator[Exhibit]:
+    is_wide = _is_music(subject.value)
     if subject.test is not None and subject.real is not None:
-        yield Exhibit("Test rows", "What the model never saw, for comparison.", _shown(subject, subject.real))
+        figure = _shown(subject, subject.real, "Test rows")
+        yield Exhibit("Test rows", "What the model never saw, for comparison.", figure, is_wide)
     for name, program in subject.programs.items():
         if program.operation == "sample" and not required(program):
             rows = subject.samples if name == "sample" else subject.draw(name)
             assert rows is not None
             settings = f", {_settings(program)}" if program.parameters else ""
             title = "Samples" if name == "sample" else f"Samples, {program.method}"
-            yield Exhibit(title, f"Seed {SEED}{settings}. {program.doc}", _shown(subject, rows, title))
+            caption = f"Seed {SEED}{settings}. {program.doc}"
+            yield Exhibit(title, caption, _shown(subject, rows, title), is_wide)
 
 
 def _completions(subject: Subject) -> Iterator[Exhibit]:
@@ -146,55 +159,85 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
             )
 
 
-def _reconstructions(subject: Subject) -> Iterator[Exhibit]:
-    program = subject.programs.get("reconstruct")
-    if program is None or subject.real is None or subject.value.kind != IMAGE:
+def _edits(subject: Subject) -> Iterator[Exhibit]:
+    """Rows made into rows of the next class, where a program takes a row and a label."""
+    classes = len(subject.value.class_labels)
+    if subject.value.kind != IMAGE or subject.real is None or subject.test is None:
         return
-    real = subject.real[: 3 * COLUMNS]
-    made = subject.play("reconstruct", {required(program)[0]: real})
-    pairs = [part[i : i + COLUMNS] for i in range(0, len(real), COLUMNS) for part in (real, made)]
-    figure = chart.tiles(np.concatenate(pairs), subject.value.levels, COLUMNS, "Reconstructions")
-    yield Exhibit(
-        "Reconstructions", f"Each line of {subject.origin} above its reconstructions. {program.doc}", figure
-    )
+    for name, program in subject.programs.items():
+        if program.operation == "sample" and classes and subject.only_input(name) and _takes_label(program):
+            real = subject.real[: 3 * COLUMNS]
+            labels = (np.arange(len(real)) % _columns(subject.value) + 1) % classes
+            made = subject.play(name, {subject.only_input(name): real, "label": labels})
+            caption = f"Each line of test rows above what they become as the next class. {program.doc}"
+            yield Exhibit(f"Changed by {name}", caption, _pairs(subject, real, made, f"Changed by {name}"))
+
+
+def _reconstructions(subject: Subject) -> Iterator[Exhibit]:
+    given = subject.only_input("reconstruct")
+    if given and subject.real is not None and subject.value.kind == IMAGE:
+        real = subject.real[: 3 * COLUMNS]
+        made = subject.play("reconstruct", {given: real})
+        caption = f"Each line of {subject.origin} above its reconstructions."
+        doc = subject.programs["reconstruct"].doc
+        figure = _pairs(subject, real, made, "Reconstructions")
+        yield Exhibit("Reconstructions", f"{caption} {doc}", figure)
+
+
+def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
+    columns = _columns(subject.value)
+    lines = [
+        part[start : start + columns]
+        for start in range(0, len(above) - columns + 1, columns)
+        for part in (above, below)
+    ]
+    return chart.tiles(np.concatenate(lines), subject.value.levels, columns, title)
 
 
 def _ways(subject: Subject) -> Iterator[Exhibit]:
     """Rows on the way between two latents: those of real rows where there is an encoder, else draws."""
-    program = subject.programs.get("decode")
-    if program is None or len(required(program)) != 1 or subject.value.kind == TOKENS:
+    given = subject.only_input("decode")
+    if not given or not (subject.is_plane or subject.value.kind == IMAGE):
         return
-    latents, caption = _latent_ways(subject, program)
-    inputs = {required(program)[0]: latents.reshape(-1, *latents.shape[2:])}
-    if any(each.tensor.name == "label" for each in program.inputs):
-        labels = np.arange(len(latents)) % max(len(subject.value.class_labels), 1)
-        inputs["label"] = labels.repeat(COLUMNS)
-    rows = subject.play("decode", inputs)
+    latent = next(each.tensor for each in subject.programs["decode"].inputs if each.tensor.name == given)
+    ways, caption = _encoded_ways(subject, latent) or _drawn_ways(latent)
+    rows = subject.play("decode", {given: ways.reshape(-1, *latent.shape), **_one_class_a_line(subject)})
     if subject.value.kind == IMAGE:
         figure = chart.tiles(rows, subject.value.levels, COLUMNS, "Between two")
     else:
-        cloud = rows if subject.real is None else subject.real
-        figure = chart.paths(
-            rows.reshape(*latents.shape[:2], -1), cloud[: _DRAWN[VECTOR]], subject.limits, "Between two"
-        )
+        cloud = (rows if subject.real is None else subject.real)[: _DRAWN[VECTOR]]
+        figure = chart.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
     yield Exhibit("Between two", caption, figure)
 
 
-def _latent_ways(subject: Subject, decode: Program) -> tuple[Rows, str]:
+def _one_class_a_line(subject: Subject) -> dict[str, Rows]:
+    """For a decoder that would draw a class for every row; one that has an encoder can leave it open."""
+    classes = len(subject.value.class_labels)
+    if not classes or not _takes_label(subject.programs["decode"]) or "encode" in subject.programs:
+        return {}
+    return {"label": (np.arange(LINES) % classes).repeat(COLUMNS)}
+
+
+def _drawn_ways(latent: manifest_pb2.TensorSpec) -> tuple[Rows, str]:
     """Latents [LINES, COLUMNS, *latent], and how they were chosen."""
-    latent = next(each.tensor for each in decode.inputs if each.tensor.name == required(decode)[0])
-    encode = subject.programs.get("encode")
-    encodes = encode is not None and tuple(encode.outputs[0].shape) == tuple(latent.shape)
-    if encode is None or not encodes or subject.real is None or len(required(encode)) != 1:
-        ends = np.random.default_rng(SEED).standard_normal((2, LINES, *latent.shape))
-        return _arc(*ends), "Decoded along the arc from one draw of the latent to another."
-    chosen = np.random.default_rng(SEED).permutation(len(subject.real))[: 2 * LINES]
-    codes = subject.play("encode", {required(encode)[0]: subject.real[np.resize(chosen, 2 * LINES)]})
+    ends = np.random.default_rng(SEED).standard_normal((2, LINES, *latent.shape))
+    return _arc(*ends), "Decoded along the arc from one draw of the latent to another."
+
+
+def _encoded_ways(subject: Subject, latent: manifest_pb2.TensorSpec) -> tuple[Rows, str] | None:
+    """The same between codes of real rows; None where the decoder's latents are not the encoder's."""
+    given = subject.only_input("encode")
+    if not given or subject.real is None:
+        return None
+    code, *others = subject.programs["encode"].outputs
+    if tuple(code.shape) != tuple(latent.shape):
+        return None
+    chosen = np.random.default_rng(SEED).permutation(len(subject.real))
+    codes = subject.play("encode", {given: subject.real[np.resize(chosen, 2 * LINES)]})
     ends = codes.reshape(2, LINES, *latent.shape)
-    has_spread = len(encode.outputs) > 1 and tuple(encode.outputs[1].shape) == tuple(latent.shape)
-    way = "straight way between the means" if has_spread else "arc between the latents"
-    walk = _line if has_spread else _arc
-    return walk(*ends), f"Decoded along the {way} of two {subject.origin}; the ends are reconstructions."
+    if others and tuple(others[0].shape) == tuple(latent.shape):
+        return _line(*ends), f"Decoded along the straight way between the means of two {subject.origin}."
+    return _arc(*ends), f"Decoded along the arc between the latents of two {subject.origin}."
 
 
 def _line(a: Rows, b: Rows) -> Rows:
@@ -215,13 +258,13 @@ def _arc(a: Rows, b: Rows) -> Rows:
 
 def _density(subject: Subject) -> Iterator[Exhibit]:
     """Of points in the plane, on a grid."""
-    program = subject.programs.get("score")
-    if program is None or tuple(subject.value.tensor.shape) != (2,):
+    given = subject.only_input("score")
+    if not given or tuple(subject.value.tensor.shape) != (2,):
         return
-    low, high = subject.limits
+    program, (low, high) = subject.programs["score"], subject.limits
     axis, width = np.linspace(low, high, CELLS, retstep=True)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    nats = subject.outputs("score", {required(program)[0]: grid})[program.score.nats]
+    nats = subject.outputs("score", {given: grid})[program.score.nats]
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
     mass = density.sum() * width**2
     caption = f"By score, {_kind(program)}. It adds up to {mass:.3f} within these bounds."
@@ -230,27 +273,25 @@ def _density(subject: Subject) -> Iterator[Exhibit]:
 
 def _scores(subject: Subject) -> Iterator[Exhibit]:
     """Of test rows beside samples: a model that fits gives both alike."""
-    name = next((each for each in ("score", "energy") if each in subject.programs), "")
-    if not name or len(required(subject.programs[name])) != 1:
-        return
-    program = subject.programs[name]
-    given = {"samples": subject.samples, "test rows": subject.test.rows if subject.test else None}
+    name = next((each for each in ("score", "energy") if subject.only_input(each)), "")
+    rows = {"test rows": subject.test.rows if subject.test else None, "samples": subject.samples}
     series = {
-        origin: _figures(subject, name, rows[:SCORED])
-        for origin, rows in given.items()
-        if rows is not None and len(rows) >= COLUMNS
+        origin: _figures(subject, name, each[:SCORED])
+        for origin, each in rows.items()
+        if name and each is not None and len(each) >= COLUMNS
     }
     if series:
+        program = subject.programs[name]
         means = "; ".join(f"{origin} {_mean(numbers)}" for origin, numbers in series.items())
-        unit = "energy" if name == "energy" else _unit(program)
-        figure = chart.histogram(series, unit, f"Distribution of the {name}")
-        yield Exhibit(f"Distribution of the {name}", f"{unit}: {means}. {program.doc}", figure)
+        label, title = _label(subject, program), f"Distribution of the {name}"
+        caption = f"{label}: {means}. {program.doc}"
+        yield Exhibit(title, caption, chart.histogram(series, label, title))
 
 
 def _figures(subject: Subject, name: str, rows: Rows) -> NDArray[np.float64]:
     """Energies, or scores with their sign changed: in nats of points, in bits per dimension otherwise."""
     program = subject.programs[name]
-    outputs = subject.outputs(name, {required(program)[0]: rows})
+    outputs = subject.outputs(name, {subject.only_input(name): rows})
     if name == "energy":
         return np.asarray(next(iter(outputs.values())), np.float64)
     nats, score = -outputs[program.score.nats].astype(np.float64), program.score
@@ -260,9 +301,11 @@ def _figures(subject: Subject, name: str, rows: Rows) -> NDArray[np.float64]:
     return np.asarray(nats / (np.maximum(dimensions, 1) * math.log(2)))
 
 
-def _unit(program: Program) -> str:
-    measure = "bits/dim" if program.score.dimensions > 2 else "nats"
-    return f"negative log-density, {_kind(program)}, {measure}"
+def _label(subject: Subject, program: Program) -> str:
+    if program.operation == "energy":
+        return program.outputs[0].name
+    unit = {VECTOR: "nats", TOKENS: "bits/token"}.get(subject.value.kind, "bits/dim")
+    return f"negative log-density, {_kind(program)}, {unit}"
 
 
 def _kind(program: Program) -> str:
@@ -275,11 +318,11 @@ def _mean(numbers: NDArray[np.float64]) -> str:
 
 
 def _calibration(subject: Subject) -> Iterator[Exhibit]:
-    program = subject.programs.get("classify")
-    if program is None or subject.test is None or len(required(program)) != 1:
+    given = subject.only_input("classify")
+    if not given or subject.test is None:
         return
     test = subject.test[: 5 * SCORED]
-    probabilities = subject.play("classify", {required(program)[0]: test.rows})
+    probabilities = subject.play("classify", {given: test.rows})
     hits = probabilities.argmax(1) == test.labels
     figure = chart.reliability(probabilities.max(1), hits, "Calibration")
     yield Exhibit(
@@ -293,6 +336,7 @@ def _calibration(subject: Subject) -> Iterator[Exhibit]:
 EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
     _samples,
     _completions,
+    _edits,
     _reconstructions,
     _ways,
     _density,
@@ -301,19 +345,29 @@ EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
 )
 
 
-def _shown(subject: Subject, rows: Rows, title: str = "Test rows") -> Markup:
-    value = subject.value
+def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
+    value, few = subject.value, rows[: _DRAWN[subject.value.kind]]
     if value.kind == IMAGE:
-        return chart.tiles(rows[: _DRAWN[IMAGE]], value.levels, _columns(value), title)
-    if value.kind == VECTOR:
-        return chart.points(rows[: _DRAWN[VECTOR]], subject.limits, title)
-    if tuple(value.vocabulary) == chorales.VOCABULARY:
-        rolls = enumerate(chorales.roll(rows[: _DRAWN[TOKENS]]))
-        return Markup("").join(
-            chart.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}") for number, roll in rolls
-        )
-    written = text.written(rows[: _DRAWN[TOKENS]], tuple(value.vocabulary))
-    return Markup("").join(Markup("<pre>{}</pre>").format(escape(each)) for each in written)
+        return chart.tiles(few, value.levels, _columns(value), title)
+    if value.kind == TOKENS:
+        return Markup("").join(_rolls(few, title) if _is_music(value) else _texts(few, value))
+    if not subject.is_plane:
+        return chart.histogram({title: few.reshape(-1)}, value.tensor.name, title)
+    return chart.points(few, subject.limits, title)
+
+
+def _is_music(value: manifest_pb2.Value) -> bool:
+    return tuple(value.vocabulary) == chorales.VOCABULARY
+
+
+def _rolls(rows: Rows, title: str) -> Iterator[Markup]:
+    for number, roll in enumerate(chorales.roll(rows)):
+        yield chart.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}")
+
+
+def _texts(rows: Rows, value: manifest_pb2.Value) -> Iterator[Markup]:
+    for written in text.written(rows, tuple(value.vocabulary)):
+        yield Markup("<pre>{}</pre>").format(written)
 
 
 def _sounding(roll: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -336,6 +390,10 @@ def _by_class(part: Part, value: manifest_pb2.Value) -> Rows:
     groups = [part.rows[part.labels == label][: -(-count // classes)] for label in range(classes)]
     shortest = min(map(len, groups))
     return np.stack([group[:shortest] for group in groups], 1).reshape(-1, *part.rows.shape[1:])
+
+
+def _takes_label(program: Program) -> bool:
+    return any(each.tensor.name == "label" for each in program.inputs)
 
 
 def _input_like(program: Program, spec: manifest_pb2.TensorSpec) -> str:
