@@ -18,7 +18,7 @@ from tqdm import tqdm
 from export import anchors, chart, layout, quality, usage
 from export.data import DATASETS, DataError, Dataset, Part
 from export.exhibit import EXHIBITS, KINDS, Exhibit, Subject
-from export.graph import FORMATS
+from export.formats import FORMATS
 from export.program import program_name
 from samovar.v1 import manifest_pb2
 
