@@ -303,13 +303,22 @@ class Family:
             width=224,
             depth=1,
             dropout=0.1,
-            training=Settings(steps=1000, batch_rows=24, learning_rate=7e-3, ema_decay=0.99, evaluations=4),
+            training=Settings(
+                steps=1000,
+                batch_rows=24,
+                learning_rate=7e-3,
+                ema_decay=0.99,
+                evaluations=4,
+                validation_rows=200,
+            ),
         ),
         "medium": Preset(
             width=320,
             depth=2,
             dropout=0.15,
-            training=Settings(steps=2600, batch_rows=32, learning_rate=3e-3, evaluations=6),
+            training=Settings(
+                steps=2600, batch_rows=32, learning_rate=3e-3, evaluations=6, validation_rows=200
+            ),
         ),
         "full": Preset(
             width=768,
