@@ -300,9 +300,10 @@ class Family:
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=16, depth=2, training=Settings(steps=1, batch_rows=4), measured_rows=4),
         "starter": Preset(
-            width=192,
-            depth=2,
-            training=Settings(steps=550, batch_rows=32, learning_rate=5e-3, ema_decay=0.99, evaluations=4),
+            width=224,
+            depth=1,
+            dropout=0.1,
+            training=Settings(steps=1000, batch_rows=24, learning_rate=7e-3, ema_decay=0.99, evaluations=4),
         ),
         "medium": Preset(
             width=320,
