@@ -106,12 +106,16 @@ class Subject:
         needed = required(self.programs[name]) if name in self.programs else []
         return needed[0] if len(needed) == 1 else ""
 
+    def has_labels(self, name: str) -> bool:
+        """Whether a program can be asked for rows of a class."""
+        labelled = any(each.tensor.name == "label" for each in self.programs[name].inputs)
+        return labelled and bool(self.value.class_labels)
+
     def draw(self, name: str) -> Rows:
         """Rows of a program that needs none, the classes in turn where it takes a label."""
         count = _DRAWN[self.value.kind]
-        classes = len(self.value.class_labels)
-        labelled = classes and _takes_label(self.programs[name])
-        return self.play(name, {"label": np.arange(count) % classes} if labelled else {}, count)
+        labels = np.arange(count) % max(len(self.value.class_labels), 1)
+        return self.play(name, {"label": labels} if self.has_labels(name) else {}, count)
 
     def play(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> Rows:
         """The main output of a program, [N, *shape]."""
@@ -135,7 +139,10 @@ def _samples(subject: Subject) -> Iterator[Exhibit]:
             assert rows is not None
             settings = f", {_settings(program)}" if program.parameters else ""
             title = "Samples" if name == "sample" else f"Samples, {program.method}"
-            caption = f"Seed {SEED}{settings}. {program.doc}"
+            columns = (
+                " One class a column." if subject.has_labels(name) and subject.value.kind == IMAGE else ""
+            )
+            caption = f"Seed {SEED}{settings}. {program.doc}{columns}"
             yield Exhibit(title, caption, _shown(subject, rows, title), is_wide)
 
 
@@ -165,7 +172,7 @@ def _edits(subject: Subject) -> Iterator[Exhibit]:
     if subject.value.kind != IMAGE or subject.real is None or subject.test is None:
         return
     for name, program in subject.programs.items():
-        if program.operation == "sample" and classes and subject.only_input(name) and _takes_label(program):
+        if program.operation == "sample" and subject.only_input(name) and subject.has_labels(name):
             real = subject.real[: 3 * COLUMNS]
             labels = (np.arange(len(real)) % _columns(subject.value) + 1) % classes
             made = subject.play(name, {subject.only_input(name): real, "label": labels})
@@ -212,10 +219,9 @@ def _ways(subject: Subject) -> Iterator[Exhibit]:
 
 def _one_class_a_line(subject: Subject) -> dict[str, Rows]:
     """For a decoder that would draw a class for every row; one that has an encoder can leave it open."""
-    classes = len(subject.value.class_labels)
-    if not classes or not _takes_label(subject.programs["decode"]) or "encode" in subject.programs:
+    if not subject.has_labels("decode") or "encode" in subject.programs:
         return {}
-    return {"label": (np.arange(LINES) % classes).repeat(COLUMNS)}
+    return {"label": (np.arange(LINES) % len(subject.value.class_labels)).repeat(COLUMNS)}
 
 
 def _drawn_ways(latent: manifest_pb2.TensorSpec) -> tuple[Rows, str]:
@@ -390,10 +396,6 @@ def _by_class(part: Part, value: manifest_pb2.Value) -> Rows:
     groups = [part.rows[part.labels == label][: -(-count // classes)] for label in range(classes)]
     shortest = min(map(len, groups))
     return np.stack([group[:shortest] for group in groups], 1).reshape(-1, *part.rows.shape[1:])
-
-
-def _takes_label(program: Program) -> bool:
-    return any(each.tensor.name == "label" for each in program.inputs)
 
 
 def _input_like(program: Program, spec: manifest_pb2.TensorSpec) -> str:

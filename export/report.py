@@ -245,9 +245,14 @@ def _value(figure: manifest_pb2.Quality) -> str:
 
 
 def _kind(figure: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> str:
-    """What the mean of a score is; everything else was counted or measured."""
-    score = next((each.score for each in manifest.programs if each.operation == "score"), None)
-    return KINDS[score.kind] if score and figure.name.startswith(_SCORED) else "measured"
+    """What the figure's doc says, else what the model's scores are, when it is the mean of one."""
+    stated = [kind for kind in KINDS.values() if kind.capitalize() in figure.doc]
+    scores = {KINDS[each.score.kind] for each in manifest.programs if each.operation == "score"}
+    if stated:
+        return stated[0]
+    if not figure.name.startswith(_SCORED):
+        return "measured"
+    return scores.pop() if len(scores) == 1 else "not stated"
 
 
 def _score(program: manifest_pb2.Program) -> str:

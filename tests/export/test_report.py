@@ -204,6 +204,23 @@ def test_only_figures_of_one_measure_and_unit_are_read_beside_each_other() -> No
     assert found == [["negative log-likelihood"], [], []]
 
 
+@pytest.mark.parametrize(
+    ("name", "doc", "kinds", "expected"),
+    [
+        ("negative log-density", "Mean over 20 test rows.", ["EXACT"], "exact"),
+        ("negative log-likelihood, IW-1", "Upper bound, 20 rows.", ["LOWER_BOUND"], "upper bound"),
+        ("negative log-likelihood, ODE", "Estimate.", ["LOWER_BOUND", "ESTIMATE"], "estimate"),
+        ("negative log-likelihood", "Of 20 rows.", ["LOWER_BOUND", "ESTIMATE"], "not stated"),
+        ("accuracy", "Of 20 rows.", ["EXACT"], "measured"),
+    ],
+)
+def test_a_figure_says_of_what_kind_it_is(name: str, doc: str, kinds: list[str], expected: str) -> None:
+    scores = [manifest_pb2.Score(kind=manifest_pb2.Score.Kind.Value(f"KIND_{kind}")) for kind in kinds]
+    programs = [manifest_pb2.Program(operation="score", score=score) for score in scores]
+    figure = manifest_pb2.Quality(name=name, doc=doc)
+    assert report._kind(figure, manifest_pb2.Manifest(programs=programs)) == expected
+
+
 def test_ways_begin_and_end_at_their_ends() -> None:
     a, b = np.random.default_rng(0).standard_normal((2, 4, 3, 5))
     for walk in (exhibit._line, exhibit._arc):
