@@ -125,7 +125,9 @@ class Marginal(Bijection):
         for bit in reversed(range((self.levels - 1).bit_length())):
             higher = (level + (1 << bit)).clamp(max=self.levels - 1)
             index = higher + self.first
-            is_passed = torch.where(is_low, rank >= self.below[index], rest <= self.above[index - 1])
+            from_below, from_above = rank >= self.below[index], rest <= self.above[index - 1]
+            # ONNX Runtime has no Where of booleans.
+            is_passed = (is_low & from_below) | (~is_low & from_above)
             level = torch.where(is_passed, higher, level)
         return level
 
