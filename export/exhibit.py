@@ -101,6 +101,13 @@ class Subject:
         extent = _MARGIN * max((float(np.quantile(abs(cloud), 0.999)) for cloud in clouds), default=3.0)
         return -extent, extent
 
+    def bright(self, images: Rows) -> NDArray[np.float64]:
+        """Images by brightness, 0..1, as far as the value says what is dark and what is bright."""
+        spec, levels = self.value.tensor, self.value.levels
+        low = spec.minimum if spec.HasField("minimum") else 0.0
+        high = spec.maximum if spec.HasField("maximum") else max(levels - 1.0, 1.0)
+        return np.clip((images.astype(np.float64) - low) / (high - low), 0, 1)
+
     def only_input(self, name: str) -> str:
         """The one input that a program requires; nothing where it has more or none, or is not there."""
         needed = required(self.programs[name]) if name in self.programs else []
@@ -162,7 +169,7 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
                 f"Completed by {name}",
                 f"Upper halves of {subject.origin}, the model's lower halves, and the originals. "
                 f"{program.doc}",
-                chart.tiles(sheet, subject.value.levels, COLUMNS, f"Completed by {name}"),
+                chart.tiles(subject.bright(sheet), COLUMNS, f"Completed by {name}"),
             )
 
 
@@ -198,7 +205,7 @@ def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
         for start in range(0, len(above) - columns + 1, columns)
         for part in (above, below)
     ]
-    return chart.tiles(np.concatenate(lines), subject.value.levels, columns, title)
+    return chart.tiles(subject.bright(np.concatenate(lines)), columns, title)
 
 
 def _ways(subject: Subject) -> Iterator[Exhibit]:
@@ -210,7 +217,7 @@ def _ways(subject: Subject) -> Iterator[Exhibit]:
     ways, caption = _encoded_ways(subject, latent) or _drawn_ways(latent)
     rows = subject.play("decode", {given: ways.reshape(-1, *latent.shape), **_one_class_a_line(subject)})
     if subject.value.kind == IMAGE:
-        figure = chart.tiles(rows, subject.value.levels, COLUMNS, "Between two")
+        figure = chart.tiles(subject.bright(rows), COLUMNS, "Between two")
     else:
         cloud = (rows if subject.real is None else subject.real)[: _DRAWN[VECTOR]]
         figure = chart.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
@@ -355,7 +362,7 @@ EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
 def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
     value, few = subject.value, rows[: _DRAWN[subject.value.kind]]
     if value.kind == IMAGE:
-        return chart.tiles(few, value.levels, _columns(value), title)
+        return chart.tiles(subject.bright(few), _columns(value), title)
     if value.kind == TOKENS:
         return Markup("").join(_rolls(few, title) if _is_music(value) else _texts(few, value))
     if not subject.is_plane:
