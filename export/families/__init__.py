@@ -42,7 +42,8 @@ FAMILIES: Mapping[str, Entry] = {
     "diffusion": Entry(
         "export.families.diffusion",
         "class-conditional diffusion model (EDM, Karras et al. 2022)",
-        ("sample",),
+        ("sample", "sample:guided", "sample:edit", "sample:inpaint", "encode", "decode", "reconstruct"),
+        ("digits", "moons"),
     ),
     "pixelcnn": Entry(
         "export.families.pixelcnn",

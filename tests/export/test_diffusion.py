@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from export import artifact, data, replay
 from export.families.base import Preset
-from export.families.diffusion import DDIM, DPMPP2M, FAMILY, HEUN, SIGMA_MAX, SIGMA_MIN, Denoiser, Step
+from export.families.diffusion import FAMILY
+from export.families.diffusion.denoiser import Denoiser
+from export.families.diffusion.sampler import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN
+from export.families.diffusion.samples import Step
 from export.training import Settings
 from samovar import noise
 
@@ -112,8 +115,8 @@ def walk(steps: int, sampler: int, eta: float) -> tuple[Array, Array, list[Array
     x, memory, label = torch.tensor(start), torch.zeros(1, 2, 2), torch.zeros(1).long()
     for index in range(steps):
         counts = (torch.tensor([number]) for number in (index, steps, sampler))
-        x, memory, denoised, label = step(
-            x, memory, label, torch.tensor(fresh[index]), *counts, torch.tensor([eta])
+        x, memory, denoised, label, _ = step(
+            x, memory, label, torch.ones(1), torch.tensor(fresh[index]), *counts, torch.tensor([eta])
         )
     np.testing.assert_array_equal(x.numpy(), denoised.numpy())
     return x.numpy().astype(np.float64), start.astype(np.float64), [z.astype(np.float64) for z in fresh]
