@@ -42,7 +42,10 @@ FAMILIES: Mapping[str, Entry] = {
     "diffusion": Entry(
         "export.families.diffusion",
         "class-conditional diffusion model (EDM, Karras et al. 2022)",
-        ("sample", "sample:guided", "sample:edit", "sample:inpaint", "encode", "decode", "reconstruct"),
+        (
+            *("sample", "sample:guided", "sample:edit", "sample:inpaint"),
+            *("encode", "decode", "reconstruct", "score", "score:ode"),
+        ),
         ("digits", "moons"),
     ),
     "pixelcnn": Entry(

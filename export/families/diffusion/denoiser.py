@@ -19,6 +19,7 @@ from torch.nn import functional
 from export.data import Dataset
 from export.families.base import Preset
 from export.families.diffusion.sampler import per_row
+from export.langevin import total
 from export.training import Network
 
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
@@ -61,6 +62,18 @@ class Perceptron(nn.Module):
             point = functional.silu(layer(point) + shift(condition))
         estimate: Tensor = self.exit(point)
         return estimate
+
+    def divergence(self, point: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate [B, D], and the sum [B] of its slopes along each coordinate, by the chain rule."""
+        condition, axes = self.condition(level, label), torch.eye(point.shape[1], device=point.device)
+        slopes = axes.expand(point.shape[0], -1, -1)
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            assert isinstance(layer, nn.Linear)
+            before = layer(point) + shift(condition)
+            share = before.sigmoid()
+            point = before * share
+            slopes = (slopes @ layer.weight.T) * (share * (1 + before * (1 - share))).unsqueeze(1)
+        return self.exit(point), total((slopes @ self.exit.weight.T * axes).flatten(1))
 
 
 class Block(nn.Module):
@@ -190,6 +203,11 @@ class Denoiser(Network):
         """F of rows [B, *shape] divided by sqrt(sigma^2 + s^2)."""
         estimate: Tensor = self.network(normed, sigma.log() / 4, label)
         return estimate
+
+    def divergence(self, normed: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """F of points [B, D] divided by sqrt(sigma^2 + s^2), and its divergence [B]."""
+        assert isinstance(self.network, Perceptron)
+        return self.network.divergence(normed, sigma.log() / 4, label)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Weighted squared error at a random noise level (Karras et al., Table 1) [B]."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from export import replay
 from export.data import Dataset
 from export.families.base import Preset
-from export.families.diffusion import latents, samples
+from export.families.diffusion import bound, flow, latents, samples
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import DDIM, HEUN
 from export.figure import Drawing, Panel, Scatter
@@ -38,6 +38,8 @@ class Family:
         "encode",
         "decode",
         "reconstruct",
+        "score",
+        "score:ode",
     )
     refusals: Mapping[str, str] = {
         "energy": "score estimates the log-density itself, normalised",
@@ -81,12 +83,17 @@ class Family:
         return Denoiser(data, preset)
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
-        """Samples in four ways, and latents."""
+        """Samples in four ways, latents, and two scores."""
         assert isinstance(network, Denoiser)
         made = samples.programs(network, data.value)
         readout = made[0].readout
         assert isinstance(readout, samples.Readout)
-        return (*made, *latents.programs(network, data.value, readout))
+        return (
+            *made,
+            *latents.programs(network, data.value, readout),
+            bound.program(network, data.value),
+            flow.program(network, data.value),
+        )
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """A few short requests to each program, and the default one to sample."""
@@ -105,6 +112,8 @@ class Family:
             Example("encode", 0, 0, 2, few, given),
             Example("decode", 0, 0, 2, few, {"latent": latent, **labels}),
             Example("reconstruct", 0, 0, 2, {"steps": 7}, {**given, **labels}),
+            Example("score", 7, 0, 2, {"draws": 4}, given),
+            Example("score:ode", 8, 0, 2, {"steps": 13}, {**given, **labels}),
         )
 
     def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from export.families.diffusion import sampler as samplers
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import SIGMA_MAX, tick
-from export.families.diffusion.samples import Readout, given, label, sampler_parameter, steps_parameter
+from export.families.diffusion.samples import Readout, given, open_label, sampler_parameter, steps_parameter
 from export.program import Input, Program, Steps, TensorSpec, Value
 
 DEFAULT_STEPS = 40
@@ -112,10 +112,6 @@ def _state(value: Value) -> tuple[TensorSpec, ...]:
     )
 
 
-def _label(value: Value) -> Input:
-    return label(value, "leaves it open: the model of all classes together")
-
-
 def _encode(denoiser: Denoiser, value: Value, init: RiseOfImage | RiseOfPoint, step: Step) -> Program:
     return Program(
         operation="encode",
@@ -130,7 +126,7 @@ def _encode(denoiser: Denoiser, value: Value, init: RiseOfImage | RiseOfPoint, s
             steps_parameter(DEFAULT_STEPS, "heun: two a level, an odd number begins by Euler"),
             sampler_parameter("heun"),
         ),
-        inputs=(Input(given(value, "the row")), _label(value)),
+        inputs=(Input(given(value, "the row")), open_label(value)),
     )
 
 
@@ -150,7 +146,7 @@ def _decode(denoiser: Denoiser, value: Value, step: Step, readout: Readout) -> P
             ),
             sampler_parameter("heun"),
         ),
-        inputs=(Input(_latent(denoiser)), _label(value)),
+        inputs=(Input(_latent(denoiser)), open_label(value)),
         previewable=True,
     )
 
@@ -169,5 +165,5 @@ def _reconstruct(value: Value, init: RiseOfImage | RiseOfPoint, step: Step, read
             steps_parameter(2 * DEFAULT_STEPS, "half of them up, the other half down", minimum=2),
             sampler_parameter("heun"),
         ),
-        inputs=(Input(given(value, "the row")), _label(value)),
+        inputs=(Input(given(value, "the row")), open_label(value)),
     )

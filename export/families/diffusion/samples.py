@@ -160,7 +160,7 @@ class GuidedStep(_Part):
         labels = torch.stack([drawn_label, torch.full_like(drawn_label, self.denoiser.classes)], 1)
         twice = (torch.stack([part, part], 1).flatten(0, 1) for part in (x, now.sigma))
         both: Tensor = self.denoiser(*twice, labels.flatten())
-        labelled, free = both.unflatten(0, (-1, 2)).unbind(1)
+        labelled, free = both.reshape(-1, 2, *x.shape[1:]).unbind(1)
         denoised = labelled + per_row(guidance - 1, x) * (labelled - free)
         return *now.move(x, memory, denoised, step_noise), denoised, drawn_label, start
 
@@ -345,11 +345,15 @@ def given(value: Value, doc: str) -> TensorSpec:
 
 def drawn_label(value: Value) -> Input:
     """The label that a row is made for; left out, it is drawn."""
-    return label(value, "draws it by the classes' frequency")
+    return _label(value, "draws it by the classes' frequency")
 
 
-def label(value: Value, absence: str) -> Input:
-    """The label of a row, and what it means to leave it out."""
+def open_label(value: Value) -> Input:
+    """The label that a row is known to have; left out, it is any."""
+    return _label(value, "leaves it open, which is a model of all classes together")
+
+
+def _label(value: Value, absence: str) -> Input:
     classes = len(value.class_labels)
     doc = f"index of the class label; {classes} {absence}"
     return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)
