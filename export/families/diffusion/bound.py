@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, per_row
+from export.families.diffusion.sampler import SIGMA_MAX
 from export.families.diffusion.samples import given, open_label
 from export.langevin import total
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
@@ -33,18 +33,16 @@ class LastLevel(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.levels = denoiser, denoiser.levels
+        self.levels, self.dimensions = denoiser.levels, denoiser.dimensions
         gap = 2 / (self.levels - 1) if self.levels else 0.0
         self.sigma = LEVEL_SHARE * gap if self.levels else POINT_LEVEL
         self.register_buffer("grid", torch.arange(self.levels) * gap - 1)
 
-    def forward(self, clean: Tensor, noise: Tensor, label: Tensor) -> Tensor:
-        """log p(x | z) in nats [B] of clean rows [B, *shape], for z = x + sigma noise."""
-        sigma = torch.full_like(clean.flatten(1)[:, 0], self.sigma)
-        denoised = self.denoiser(clean + self.sigma * noise, sigma, label)
+    def forward(self, clean: Tensor, denoised: Tensor) -> Tensor:
+        """log p(x | z) in nats [B] of clean rows, for D(z); both [B, *shape]."""
         exponent = -total(((clean - denoised) / self.sigma).flatten(1).square()) / 2
         if not self.levels:
-            return exponent - self.denoiser.dimensions * math.log(self.sigma * math.sqrt(2 * math.pi))
+            return exponent - self.dimensions * math.log(self.sigma * math.sqrt(2 * math.pi))
         others = -((denoised.flatten(1).unsqueeze(2) - self.grid) / self.sigma).square() / 2
         largest = others.amax(2)
         return exponent - total(largest + total((others - largest.unsqueeze(2)).exp()).log())
@@ -100,18 +98,25 @@ class Step(nn.Module):
         step_index: Tensor,
         num_steps: Tensor,
     ) -> tuple[Tensor, ...]:
-        position = (step_index + level_noise) / num_steps
-        rest = self.last_level(clean, last_noise, label)
-        now = rest - self.prior(clean) - self.integrand(clean, position, row_noise, label)
+        weight, sigma = self.level((step_index + level_noise) / num_steps)
+        denoised, last = self.denoised(clean, sigma, torch.stack([row_noise, last_noise], 1), label)
+        integral = self.depth * weight * total((clean - denoised).flatten(1).square()) / 2
+        now = self.last_level(clean, last) - self.prior(clean) - integral
         change = torch.where(step_index > 0, now - drawn, torch.zeros_like(now))
         return clean.clone(), sum + now, now, squares + change.square()
 
-    def integrand(self, clean: Tensor, position: Tensor, noise: Tensor, label: Tensor) -> Tensor:
-        """The integral's value [B] if it were everywhere as at a position [B] between the levels, 0 to 1."""
+    def level(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """1 / sigma^2 + 1 / s^2 and sigma [B] at a position [B] between the levels, from 0 to 1."""
         weight = (self.first + self.depth * position).exp()
-        sigma = (weight - 1 / self.variance).clamp(min=SIGMA_MAX**-2).rsqrt()
-        denoised = self.denoiser(clean + per_row(sigma, clean) * noise, sigma, label)
-        return self.depth * weight * total((clean - denoised).flatten(1).square()) / 2
+        return weight, (weight - 1 / self.variance).clamp(min=SIGMA_MAX**-2).rsqrt()
+
+    def denoised(self, clean: Tensor, sigma: Tensor, noise: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """D [B, *shape] at levels sigma [B] and at the last one, of a row under noise [B, 2, *shape]."""
+        sigmas = torch.stack([sigma, torch.full_like(sigma, self.last_level.sigma)], 1)
+        noisy = clean.unsqueeze(1) + sigmas.reshape(-1, 2, *(1 for _ in clean.shape[1:])) * noise
+        labels = torch.stack([label, label], 1)
+        flat: Tensor = self.denoiser(noisy.flatten(0, 1), sigmas.flatten(), labels.flatten())
+        return flat.reshape(noisy.shape).unbind(1)
 
     def prior(self, clean: Tensor) -> Tensor:
         """KL divergence [B] of what is left of a row at SIGMA_MAX from the model's normal distribution."""

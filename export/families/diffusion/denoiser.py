@@ -22,9 +22,9 @@ from export.families.diffusion.sampler import per_row
 from export.langevin import total
 from export.training import Network
 
-LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
 FREQUENCIES = 16
-# Of rows whose label is dropped, by kind of value.
+# By kind of value: mean and spread of log sigma in training, and the share of rows whose label is dropped.
+LOG_SIGMA = {"image": (-1.2, 1.2), "vector": (-1.5, 1.4)}
 DROPPED = {"image": 0.1, "vector": 0.5}
 
 
@@ -171,7 +171,7 @@ class Denoiser(Network):
         super().__init__()
         self.shape, self.levels = data.value.tensor.shape, data.value.levels
         self.dimensions, self.classes = math.prod(self.shape), len(data.value.class_labels)
-        self.dropped = DROPPED[data.value.kind]
+        self.log_sigma, self.dropped = LOG_SIGMA[data.value.kind], DROPPED[data.value.kind]
         self.data_std = float(self.scale(torch.from_numpy(data.train.rows)).std())
         counts = torch.tensor(data.train.labels).bincount(minlength=self.classes)
         self.register_buffer("class_shares", counts / counts.sum())
@@ -211,10 +211,10 @@ class Denoiser(Network):
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Weighted squared error at a random noise level (Karras et al., Table 1) [B]."""
-        clean = self.scale(rows)
+        clean, (mean, std) = self.scale(rows), self.log_sigma
         chance = torch.rand(len(rows), device=rows.device)
         labels = torch.where(chance < self.dropped, torch.full_like(labels, self.classes), labels)
-        sigma = (LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(len(rows), device=rows.device)).exp()
+        sigma = (mean + std * torch.randn(len(rows), device=rows.device)).exp()
         denoised = self(clean + per_row(sigma, clean) * torch.randn_like(clean), sigma, labels)
         weight = (sigma.square() + self.data_std**2) / (sigma * self.data_std).square()
         error: Tensor = (denoised - clean).square().flatten(1).mean(1)

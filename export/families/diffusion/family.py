@@ -1,26 +1,30 @@
 """The diffusion model as the exporter sees it: presets, golden requests, figures and pictures."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export import replay
-from export.data import Dataset
+from export.data import Dataset, Part
 from export.families.base import Preset
 from export.families.diffusion import bound, flow, latents, samples
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import DDIM, HEUN
-from export.figure import Drawing, Panel, Scatter
+from export.figure import Drawing, Heatmap, Panel, Scatter
 from export.golden import Example
-from export.measure import SETS, Judge, play, sampler, two_sample_test
+from export.measure import SETS, Judge, negative_log_density, play, sampler, two_sample_test
 from export.program import Program
 from export.replay import Player
 from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
 
-# The picture of points: -LIMIT..LIMIT on both axes.
-LIMIT = 2.5
+# What is measured: draws of the bound, rows by the ODE and rows there and back.
+MEASURED_DRAWS, MEASURED_BY_ODE, ROUND_TRIPS = 20, 200, 200
+# The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
+LIMIT, CELLS = 2.5, 150
 
 
 class Family:
@@ -55,9 +59,15 @@ class Family:
             training=Settings(steps=1000, batch_rows=128),
             kinds={
                 "vector": Preset(
-                    width=192,
-                    depth=3,
-                    training=Settings(steps=8000, batch_rows=256, weight_decay=0, ema_decay=0.999),
+                    width=128,
+                    depth=4,
+                    training=Settings(
+                        steps=12_000,
+                        batch_rows=512,
+                        learning_rate=1.5e-3,
+                        weight_decay=0,
+                        ema_decay=0.999,
+                    ),
                     measured_rows=10_000,
                 )
             },
@@ -117,31 +127,43 @@ class Family:
         )
 
     def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
-        """How samples compare with test rows, and whether they show the label that they were asked for."""
-        draw, count = sampler(player), preset.measured_rows
+        """The density of test rows, and how samples compare with them."""
+        part = data.test[: preset.measured_rows]
         if data.value.kind == "vector":
-            return [two_sample_test(data, draw, count)]
-        judge = Judge.train(data, preset.judge)
-        labels = np.arange(count) % len(data.value.class_labels)
-        rows = _labelled(player, labels)
-        labelled = play(player, "sample", rows, "labelled samples")["image"]
-        return [*judge.similarity(draw, count), judge.agreement(labelled, labels)]
+            return [
+                negative_log_density(
+                    _scores(player, "score:ode", part.rows),
+                    f"Estimate by the probability-flow ODE. In {data.value.tensor.doc}.",
+                ),
+                two_sample_test(data, partial(_samples, player), len(part)),
+                _round_trip(player, part),
+            ]
+        return [
+            *_bits_per_dimension(player, part, data),
+            *_similarity(player, part, Judge.train(data, preset.judge)),
+            _round_trip(player, part),
+        ]
 
     def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
-        """Test rows beside samples, of images a line for each class."""
+        """Test rows beside samples; of points their density, of images what becomes of given ones."""
         if data.value.kind == "vector":
-            rows = replay.request(player.program("sample"), SETS, range(len(data.test)))
             return [
                 Scatter("test points", data.test.rows, LIMIT),
-                Scatter("samples", player.play("sample", rows)["point"], LIMIT),
+                Scatter("samples", _samples(player, len(data.test), 0), LIMIT),
+                Heatmap("density", _density(player), LIMIT),
             ]
         classes = min(10, len(data.value.class_labels))
         labels = np.repeat(np.arange(classes), 10)
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
-        made = player.play("sample", _labelled(player, labels))["image"]
+        images, made = data.test.rows[order], {"label": labels}
+        turned = {"image": images, "label": np.roll(labels, 10)}
+        halves = {"image": images, "known": first_half(images)}
         return [
-            Panel("test images", data.test.rows[order]),
-            Panel(f"samples, {samples.DEFAULT_STEPS} steps", made),
+            Panel("test images", images),
+            Panel(f"samples, {samples.DEFAULT_STEPS} steps", _play(player, "sample", made, SETS)),
+            Panel(f"guidance {samples.GUIDANCE}", _play(player, "sample:guided", made, SETS)),
+            Panel("edited into the next class", _play(player, "sample:edit", turned, SETS)),
+            Panel("upper halves, inpainted", _play(player, "sample:inpaint", halves, SETS)),
         ]
 
 
@@ -152,8 +174,93 @@ def first_half(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
     return known
 
 
-def _labelled(player: Player, labels: NDArray[np.int64]) -> replay.Rows:
-    return replay.request(player.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
+def _play(
+    player: Player, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
+) -> NDArray[np.generic]:
+    """What a program makes of inputs, all rows in one batch."""
+    count = len(next(iter(inputs.values())))
+    rows = replay.request(player.program(name), seed, range(count), inputs=inputs)
+    return player.play(name, rows)[player.program(name).outputs[0].name]
+
+
+def _samples(player: Player, count: int, seed: int) -> NDArray[np.generic]:
+    """Points are so small that one batch takes them all."""
+    rows = replay.request(player.program("sample"), seed, range(count))
+    return player.play("sample", rows)[player.manifest.value.tensor.name]
+
+
+def _scores(
+    player: Player,
+    name: str,
+    rows: NDArray[np.generic],
+    parameters: Mapping[str, float] | None = None,
+    labels: NDArray[np.int64] | None = None,
+) -> NDArray[np.float64]:
+    """Log-densities of rows in nats, of images under a progress bar."""
+    program, value = player.program(name), player.manifest.value
+    given = {value.tensor.name: rows} | ({} if labels is None else {"label": labels})
+    asked = replay.request(program, 0, range(len(rows)), parameters, given)
+    answers = play(player, name, asked, name) if value.levels else player.play(name, asked)
+    return answers[program.score.nats].astype(np.float64)
+
+
+def _bits_per_dimension(player: Player, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
+    """The bounds and the estimate of test rows."""
+    shares = np.bincount(data.train.labels, minlength=len(data.value.class_labels)) / len(data.train)
+    draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
+    given = _scores(player, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
+    bound = f"Upper bound, {MEASURED_DRAWS} draws each"
+    return [
+        _bits(given, part, "bound", f"{bound}, of the mixture over classes that sample draws from."),
+        _bits(_scores(player, "score", part.rows, draws), part, "bound without labels", f"{bound}."),
+        _bits(_scores(player, "score:ode", some.rows), some, "ODE without labels", "Estimate."),
+    ]
+
+
+def _bits(nats: NDArray[np.float64], part: Part, name: str, doc: str) -> manifest_pb2.Quality:
+    bits = -nats / (part.rows[0].size * math.log(2))
+    return manifest_pb2.Quality(
+        name=f"negative log-likelihood, {name}",
+        value=float(bits.mean()),
+        unit="bits/dim",
+        standard_error=float(bits.std(ddof=1) / math.sqrt(len(bits))),
+        doc=f"{doc} Of {len(part)} test rows of integers (no offset).",
+    )
+
+
+def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Quality]:
+    """How samples compare with test rows, and whether they show the label that they were asked for."""
+    labels = np.arange(len(part)) % len(player.manifest.value.class_labels)
+    plain, guided = (
+        judge.agreement(_labelled(player, name, labels), labels) for name in ("sample", "sample:guided")
+    )
+    guided.name = f"label agreement, guidance {samples.GUIDANCE}"
+    return [*judge.similarity(sampler(player), len(part)), plain, guided]
+
+
+def _labelled(player: Player, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
+    rows = replay.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
+    return play(player, name, rows, f"labelled samples, {name}")["image"]
+
+
+def _round_trip(player: Player, part: Part) -> manifest_pb2.Quality:
+    value, part = player.manifest.value, part[:ROUND_TRIPS]
+    again = _play(player, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
+    errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)
+    return manifest_pb2.Quality(
+        name="round trip error",
+        value=float(errors.mean()),
+        unit="levels" if value.levels else "",
+        standard_error=float(errors.std(ddof=1) / math.sqrt(len(errors))),
+        doc=f"Mean absolute difference of an element after {latents.DEFAULT_STEPS} steps of encode and as "
+        f"many of decode, by heun, of {len(part)} test rows.",
+    )
+
+
+def _density(player: Player) -> NDArray[np.float32]:
+    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+    return np.exp(_scores(player, "score:ode", grid)).reshape(CELLS, CELLS).astype(np.float32)
 
 
 FAMILY = Family()

@@ -52,16 +52,18 @@ class InitOfImage(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.scale, self.last_level = denoiser.scale, LastLevel(denoiser)
+        self.denoiser, self.last_level = denoiser, LastLevel(denoiser)
         self.norm = math.hypot(self.last_level.sigma, denoiser.data_std)
         # log q(z | x) + |noise|^2 / 2, and the scaling of z to y.
         spread = math.log(self.last_level.sigma * math.sqrt(2 * math.pi))
         self.cost = -denoiser.dimensions * (math.log(self.norm) - spread)
 
     def forward(self, image: Tensor, label: Tensor, last_noise: Tensor) -> tuple[Tensor, ...]:
-        clean = self.scale(image)
-        y = (clean + self.last_level.sigma * last_noise) / self.norm
-        told = self.last_level(clean, last_noise, label) + total(last_noise.flatten(1).square()) / 2
+        clean = self.denoiser.scale(image)
+        sigma = torch.full_like(label, self.last_level.sigma, dtype=clean.dtype)
+        z = clean + self.last_level.sigma * last_noise
+        y, denoised = z / self.norm, self.denoiser(z, sigma, label)
+        told = self.last_level(clean, denoised) + total(last_noise.flatten(1).square()) / 2
         return y, y.clone(), torch.zeros_like(y), told + self.cost, torch.zeros_like(told)
 
 

@@ -20,6 +20,7 @@ from export.program import Input, Noise, Parameter, Program, Steps, TensorSpec, 
 DEFAULT_STEPS, MAX_STEPS = 20, 200
 # Known elements pull on the others only bit by bit.
 INPAINT_STEPS = 50
+GUIDANCE = 2
 
 
 class Init(nn.Module):
@@ -231,7 +232,7 @@ def _sample(value: Value, init: Init, step: Step, readout: Readout) -> Program:
 
 def _guided(value: Value, init: Init, step: GuidedStep, readout: Readout) -> Program:
     guidance = Parameter(
-        "guidance", "float", 2, 0, 10,
+        "guidance", "float", GUIDANCE, 0, 10,
         doc="how far the label pushes: 1 is sample itself, above it samples are more typical of their class "
         "and less varied, 0 leaves the label out",
     )  # fmt: skip
