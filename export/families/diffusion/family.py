@@ -118,7 +118,7 @@ class Family:
             Example("sample", 3, 0, 2, {"sampler": DDIM, "steps": 5, "eta": 1}, labels),
             Example("sample:guided", 4, 0, 2, few, labels),
             Example("sample:edit", 5, 0, 2, {**few, "strength": 0.4}, {**given, **labels}),
-            Example("sample:inpaint", 6, 0, 2, few, {**given, "known": known}),
+            Example("sample:inpaint", 6, 0, 2, {"steps": 5, "rounds": 2}, {**given, "known": known}),
             Example("encode", 0, 0, 2, few, given),
             Example("decode", 0, 0, 2, few, {"latent": latent, **labels}),
             Example("reconstruct", 0, 0, 2, {"steps": 7}, {**given, **labels}),
@@ -156,7 +156,7 @@ class Family:
         labels = np.repeat(np.arange(classes), 10)
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
         images, made = data.test.rows[order], {"label": labels}
-        turned = {"image": images, "label": np.roll(labels, 10)}
+        turned = {"image": images, "label": np.roll(labels, -10)}
         halves = {"image": images, "known": first_half(images)}
         return [
             Panel("test images", images),

@@ -14,7 +14,7 @@ Without eta all of them solve the probability-flow ODE, dx/dsigma = (x - D) / si
 as down. Knows no network.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -139,6 +139,27 @@ def tick(stretch: Stretch, sampler: Tensor, eta: Tensor) -> Tick:
         x_z=fresh,
         m_x=torch.where(predicts, 1 + slope / now, torch.zeros_like(now)),
         m_d=torch.where(predicts, -slope / now, torch.ones_like(now)),
+    )
+
+
+def resampled(step_index: Tensor, num_steps: Tensor, rounds: Tensor) -> Tick:
+    """A step of an ancestral walk down that takes every noise level so many times; all int64 [B].
+
+    But for the last of them, what a step took away is put back as noise (Lugmayr et al., "RePaint", 2022).
+    Steps that are left over are at the highest level.
+    """
+    rounds = torch.minimum(rounds, num_steps).clamp(min=1)
+    walked = (step_index - num_steps % rounds).clamp(min=0)
+    again = (walked % rounds < rounds - 1) | (step_index < num_steps % rounds)
+    whole = torch.ones_like(step_index).float()
+    ddim = torch.full_like(step_index, DDIM)
+    stretch = descent(walked // rounds, num_steps // rounds, ddim, whole)
+    down = tick(stretch, ddim, whole)
+    back = torch.sqrt(down.x_z.square() + stretch.now.square() - stretch.after.square())
+    return replace(
+        down,
+        reached=torch.where(again, stretch.now, stretch.after),
+        x_z=torch.where(again, back, down.x_z),
     )
 
 

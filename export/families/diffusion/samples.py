@@ -3,10 +3,12 @@
 - guided: Ho & Salimans (2022); D is moved away from what it would be without the label.
 - edit: Meng et al., "SDEdit" (2022); a row is covered with noise, and denoised from there.
 - inpaint: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations" (2021),
-  appendix I.2; known elements are replaced by themselves under noise after every step.
+  appendix I.2; known elements are replaced by themselves under noise after every step. A noise level is
+  walked several times, so that the others come to agree with them: Lugmayr et al., "RePaint" (2022).
 
-A row's memory is what its sampler keeps. A row without a label draws its class by the classes' frequency
-in the training rows: that samples the marginal better than the label "any", which is learned last.
+A row's memory is what its sampler keeps. Without a label, a row from pure noise draws its class by the
+classes' frequency in the training rows: that samples the marginal better than the label "any", which is
+learned last. A row that is given shows its class itself, so there the label "any" stands.
 """
 
 import torch
@@ -18,8 +20,7 @@ from export.families.diffusion.sampler import SAMPLERS, SIGMA_MAX, noise_level, 
 from export.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
 
 DEFAULT_STEPS, MAX_STEPS = 20, 200
-# Known elements pull on the others only bit by bit.
-INPAINT_STEPS = 50
+INPAINT_STEPS, INPAINT_ROUNDS = 100, 5
 GUIDANCE = 2
 
 
@@ -34,83 +35,67 @@ class Init(nn.Module):
         self.register_buffer("reached", denoiser.class_shares.cumsum(0)[:-1])
 
     def forward(self, initial_noise: Tensor, label: Tensor, label_noise: Tensor) -> tuple[Tensor, ...]:
-        start = torch.ones_like(label_noise)
-        nothing = torch.zeros_like(initial_noise)
-        return self.begin(SIGMA_MAX * initial_noise, nothing, start, label, label_noise)
-
-    def begin(
-        self, x: Tensor, denoised: Tensor, start: Tensor, label: Tensor, label_noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The first state of a walk from a position on the noise scale."""
         drawn = (label_noise.unsqueeze(1) >= self.reached).long().sum(1)
-        drawn_label = torch.where(label < self.classes, label, drawn)
-        return x, torch.zeros_like(x), denoised, drawn_label, start
+        kept_label = torch.where(label < self.classes, label, drawn)
+        nothing = torch.zeros_like(initial_noise)
+        return SIGMA_MAX * initial_noise, nothing, nothing.clone(), kept_label, torch.ones_like(label_noise)
 
 
-class _EditInit(Init):
+class _EditInit(nn.Module):
     """A given row under as much noise as the strength says."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
+        super().__init__()
         self.scale = denoiser.scale
 
-    def cover(
-        self, given: Tensor, strength: Tensor, noise: Tensor, label: Tensor, label_noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        clean = self.scale(given)
+    def cover(self, row: Tensor, strength: Tensor, noise: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        clean = self.scale(row)
         x = clean + per_row(noise_level(strength), clean) * noise
-        return self.begin(x, clean, strength.clone(), label, label_noise)
+        return x, torch.zeros_like(x), clean.clone(), label.clone(), strength.clone()
 
 
 class EditImageInit(_EditInit):
     """image -> a walk's first state."""
 
-    def forward(  # type: ignore[override]
-        self, image: Tensor, strength: Tensor, initial_noise: Tensor, label: Tensor, label_noise: Tensor
+    def forward(
+        self, image: Tensor, strength: Tensor, initial_noise: Tensor, label: Tensor
     ) -> tuple[Tensor, ...]:
-        return self.cover(image, strength, initial_noise, label, label_noise)
+        return self.cover(image, strength, initial_noise, label)
 
 
 class EditPointInit(_EditInit):
     """point -> a walk's first state."""
 
-    def forward(  # type: ignore[override]
-        self, point: Tensor, strength: Tensor, initial_noise: Tensor, label: Tensor, label_noise: Tensor
+    def forward(
+        self, point: Tensor, strength: Tensor, initial_noise: Tensor, label: Tensor
     ) -> tuple[Tensor, ...]:
-        return self.cover(point, strength, initial_noise, label, label_noise)
+        return self.cover(point, strength, initial_noise, label)
 
 
-class _InpaintInit(Init):
+class _InpaintInit(nn.Module):
     """Pure noise beside the known elements of a given row."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
+        super().__init__()
         self.scale = denoiser.scale
 
-    def beside(
-        self, given: Tensor, known: Tensor, noise: Tensor, label: Tensor, label_noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        clean = self.scale(given) * known.to(noise.dtype)
-        x, memory, _, drawn_label, _ = self.begin(SIGMA_MAX * noise, clean, label_noise, label, label_noise)
-        return x, memory, clean, drawn_label, clean.clone()
+    def beside(self, row: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        clean = self.scale(row) * known.to(noise.dtype)
+        return SIGMA_MAX * noise, clean, clean.clone()
 
 
 class InpaintImageInit(_InpaintInit):
     """image -> a walk's first state."""
 
-    def forward(  # type: ignore[override]
-        self, image: Tensor, known: Tensor, initial_noise: Tensor, label: Tensor, label_noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        return self.beside(image, known, initial_noise, label, label_noise)
+    def forward(self, image: Tensor, known: Tensor, initial_noise: Tensor) -> tuple[Tensor, ...]:
+        return self.beside(image, known, initial_noise)
 
 
 class InpaintPointInit(_InpaintInit):
     """point -> a walk's first state."""
 
-    def forward(  # type: ignore[override]
-        self, point: Tensor, known: Tensor, initial_noise: Tensor, label: Tensor, label_noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        return self.beside(point, known, initial_noise, label, label_noise)
+    def forward(self, point: Tensor, known: Tensor, initial_noise: Tensor) -> tuple[Tensor, ...]:
+        return self.beside(point, known, initial_noise)
 
 
 class _Part(nn.Module):
@@ -128,7 +113,7 @@ class Step(_Part):
         self,
         x: Tensor,
         memory: Tensor,
-        drawn_label: Tensor,
+        kept_label: Tensor,
         start: Tensor,
         step_noise: Tensor,
         step_index: Tensor,
@@ -137,8 +122,8 @@ class Step(_Part):
         eta: Tensor,
     ) -> tuple[Tensor, ...]:
         now = tick(samplers.descent(step_index, num_steps, sampler, start), sampler, eta)
-        denoised = self.denoiser(x, now.sigma, drawn_label)
-        return *now.move(x, memory, denoised, step_noise), denoised, drawn_label, start
+        denoised = self.denoiser(x, now.sigma, kept_label)
+        return *now.move(x, memory, denoised, step_noise), denoised, kept_label, start
 
 
 class GuidedStep(_Part):
@@ -148,7 +133,7 @@ class GuidedStep(_Part):
         self,
         x: Tensor,
         memory: Tensor,
-        drawn_label: Tensor,
+        kept_label: Tensor,
         start: Tensor,
         step_noise: Tensor,
         step_index: Tensor,
@@ -158,37 +143,38 @@ class GuidedStep(_Part):
         guidance: Tensor,
     ) -> tuple[Tensor, ...]:
         now = tick(samplers.descent(step_index, num_steps, sampler, start), sampler, eta)
-        labels = torch.stack([drawn_label, torch.full_like(drawn_label, self.denoiser.classes)], 1)
+        labels = torch.stack([kept_label, torch.full_like(kept_label, self.denoiser.classes)], 1)
         twice = (torch.stack([part, part], 1).flatten(0, 1) for part in (x, now.sigma))
         both: Tensor = self.denoiser(*twice, labels.flatten())
         labelled, free = both.reshape(-1, 2, *x.shape[1:]).unbind(1)
         denoised = labelled + per_row(guidance - 1, x) * (labelled - free)
-        return *now.move(x, memory, denoised, step_noise), denoised, drawn_label, start
+        return *now.move(x, memory, denoised, step_noise), denoised, kept_label, start
 
 
 class InpaintStep(_Part):
-    """A step after which known elements are what they are known to be, under the noise of the level."""
+    """A step after which known elements are what they are known to be, under the noise of its level."""
 
     def forward(  # noqa: PLR0913 (bound by name)
         self,
         x: Tensor,
-        memory: Tensor,
-        drawn_label: Tensor,
         clean: Tensor,
         known: Tensor,
+        label: Tensor,
+        rounds: Tensor,
         step_noise: Tensor,
         known_noise: Tensor,
         step_index: Tensor,
         num_steps: Tensor,
-        sampler: Tensor,
-        eta: Tensor,
     ) -> tuple[Tensor, ...]:
-        now = tick(samplers.descent(step_index, num_steps, sampler, torch.ones_like(eta)), sampler, eta)
-        denoised, fixed = self.denoiser(x, now.sigma, drawn_label), known == 1
-        moved, kept = now.move(x, memory, denoised, step_noise)
+        now = samplers.resampled(step_index, num_steps, rounds)
+        denoised, fixed = self.denoiser(x, now.sigma, label), known == 1
+        moved, _ = now.move(x, torch.zeros_like(x), denoised, step_noise)
         noisy = clean + per_row(now.reached, clean) * known_noise
-        shown = torch.where(fixed, clean, denoised)
-        return torch.where(fixed, noisy, moved), kept, shown, drawn_label, clean
+        return (
+            torch.where(fixed, noisy, moved),
+            torch.where(fixed, clean, denoised),
+            clean.clone(),
+        )
 
 
 class Readout(nn.Module):
@@ -223,7 +209,7 @@ def _sample(value: Value, init: Init, step: Step, readout: Readout) -> Program:
         doc="Denoise pure noise step by step; one step is one evaluation of the network.",
         state=_state(value),
         steps=Steps(parameter="steps"),
-        parameters=_walk_parameters("dpmpp2m"),
+        parameters=_walk_parameters(),
         inputs=(drawn_label(value),),
         noise=_noise(value),
         previewable=True,
@@ -247,7 +233,7 @@ def _guided(value: Value, init: Init, step: GuidedStep, readout: Readout) -> Pro
         "What comes out at a guidance other than 0 and 1 has no density.",
         state=_state(value),
         steps=Steps(parameter="steps"),
-        parameters=(*_walk_parameters("dpmpp2m"), guidance),
+        parameters=(*_walk_parameters(), guidance),
         inputs=(drawn_label(value),),
         noise=_noise(value),
         previewable=True,
@@ -268,18 +254,18 @@ def _edit(value: Value, init: EditImageInit | EditPointInit, step: Step, readout
         step=step,
         readout=readout,
         outputs=(value.tensor,),
-        doc="Cover a given row with noise and denoise it from there, as a row of the class (SDEdit).",
+        doc="Cover a given row with noise and denoise it from there, as a row of the label (SDEdit).",
         state=_state(value),
         steps=Steps(parameter="steps"),
-        parameters=(*_walk_parameters("dpmpp2m"), strength),
-        inputs=(Input(given(value, doc)), drawn_label(value)),
-        noise=_noise(value),
+        parameters=(*_walk_parameters(), strength),
+        inputs=(Input(given(value, doc)), open_label(value)),
+        noise=_noise(value)[:2],
         previewable=True,
     )
 
 
 def _inpaint(denoiser: Denoiser, value: Value, readout: Readout) -> Program:
-    shape = value.tensor.shape
+    shape, (x, _, denoised, *_) = value.tensor.shape, _state(value)
     known = "1 for what is given and stays as it is, 0 for what is drawn, given that"
     return Program(
         operation="sample",
@@ -289,18 +275,29 @@ def _inpaint(denoiser: Denoiser, value: Value, readout: Readout) -> Program:
         readout=readout,
         outputs=(value.tensor,),
         doc="Denoise what is not known beside what is, which is put back under noise after every step: "
-        "approximate, less so with more steps.",
-        state=(*_state(value)[:-1], TensorSpec("clean", shape=shape, doc=f"what is known, {_space(value)}")),
+        "approximate, less so with more rounds of more levels.",
+        state=(
+            x,
+            denoised,
+            TensorSpec("clean", shape=shape, doc=f"what is known, {_space(value)}, and 0 elsewhere"),
+        ),
         steps=Steps(parameter="steps"),
-        parameters=_walk_parameters("ddim", INPAINT_STEPS, eta=1),
+        parameters=(
+            steps_parameter(INPAINT_STEPS, "ancestral ones, as of ddim with eta 1"),
+            Parameter(
+                "rounds", "integer", INPAINT_ROUNDS, 1, 20,
+                doc="how many of the steps each noise level takes: 1 lets known elements steer the others "
+                "least, more leave fewer levels",
+            ),
+        ),
         inputs=(
             Input(given(value, "what stays, where known is 1; elsewhere it is not looked at")),
             Input(TensorSpec("known", "uint8", shape, 0, 1, known)),
-            drawn_label(value),
+            open_label(value),
         ),
-        noise=(*_noise(value), Noise("known_noise", "normal", shape, 3, "what covers the known elements")),
+        noise=(*_noise(value)[:2], Noise("known_noise", "normal", shape, 2, "covers the known elements")),
         previewable=True,
-    )
+    )  # fmt: skip
 
 
 def _space(value: Value) -> str:
@@ -313,18 +310,16 @@ def _state(value: Value) -> tuple[TensorSpec, ...]:
         TensorSpec("x", shape=shape, doc=f"the noisy row, {space}"),
         TensorSpec("memory", shape=shape, doc="what the sampler keeps from its last step"),
         TensorSpec("denoised", shape=shape, doc=f"the expected clean row, {space}"),
-        TensorSpec("drawn_label", "int64", doc="index of the class, drawn where none was asked for"),
+        TensorSpec("kept_label", "int64", doc="index of the class that the row is made for"),
         TensorSpec("start", doc="where on the noise scale the walk begins, 1 at its upper end"),
     )
 
 
-def _walk_parameters(default: str, steps: int = DEFAULT_STEPS, eta: float = 0) -> tuple[Parameter, ...]:
+def _walk_parameters() -> tuple[Parameter, ...]:
     return (
-        steps_parameter(steps, "heun: two a level, one at the last, an even number begins by Euler"),
-        sampler_parameter(default),
-        Parameter(
-            "eta", "float", eta, 0, 1, doc="share of fresh noise in steps of ddim: 0 none, 1 ancestral"
-        ),
+        steps_parameter(DEFAULT_STEPS, "heun: two a level, one at the last, an even number begins by Euler"),
+        sampler_parameter("dpmpp2m"),
+        Parameter("eta", "float", 0, 0, 1, doc="share of fresh noise in steps of ddim: 0 none, 1 ancestral"),
     )
 
 
@@ -364,6 +359,6 @@ def _noise(value: Value) -> tuple[Noise, ...]:
     shape = value.tensor.shape
     return (
         Noise("initial_noise", "normal", shape, 0, "where the walk begins"),
-        Noise("step_noise", "normal", shape, 1, "fresh noise of each step, used by ddim with eta above 0"),
+        Noise("step_noise", "normal", shape, 1, "fresh noise of each step, where it is random"),
         Noise("label_noise", "uniform", (), 2, "draws the class where none was asked for"),
     )
