@@ -8,7 +8,7 @@ PORT    ?= 8001
 METRICS ?= 8002
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test check fmt proto stale-stubs image clean
+.PHONY: help setup models serve test bench check fmt proto stale-stubs image clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -29,6 +29,9 @@ serve: models ## Serve the starter models (gRPC on 8001, metrics on 8002)
 
 test: setup ## Run the whole test suite
 	$(BIN)/python -m pytest
+
+bench: setup ## Measure speed and write docs/benchmarks.md, in minutes; QUICK=1 for rough figures
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick,--docs docs)
 
 check: setup stale-stubs ## Format, lint, types, layers, contracts
 	$(BIN)/ruff format --check .

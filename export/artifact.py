@@ -16,6 +16,7 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from export import golden, graph, manifest, replay
+from export.formats import USUAL
 from export.golden import Example
 from export.layout import VERSION, ArtifactError, seal, sha256, versions
 from export.program import Program, ProgramError, Value
@@ -67,9 +68,7 @@ def _refuse_namesakes(programs: Sequence[Program]) -> None:
             )
 
 
-def write(
-    model: Model, models: Path, version: str | None = None, formats: Sequence[str] = graph.FORMATS
-) -> Path:
+def write(model: Model, models: Path, version: str | None = None, formats: Sequence[str] = USUAL) -> Path:
     """Write models/<name>/<version>/ and verify it; returns the directory.
 
     Without a version, the next free one. ArtifactError when it exists already or
@@ -116,13 +115,11 @@ def _write_files(model: Model, version: str, formats: Sequence[str], directory: 
     )
     whole.MergeFrom(eager.manifest)
     for message, entry in zip(whole.graphs, graph.collect(model.programs), strict=True):
-        message.files.extend(_write_file(entry, format, directory) for format in formats)
+        message.files.extend(
+            manifest_pb2.GraphFile(format=format, path=path.name, sha256=sha256(path.read_bytes()))
+            for format, path in graph.write(entry, formats, directory).items()
+        )
     return json_format.MessageToJson(whole, preserving_proto_field_name=True, indent=1) + "\n"
-
-
-def _write_file(entry: graph.Graph, format: str, directory: Path) -> manifest_pb2.GraphFile:
-    path = graph.write(entry, format, directory)
-    return manifest_pb2.GraphFile(format=format, path=path.name, sha256=sha256(path.read_bytes()))
 
 
 @contextmanager

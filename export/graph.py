@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from export import purity
+from export.formats import SUFFIXES
 from export.program import Program, ProgramError, TensorSpec, arguments
 
 Array = NDArray[Any]
@@ -29,8 +31,6 @@ Call = Callable[[Sequence[Array]], list[Array]]
 OPSET = 20
 # Two would let torch.export specialise on it, as it does on one; three is the smallest honest batch.
 _EXAMPLE_ROWS = 3
-_SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt"}
-FORMATS = tuple(_SUFFIXES)
 
 
 class GraphError(RuntimeError):
@@ -48,7 +48,7 @@ class Graph:
 
     def path(self, format: str) -> str:
         """The file name in a format."""
-        return self.name + _SUFFIXES[format]
+        return self.name + SUFFIXES[format]
 
 
 def collect(programs: Sequence[Program]) -> list[Graph]:
@@ -82,20 +82,21 @@ def _refuse_disagreement(first: Graph, second: Graph) -> None:
         )
 
 
-def write(graph: Graph, format: str, directory: Path) -> Path:
-    """Write a graph in one format; GraphError when it is not a pure function of what it declares."""
+def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Path]:
+    """Write a graph, a file per format; GraphError when it is not a pure function of what it declares."""
     examine(graph)
-    path = directory / graph.path(format)
-    try:
-        _WRITERS[format](graph, path)
-    except GraphError:
-        raise
-    except Exception as error:  # what cannot be traced raises anything
-        raise GraphError(
-            f"graph {graph.name}: {type(graph.module).__name__} cannot be written as {format}: "
-            f"{_cause(error)}"
-        ) from error
-    return path
+    traces, paths = _Traces(graph), {format: directory / graph.path(format) for format in formats}
+    for format, path in paths.items():
+        try:
+            _WRITERS[format](graph, traces, path)
+        except GraphError:
+            raise
+        except Exception as error:  # what cannot be traced raises anything
+            raise GraphError(
+                f"graph {graph.name}: {type(graph.module).__name__} cannot be written as {format}: "
+                f"{_cause(error)}"
+            ) from error
+    return paths
 
 
 def examine(graph: Graph) -> None:
@@ -165,15 +166,39 @@ def _examples(graph: Graph) -> tuple[Tensor, ...]:
     )
 
 
-def _write_onnx(graph: Graph, path: Path) -> None:
-    batch = torch.export.Dim("batch", min=1, max=2**20)
+class _Traces:
+    """What a module does, taken down once for all formats that start from it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    @cached_property
+    def exported(self) -> torch.export.ExportedProgram:
+        """The module as torch.export sees it, for any number of rows."""
+        rows = {0: torch.export.Dim("batch", min=1, max=2**20)}
+        with _quiet(), torch.no_grad():
+            return torch.export.export(
+                self._graph.module,
+                _examples(self._graph),
+                dynamic_shapes=tuple(rows for _ in self._graph.inputs),
+                strict=False,
+            )
+
+
+def _write_torch_export(graph: Graph, traces: _Traces, path: Path) -> None:
+    program = traces.exported
+    placeholders = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
+    _refuse_unused(graph, [placeholders[str(name)] for name in program.graph_signature.user_inputs])
+    with _quiet():
+        torch.export.save(program, path)
+
+
+def _write_onnx(graph: Graph, traces: _Traces, path: Path) -> None:
     with _quiet():
         program = torch.onnx.export(
-            graph.module,
-            _examples(graph),
+            traces.exported,
             input_names=[spec.name for spec in graph.inputs],
             output_names=_onnx_outputs(graph),
-            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -200,7 +225,7 @@ def _refuse_unused(graph: Graph, used: Sequence[bool]) -> None:
             )
 
 
-def _write_torchscript(graph: Graph, path: Path) -> None:
+def _write_torchscript(graph: Graph, traces: _Traces, path: Path) -> None:
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             graph.module, _examples(graph), check_trace=False
@@ -214,6 +239,7 @@ _KNOWN_WARNINGS = (
     (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning, ""),
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning, ""),
     (r"# The axis name: batch will not be used", UserWarning, ""),
+    (r"No complete tensor found in the group", UserWarning, ""),
     (r"Converting a tensor to a Python boolean", TracerWarning, r"torch\."),
 )
 
@@ -267,5 +293,12 @@ def _refuse_impure(path: Path, impurities: Iterator[str]) -> None:
         raise GraphError(f"{path.name}: expected a pure function, but {found}")
 
 
-_WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript}
-_LOADERS = {"onnx": _load_onnx, "torchscript": _load_torchscript}
+def _load_torch_export(path: Path) -> Call:
+    with _quiet():
+        program = torch.export.load(path)
+    _refuse_impure(path, purity.in_exported(program))
+    return _torch_call(program.module())
+
+
+_WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript, "torch_export": _write_torch_export}
+_LOADERS = {"onnx": _load_onnx, "torchscript": _load_torchscript, "torch_export": _load_torch_export}

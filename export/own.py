@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import artifact, graph
+from export.formats import USUAL
 from export.golden import Example
 from export.graph import GraphError
 from export.layout import ArtifactError, sha256
@@ -78,7 +79,7 @@ def module(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
     return made
 
 
-def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = graph.FORMATS) -> Path:
+def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = USUAL) -> Path:
     """Export the MODEL of a file and verify it; returns the artifact's directory.
 
     OwnFileError, GraphError or ArtifactError, and nothing is left behind, when the file,

@@ -48,6 +48,17 @@ def in_torchscript(block: Any) -> Iterator[str]:
             yield from in_torchscript(inner)
 
 
+def in_exported(program: torch.export.ExportedProgram) -> Iterator[str]:
+    """What the nodes of an exported program do that no graph may do, in inner graphs too."""
+    for module in program.graph_module.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            impurity = _exported_impurity(node)
+            if impurity:
+                yield f"{node.target}{_exported_place(node)} {impurity}"
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the impure operators that run, and the module that runs them."""
 
@@ -102,6 +113,19 @@ def _torchscript_place(node: Any) -> str:
     """The line of the model's own code that a node comes from, where the file says so."""
     lines = [line for line in node.sourceRange().splitlines() if "): " in line and "/torch/" not in line]
     return f" ({lines[0].strip()})" if lines else ""
+
+
+def _exported_impurity(node: torch.fx.Node) -> str | None:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    names = (argument.name for argument in node.target._schema.arguments)
+    return _impurity(node.target, dict(zip(names, node.args, strict=False)) | node.kwargs)
+
+
+def _exported_place(node: torch.fx.Node) -> str:
+    """The path of the module that a node comes from, where the file says so."""
+    scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+    return f" of {scopes[-1]}" if scopes else ""
 
 
 def _onnx_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -12,19 +12,18 @@ from pathlib import Path
 import torch
 from google.protobuf import timestamp_pb2
 
-from export import artifact, quality, training
+from export import artifact, formats, quality, training
 from export.checkpoint import Checkpoint
 from export.data import Dataset
 from export.families.base import Family, Preset
 from export.figure import draw
-from export.graph import FORMATS
 from export.layout import sha256
 from export.program import Program
 from samovar.v1 import manifest_pb2
 
 PICTURE = "samples.png"
 CURVE = "training.json"
-_NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "kinds")
+_NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "sampled_rows", "kinds")
 _UNTRAINED = training.Outcome(seconds=0, best=training.Point(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -37,7 +36,7 @@ class Recipe:
     data: Dataset
     models: Path
     preset: str = "starter"
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = formats.USUAL
     name: str | None = None
     version: str | None = None
     steps: int | None = None

@@ -9,6 +9,7 @@ import torch
 import samovar
 from export import data, recipe
 from export.families import FAMILIES
+from export.formats import FORMATS
 from tests.serving import RunningServer, serving
 
 
@@ -20,10 +21,11 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny untrained artifact of every family on its usual data, in both formats: digits-vae/1, say."""
+    """One tiny untrained artifact of every family on its usual data, in every format: digits-vae/1, say."""
     directory = tmp_path_factory.mktemp("models")
     for entry in FAMILIES.values():
-        recipe.untrained(recipe.Recipe(entry.load(), data.load(entry.data[0]), directory, preset="tiny"))
+        usual = data.load(entry.data[0])
+        recipe.untrained(recipe.Recipe(entry.load(), usual, directory, preset="tiny", formats=FORMATS))
     return directory
 
 

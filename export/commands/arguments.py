@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export import formats
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PRESETS = ("starter", "full", "tiny")
+PRESETS = ("starter", "medium", "full", "tiny")
 
 
 def command(commands: "Commands", name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -24,6 +26,16 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Which graph files an artifact carries."""
+    parser.add_argument(
+        "--format",
+        choices=formats.CHOICES,
+        default="both",
+        help=f"graph files; both: {' and '.join(formats.USUAL)} (%(default)s)",
+    )
+
+
 def add_training(parser: argparse.ArgumentParser) -> None:
     """What every training takes, of one model or of many."""
     add_models(parser)
@@ -31,12 +43,10 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="starter",
-        help="size and patience: starter for minutes on a CPU, full for a GPU and larger data, "
-        "tiny to see everything work once (%(default)s)",
+        help="size and patience: starter for minutes on a CPU, medium for larger data and half an hour on "
+        "a CPU, full for a GPU, tiny to see everything work once (%(default)s)",
     )
-    parser.add_argument(
-        "--format", choices=("onnx", "torchscript", "both"), default="both", help="graph files (%(default)s)"
-    )
+    add_format(parser)
     parser.add_argument(
         "--seed",
         type=int,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export import formats
 from export.commands.arguments import add_training, command, positive
 from export.families import FAMILIES
 
@@ -44,7 +45,6 @@ def _train(options: argparse.Namespace) -> int:
     import torch
 
     from export import data, recipe
-    from export.graph import FORMATS
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace) -> int:
             data=data.load(data_name, options.data_dir),
             models=options.models,
             preset=options.preset,
-            formats=FORMATS if options.format == "both" else (options.format,),
+            formats=formats.CHOICES[options.format],
             name=options.name,
             version=options.version,
             steps=options.steps,

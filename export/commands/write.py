@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.arguments import add_models, command
+from export import formats
+from export.commands.arguments import add_format, add_models, command
 
 if TYPE_CHECKING:
     from export.commands.arguments import Commands
@@ -20,22 +21,19 @@ def add(commands: "Commands") -> None:
     parser = command(commands, "write", "export a model of one's own from a Python file", _DESCRIPTION)
     parser.add_argument("file", type=Path, help="such as examples/galaxy.py")
     parser.add_argument("--name", default="", help="the artifact's name; the file's when left out")
-    parser.add_argument(
-        "--format", choices=("onnx", "torchscript", "both"), default="both", help="graph files (%(default)s)"
-    )
+    add_format(parser)
     add_models(parser)
     parser.set_defaults(command=_write)
 
 
 def _write(options: argparse.Namespace) -> int:
     from export import layout, own
-    from export.graph import FORMATS
 
-    formats = FORMATS if options.format == "both" else (options.format,)
-    path = own.write(options.file, options.models, options.name, formats)
+    chosen = formats.CHOICES[options.format]
+    path = own.write(options.file, options.models, options.name, chosen)
     written = layout.read(path)
     operations = list(dict.fromkeys(program.operation for program in written.programs))
-    print(f"Wrote {path}, verified in {' and '.join(formats)}: {', '.join(operations)}")
+    print(f"Wrote {path}, verified in {' and '.join(chosen)}: {', '.join(operations)}")
     print(f"  serve it:  python -m server --models {options.models}")
     if "sample" in operations:
         kind = written.value.Kind.Name(written.value.kind).removeprefix("KIND_").lower()

@@ -17,7 +17,8 @@ from samovar.v1 import manifest_pb2
 class Preset:
     """A size of network and the training that suits it: `width` channels or units, `depth` layers.
 
-    `judge` trains the classifier that samples are measured by, on `measured_rows` test rows.
+    `judge` trains the classifier that samples are measured by, on `measured_rows` test rows; where
+    a sample costs much, fewer `sampled_rows` are drawn, or none.
     `kinds` holds what suits other kinds of value than images better.
     """
 
@@ -27,7 +28,13 @@ class Preset:
     dropout: float = 0.0
     judge: Settings = field(default_factory=lambda: Settings(steps=500))
     measured_rows: int = 450
+    sampled_rows: int | None = None
     kinds: Mapping[str, "Preset"] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """How many samples are compared with as many test rows; with 0, none are."""
+        return self.measured_rows if self.sampled_rows is None else self.sampled_rows
 
     def suiting(self, value: Value) -> "Preset":
         """This preset, or the one that it has for the value's kind."""

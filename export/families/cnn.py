@@ -52,6 +52,15 @@ class Family(ClassifierFamily):
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=4, depth=2, training=Settings(steps=1), measured_rows=20),
         "starter": Preset(width=24, depth=2, dropout=0.3, training=Settings(steps=800)),
+        "medium": Preset(
+            width=24,
+            depth=3,
+            dropout=0.3,
+            training=Settings(
+                steps=3600, batch_rows=128, learning_rate=4e-3, weight_decay=0.05, ema_decay=0.998
+            ),
+            measured_rows=10_000,
+        ),
         "full": Preset(
             width=64,
             depth=4,

@@ -28,6 +28,15 @@ class Family(ClassifierFamily):
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=16, depth=1, training=Settings(steps=1), measured_rows=20),
         "starter": Preset(width=512, depth=2, dropout=0.3, training=Settings(steps=1500)),
+        "medium": Preset(
+            width=1024,
+            depth=3,
+            dropout=0.2,
+            training=Settings(
+                steps=10_000, batch_rows=128, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.999
+            ),
+            measured_rows=10_000,
+        ),
         "full": Preset(
             width=1024,
             depth=4,

@@ -37,6 +37,8 @@ from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
 
 FIRST_REACH = 3
+# Images of a class in the picture; every pixel takes a pass through the network.
+PICTURED, PICTURED_OF_MORE, QUICK_PIXELS = 10, 3, 256
 # Divides logits in place of a temperature of 0: all but the likeliest level get nothing.
 _COLDEST = 1e-4
 # The logarithm of nothing, finite so that no row carries an infinity.
@@ -280,8 +282,19 @@ class Family:
             depth=5,
             dropout=0.4,
             training=Settings(
-                steps=1000, batch_rows=48, learning_rate=7e-3, weight_decay=0.2, ema_decay=0.985
+                steps=1000,
+                batch_rows=48,
+                learning_rate=7e-3,
+                weight_decay=0.2,
+                ema_decay=0.985,
+                validation_rows=1,
             ),
+        ),
+        "medium": Preset(
+            width=32,
+            depth=6,
+            training=Settings(steps=7500, batch_rows=16, learning_rate=4e-3, evaluations=5),
+            sampled_rows=0,
         ),
         "full": Preset(
             width=96,
@@ -321,9 +334,6 @@ class Family:
     def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Bits per dimension, accuracy, and how samples compare with test rows."""
         test = data.test[: preset.measured_rows]
-        judge = Judge.train(data, preset.judge)
-        labels = np.arange(preset.measured_rows) % len(data.value.class_labels)
-        labelled = play(player, "sample", _labelled(player, labels), "labelled samples")["image"]
         scores, classes = (
             play(player, operation, _given(player, operation, test.rows), operation)
             for operation in ("score", "classify")
@@ -331,22 +341,29 @@ class Family:
         return [
             exact_bits_per_dimension(scores["log_mass"], test.rows[0].size),
             accuracy(classes["probabilities"].argmax(1) == test.labels),
-            *judge.similarity(sampler(player), preset.measured_rows),
-            judge.agreement(labelled, labels),
+            *(_sample_quality(player, data, preset) if preset.samples else ()),
         ]
 
     def panels(self, player: Player, data: Dataset) -> list[Panel]:
         """Test rows, samples, and completions of the test rows' upper halves, a line for each class."""
         classes = min(10, len(data.value.class_labels))
-        labels = np.repeat(np.arange(classes), 10)
-        order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
-        real = data.test.rows[order]
+        each = PICTURED if data.test.rows[0].size <= QUICK_PIXELS else PICTURED_OF_MORE
+        labels = np.repeat(np.arange(classes), each)
+        order = [np.flatnonzero(data.test.labels == label)[:each] for label in range(classes)]
+        real = data.test.rows[np.concatenate(order)]
         halves = _given(player, "sample", real, known=_upper_half(real))
         return [
-            Panel("test images", real),
-            Panel("samples", player.play("sample", _labelled(player, labels))["image"]),
-            Panel("upper halves of the test images, completed", player.play("sample", halves)["image"]),
+            Panel("test images", real, each),
+            Panel("samples", player.play("sample", _labelled(player, labels))["image"], each),
+            Panel("upper halves of the test images, completed", player.play("sample", halves)["image"], each),
         ]
+
+
+def _sample_quality(player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    judge = Judge.train(data, preset.judge)
+    labels = np.arange(preset.samples) % len(data.value.class_labels)
+    labelled = play(player, "sample", _labelled(player, labels), "labelled samples")["image"]
+    return [*judge.similarity(sampler(player), preset.samples), judge.agreement(labelled, labels)]
 
 
 def _upper_half(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

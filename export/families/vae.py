@@ -226,6 +226,11 @@ class Family:
             width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
         ),
         "starter": Preset(width=384, depth=2, dropout=0.1, training=Settings(steps=1300)),
+        "medium": Preset(
+            width=512,
+            depth=2,
+            training=Settings(steps=5000, learning_rate=1e-3),
+        ),
         "full": Preset(
             width=1024,
             depth=3,

@@ -2,11 +2,13 @@
 
 from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_out_of_memory
 from server.runtime.onnx import OnnxGraph
+from server.runtime.torch_export import TorchExportGraph
 from server.runtime.torchscript import TorchScriptGraph
 
 RUNTIMES: dict[str, OpenGraph] = {
     "onnx": OnnxGraph,
     "torchscript": TorchScriptGraph,
+    "torch_export": TorchExportGraph,
 }
 
 __all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph", "Tensors", "bound", "is_out_of_memory"]

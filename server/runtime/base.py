@@ -59,6 +59,29 @@ def copying(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], Non
     return call
 
 
+def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
+    """Capture the kernels of a call as a CUDA graph, which is launched as one."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up_calls):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def fresh(outputs: Tensors, inputs: Tensors) -> Tensors:
+    """Outputs without history; a graph may hand an input back, which its caller then writes in place."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return [
+        output.detach().clone() if output.untyped_storage().data_ptr() in given else output.detach()
+        for output in outputs
+    ]
+
+
 class OpenGraph(Protocol):
     """Loads a graph file; ArtifactRefused when the file is not what the spec says."""
 

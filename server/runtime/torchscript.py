@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from server.errors import ArtifactRefused
-from server.runtime.base import Device, Tensors, copying
+from server.runtime.base import Device, Tensors, captured, copying, fresh
 from server.spec import GraphSpec
 
 
@@ -28,32 +28,12 @@ class TorchScriptGraph:
     def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
         result = self._module(*inputs)
-        outputs = (result,) if isinstance(result, torch.Tensor) else result
-        # A graph may hand an input back; the caller writes its inputs in place.
-        given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        return [
-            output.detach().clone() if output.untyped_storage().data_ptr() in given else output.detach()
-            for output in outputs
-        ]
+        return fresh((result,) if isinstance(result, torch.Tensor) else result, inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
         """A call on these very tensors; on CUDA one that replays a graph of its kernels, when asked to."""
         call = copying(self, inputs, outputs)
         return captured(call) if self._replays else call
-
-
-def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
-    """Capture the kernels of a call as a CUDA graph, which is launched as one."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up_calls):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _first_line(error: Exception) -> str:

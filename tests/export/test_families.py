@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from export import data, graph, layout, recipe, verify
+from export import data, layout, recipe, verify
 from export.families import FAMILIES
+from export.formats import FORMATS
 from export.program import OPERATIONS, program_name
 from samovar.v1 import manifest_pb2
 
@@ -41,7 +42,7 @@ def test_what_is_refused_is_not_offered(family: str) -> None:
 def test_every_format_reproduces_the_modules_in_any_company(family: str, artifacts: dict[str, Path]) -> None:
     report = verify.verify(artifacts[family])
     assert report.failures == []
-    assert {finding.format for finding in report.findings} == set(graph.FORMATS)
+    assert {finding.format for finding in report.findings} == set(FORMATS)
     assert {finding.program for finding in report.findings} == set(FAMILIES[family].operations)
 
 

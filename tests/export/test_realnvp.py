@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export import artifact, data, layout, recipe, replay, verify
 from export.families.base import Preset
-from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, RealNVP, masks
+from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, Marginal, RealNVP, masks
 from export.importance import DRAWS_PER_STEP
 from export.program import TensorSpec, Value
 from export.training import Settings
@@ -91,6 +91,23 @@ def test_decoding_is_the_inverse_of_encoding(dataset: data.Dataset) -> None:
     latent = torch.randn(50, flow.dimensions).double()
     flow.double()
     torch.testing.assert_close(flow.encode(flow.decode(latent))[0], latent, atol=1e-4, rtol=0)
+
+
+def test_a_pixel_of_the_training_rows_becomes_nearly_normal() -> None:
+    rows = np.random.default_rng(0).choice(6, (5000, 2), p=[0.5, 0.3, 0.1, 0.05, 0.04, 0.01]).astype(np.uint8)
+    torch.manual_seed(0)
+    normal, _ = Marginal(rows, 6)(torch.from_numpy(rows) + torch.rand(rows.shape))
+    assert normal.mean(0).abs().max() < 0.05
+    assert (normal.std(0) - 1).abs().max() < 0.05
+
+
+def test_every_level_comes_back_however_rare_it_is() -> None:
+    rows = np.zeros((1000, 2), np.uint8)
+    rows[:, 1] = 255
+    rows[0] = 128
+    marginal = Marginal(rows, 256)
+    x = torch.arange(256).unsqueeze(1) + torch.tensor([0.25, 0.75])
+    assert torch.equal(marginal.inverse(marginal(x)[0]).floor(), x.floor())
 
 
 @pytest.mark.parametrize("shape", [(2,), (5,), (8, 8), (4, 6, 3), (1, 2)])

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from export import artifact, graph, layout, purity, verify
 from export.artifact import Model
+from export.formats import FORMATS
 from export.golden import Example
 from export.program import Input, Program, TensorSpec, Value
 
@@ -120,7 +121,7 @@ def replace_graph(directory: Path, content: bytes) -> None:
     layout.seal(json_format.MessageToJson(manifest), directory)
 
 
-@pytest.mark.parametrize("format", graph.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("make", "reason"), IMPURE)
 def test_what_is_random_or_in_training_is_not_exported(
     make: Callable[[], nn.Module], reason: str, format: str, tmp_path: Path
@@ -139,7 +140,7 @@ def test_the_message_names_the_graph_the_module_and_the_operator_and_says_what_t
     )
 
 
-@pytest.mark.parametrize("format", graph.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("make", [trained_norm, Channels])
 def test_frozen_norms_and_sleeping_dropout_pass(
     make: Callable[[], nn.Module], format: str, tmp_path: Path
@@ -148,7 +149,7 @@ def test_frozen_norms_and_sleeping_dropout_pass(
     assert verify.verify(directory).failures == []
 
 
-@pytest.mark.parametrize("format", graph.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_row_that_sees_the_batch_mean_is_refused(format: str, rows: int, tmp_path: Path) -> None:
     with pytest.raises(
@@ -207,6 +208,34 @@ def test_randomness_in_an_inner_block_is_found(tmp_path: Path) -> None:
     directory = written(tmp_path, "torchscript")
     replace_graph(directory, script_bytes(torch.jit.script(Branching())))
     assert "aten::rand_like" in verify.verify(directory).failures[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (AlwaysDrops, r"aten.dropout.default draws random numbers"),
+        (AlwaysMeasures, r"aten.batch_norm.default .*normalises by the batch"),
+        (Draws, "aten.randn.default draws random numbers"),
+        (Picks, "aten.multinomial.default draws random numbers"),
+    ],
+)
+def test_an_impure_exported_program_made_elsewhere_is_found(
+    make: Callable[[], nn.Module], found: str, tmp_path: Path
+) -> None:
+    directory = written(tmp_path, "torch_export")
+    replace_graph(directory, exported_bytes(make().eval()))
+    (failure,) = verify.verify(directory).failures
+    assert failure.startswith("decode.pt2: expected a pure function, but ")
+    assert_matches(found, failure)
+
+
+def exported_bytes(module: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    rows = {0: torch.export.Dim("batch", min=1, max=64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(module, (torch.zeros(3, 4),), dynamic_shapes=(rows,)), buffer)
+    return buffer.getvalue()
 
 
 def onnx_model(*nodes: onnx.NodeProto, initializers: tuple[TensorProto, ...] = ()) -> onnx.ModelProto:
@@ -291,7 +320,7 @@ def test_weights_outside_of_the_sealed_file_are_refused(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("format", graph.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_is_no_graph_is_refused_in_a_line(format: str, tmp_path: Path) -> None:
     directory = written(tmp_path, format)
     replace_graph(directory, b"not a graph")

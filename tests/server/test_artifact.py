@@ -13,7 +13,7 @@ import pytest
 import samovar
 from server.errors import ArtifactRefused
 from server.repository import Repository
-from server.runtime import Device
+from server.runtime import RUNTIMES, Device
 from tests.serving import serving
 
 Json = Any
@@ -159,15 +159,24 @@ def test_a_flipped_byte_in_a_graph_is_named(artifact: Path) -> None:
     assert "decode.onnx does not have the SHA-256" in refusal(artifact)
 
 
-def test_a_graph_that_is_none_is_refused(artifact: Path, manifest: Json) -> None:
-    (artifact / "decode.pt").write_bytes(b"PK nonsense")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("decode.onnx", "is not an ONNX graph"),
+        ("decode.pt", "is not a TorchScript file"),
+        ("decode.pt2", "is not a torch.export program"),
+    ],
+)
+def test_a_graph_that_is_none_is_refused(artifact: Path, manifest: Json, name: str, reason: str) -> None:
+    (artifact / name).write_bytes(b"PK nonsense")
     document = copy.deepcopy(manifest)
     for graph in document["graphs"]:
         for file in graph["files"]:
-            if file["path"] == "decode.pt":
+            if file["path"] == name:
                 file["sha256"] = hashlib.sha256(b"PK nonsense").hexdigest()
     reseal(artifact, document)
-    assert "decode.pt is not a TorchScript file" in refusal(artifact)
+    with pytest.raises(ArtifactRefused, match=f"{name} {reason}"):
+        Repository(Device(), tuple(RUNTIMES), max_batch_rows=8).load(artifact)
 
 
 def test_other_weights_do_not_pass_the_golden_rows(artifact: Path, manifest: Json) -> None:

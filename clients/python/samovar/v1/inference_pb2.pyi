@@ -64,7 +64,7 @@ class ModelSelector(google.protobuf.message.Message):
     version: builtins.str
     """One of its versions; empty means the newest."""
     format: builtins.str
-    """One of its formats, "onnx" or "torchscript"; empty means the server's first choice."""
+    """One of its formats: "onnx", "torchscript" or "torch_export"; empty means the server's first choice."""
     def __init__(
         self,
         *,

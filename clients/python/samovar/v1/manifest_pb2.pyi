@@ -404,7 +404,7 @@ class GraphFile(google.protobuf.message.Message):
     PATH_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     format: builtins.str
-    """"onnx" or "torchscript"."""
+    """"onnx", "torchscript" or "torch_export"."""
     path: builtins.str
     """File name inside the artifact's directory."""
     sha256: builtins.str

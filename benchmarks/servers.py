@@ -1,0 +1,94 @@
+"""Servers as processes of their own, and what the operating system says of them. Linux only."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+START_SECONDS = 120.0
+_PORTS = re.compile(r"listening on .*:(\d+); metrics on port (\d+)")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers, as another process."""
+
+    address: str
+    pid: int
+    metrics_port: int = 0
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time that all its threads have taken so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that it holds."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return 1024 * int(re.findall(r"VmRSS:\s*(\d+)", status)[0])
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        series = (line.split() for line in lines if re.match(rf"{name}[{{ ]", line))
+        return sum(float(fields[-1]) for fields in series)
+
+
+@contextmanager
+def samovar_server(models: Path, *flags: str) -> Iterator[Server]:
+    """`python -m server` over a directory of artifacts, ready to answer."""
+    command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0"]
+    command += ["--max-rows-per-request", "200000", *flags]
+    with _running(command, stderr=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := _PORTS.search(line):
+                break
+        else:
+            raise RuntimeError(f"the server did not start: {' '.join(command)}")
+        server = Server(f"127.0.0.1:{found[1]}", process.pid, int(found[2]))
+        _wait_until_serving(server.address)
+        yield server
+
+
+@contextmanager
+def bare_server(reply_bytes: int) -> Iterator[Server]:
+    """benchmarks/bare.py, ready to answer."""
+    with _running([sys.executable, "-m", "benchmarks.bare", str(reply_bytes)]) as process:
+        assert process.stdout is not None
+        yield Server(f"127.0.0.1:{process.stdout.readline().strip()}", process.pid)
+
+
+@contextmanager
+def _running(command: list[str], stderr: bool = False) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if stderr else None, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def _wait_until_serving(address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    with grpc.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        while check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{address} did not say SERVING within {START_SECONDS:.0f} s")
+            time.sleep(0.05)

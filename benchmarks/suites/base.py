@@ -1,0 +1,47 @@
+"""What a benchmark is given, and what it must be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks import artifacts
+from benchmarks.load import Callers
+from benchmarks.report import Section
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where artifacts are kept, who calls, and how thorough to be; `preset` is the networks' size."""
+
+    directory: Path
+    callers: Callers
+    is_quick: bool = False
+    preset: str = "starter"
+
+    @property
+    def repeats(self) -> int:
+        """How often each side of a comparison is measured."""
+        return 2 if self.is_quick else 5
+
+    def either(self, quick: float, full: float) -> float:
+        """A duration in seconds, or any other measure of thoroughness."""
+        return quick if self.is_quick else full
+
+    def models(self, *names: str, formats: Sequence[str] = ("onnx",)) -> Path:
+        """A directory that shows these artifacts and no others."""
+        made = self.directory / "-".join((self.preset, *formats))
+        return artifacts.view(names, artifacts.make(names, made, self.preset, formats))
+
+
+class Benchmark(Protocol):
+    """One question about speed. It may take minutes, a few seconds when it is quick."""
+
+    def __call__(self, bench: Bench) -> Section: ...
+
+
+def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names that were asked for, all when there are none; ValueError lists what there is."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
+    return [name for name in known if not names or name in names]

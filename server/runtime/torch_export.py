@@ -1,0 +1,52 @@
+"""Graphs as torch.export programs, on the CPU or a GPU: what follows TorchScript upstream.
+
+A program is run operator by operator, each called from Python; on the CPU the other
+runtimes are quicker. On CUDA a captured graph of kernels leaves no Python to run.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export.passes import move_to_device_pass
+
+from server.errors import ArtifactRefused
+from server.runtime.base import Device, Tensors, captured, copying, fresh
+from server.spec import GraphSpec
+
+
+class TorchExportGraph:
+    """An exported program, called positionally."""
+
+    def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
+        self._replays = device.is_cuda and device.cuda_graphs
+        program = _load(path)
+        arguments = [str(name) for name in program.graph_signature.user_inputs]
+        expected = [tensor.name for tensor in spec.inputs]
+        if arguments != expected:
+            raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
+        if device.is_cuda:  # constants inside graphs have a device too
+            program = move_to_device_pass(program, device.torch)
+        self._module: Any = program.module()
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        with torch.no_grad():
+            result = self._module(*inputs)
+        return fresh((result,) if isinstance(result, torch.Tensor) else result, inputs)
+
+    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+        """A call on these very tensors; on CUDA one that replays a graph of its kernels, when asked to."""
+        call = copying(self, inputs, outputs)
+        return captured(call) if self._replays else call
+
+
+def _load(path: Path) -> torch.export.ExportedProgram:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            return torch.export.load(path)
+    except Exception as error:  # a file that is none raises anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactRefused(f"{path.name} is not a torch.export program: {first}") from None

@@ -1,0 +1,149 @@
+"""The benchmarks compute: their arithmetic and pages, and a miniature of each kind of load."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import artifacts, load, report
+from benchmarks.load import Arrival, Callers, Closed, Observed
+from benchmarks.servers import bare_server
+from benchmarks.spread import Spread, percentile, ratio, short, spread
+from benchmarks.suites import NAMES, calls, chosen, determinism, scale
+from benchmarks.suites import load as load_suite
+from samovar.v1 import inference_pb2 as pb
+from tests.serving import RunningServer, serving
+
+
+@pytest.fixture(scope="module")
+def callers() -> Iterator[Callers]:
+    with load.callers() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server over the smallest model of the benchmarks."""
+    models = artifacts.copies(1, tmp_path_factory.mktemp("models"))
+    with serving(models) as running:
+        yield running
+
+
+def test_a_spread_is_the_median_with_its_range() -> None:
+    assert spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert str(spread([3.0, 1.0, 2.0])) == "2.00 (1.00–3.00)"
+    with pytest.raises(ValueError, match="at least one"):
+        spread([])
+
+
+def test_a_ratio_is_of_neighbours_not_of_medians() -> None:
+    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == Spread(2.0, 1.0, 3.0)
+    with pytest.raises(ValueError, match="zip"):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_numbers_are_printed_with_three_digits() -> None:
+    assert [short(value) for value in (12345.6, 12.34, 1.234, 0.01234, np.nan)] == [
+        "12,346",
+        "12.3",
+        "1.23",
+        "0.0123",
+        "–",
+    ]
+    assert np.isnan(percentile(np.array([]), 50))
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    times = np.diff(load.poisson(50.0, 20_000, np.random.default_rng(0)))
+    assert times.min() > 0
+    # Exponential gaps: mean 1/50, and a standard deviation that equals it.
+    assert times.mean() == pytest.approx(1 / 50, rel=0.03)
+    assert times.std() == pytest.approx(1 / 50, rel=0.03)
+
+
+def test_tables_and_pages() -> None:
+    table = report.Table(("name", "calls/s"), (("bare", "1"), ("a|b", "200")), "Calls")
+    assert report.plain(table) == "Calls\nname  calls/s\n----  -------\nbare  1\na|b   200"
+    assert "| a/b | 200 |" in report.markdown(table)
+    plot = report.Plot("file", "A plot", "x", "y", (report.Line("line", (1, 2), (3, 4)),))
+    page = report.page([report.Section("First", "Why.", (table,), (plot,))], report.machine())
+    assert "## First\n\nWhy.\n\n**Calls**" in page
+    assert "![A plot](benchmarks/file.svg)" in page
+    assert "torch" in page
+
+
+def test_a_plot_is_a_file(tmp_path: Path) -> None:
+    plot = report.Plot("file", "A plot", "x", "y", (report.Line("line", (1, 2), (3, 4)),))
+    assert report.draw(plot, tmp_path / "plots").read_text().startswith("<?xml")
+
+
+def test_benchmarks_are_chosen_by_name() -> None:
+    assert chosen([], NAMES) == list(NAMES)
+    assert chosen(["calls"], NAMES) == ["calls"]
+    with pytest.raises(ValueError, match="no benchmark speed; there are: scheduling"):
+        chosen(["speed"], NAMES)
+    assert all(callable(load_suite(name)) for name in NAMES)
+
+
+def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in NAMES if f"  {name} " not in shown] == []
+
+
+def test_a_closed_loop_counts_the_answers_of_a_bare_server(callers: Callers) -> None:
+    with bare_server(100) as bare:
+        seen = callers.closed(Closed(bare.address, "/any/Method", b"x", callers=3, seconds=0.1))
+        assert bare.cpu_seconds >= 0
+        assert bare.resident_bytes > 1 << 20
+    assert len(seen.latencies) > 3
+    assert (seen.latencies > 0).all()
+    assert seen.rate == pytest.approx(len(seen.latencies) / seen.seconds)
+
+
+def test_the_request_of_a_closed_loop_is_one_that_the_server_answers(
+    callers: Callers, tiny: RunningServer
+) -> None:
+    request = calls.request(artifacts.TINY, 5, f"{artifacts.TINY}-0")
+    assert pb.TransformRequest.FromString(request).inputs["point"].shape == [5, 2]
+    assert len(callers.closed(Closed(tiny.address, calls.METHOD, request, 1, 0.05)).latencies)
+
+
+def test_an_open_loop_keeps_answers_and_errors(callers: Callers, server: RunningServer) -> None:
+    due = [Arrival(0.0, "walk", "digits-diffusion", 2, seed, {"steps": 2}) for seed in (1, 1, 2)]
+    seen = callers.open(server.address, due, keep=True)
+    assert not seen.errors
+    assert seen.outputs[0] == seen.outputs[1] != seen.outputs[2]
+    assert len(seen.of("walk")) == 3
+    assert len(seen.of("other")) == 0
+    wrong = Arrival(0.0, "wrong", "digits-diffusion", 1, 1, {"steps": -1})
+    failed = callers.open(server.address, [*due, wrong])
+    assert "steps" in failed.errors[0]
+    assert len(failed.of("wrong")) == 0
+    assert failed.rate == pytest.approx(3 / failed.seconds)
+
+
+def test_split_traffic_is_compared_row_by_row(callers: Callers, server: RunningServer) -> None:
+    traffic = [Arrival(0.0, "a", "digits-diffusion", 3, seed, {"steps": 2}, 5) for seed in (1, 2)]
+    parts = determinism.split(traffic)
+    assert [part.rows + other.rows for part, other in zip(parts[::2], parts[1::2], strict=True)] == [3, 3]
+    together = callers.open(server.address, traffic, keep=True)
+    alone = callers.one_by_one(server.address, parts)
+    assert [determinism.same(traffic, together, alone, index) for index in (0, 1)] == [3, 3]
+    spoilt = Observed(together.latencies, 1.0, 0.0, outputs=[bytes(len(o)) for o in together.outputs])
+    assert determinism.same(traffic, spoilt, alone, 0) < 3
+
+
+def test_drawn_traffic_has_the_rows_that_were_asked_for() -> None:
+    traffic = determinism.draw(300)
+    assert 300 <= sum(arrival.rows for arrival in traffic) < 300 + determinism.MOST_ROWS
+    assert {arrival.model for arrival in traffic} == {kind.model for kind in determinism.KINDS}
+    assert traffic == determinism.draw(300)
+
+
+def test_the_scheduler_holds_a_waiting_row_in_a_kilobyte() -> None:
+    assert 0 < scale.row_bytes(1000) <= 1024
+    assert scale.turn_seconds(100, turns=10) > 0
