@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX
+from export.families.diffusion.sampler import SIGMA_MAX, by_packets
 from export.families.diffusion.samples import given, open_label
 from export.langevin import total
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
@@ -107,7 +107,7 @@ class Step(nn.Module):
 
     def level(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """1 / sigma^2 + 1 / s^2 and sigma [B] at a position [B] between the levels, from 0 to 1."""
-        weight = (self.first + self.depth * position).exp()
+        weight = by_packets(torch.exp, self.first + self.depth * position)
         return weight, (weight - 1 / self.variance).clamp(min=SIGMA_MAX**-2).rsqrt()
 
     def denoised(self, clean: Tensor, sigma: Tensor, noise: Tensor, label: Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from export.data import Dataset
 from export.families.base import Preset
-from export.families.diffusion.sampler import per_row
+from export.families.diffusion.sampler import by_packets, per_row
 from export.langevin import total
 from export.training import Network
 
@@ -201,13 +201,13 @@ class Denoiser(Network):
 
     def estimate(self, normed: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """F of rows [B, *shape] divided by sqrt(sigma^2 + s^2)."""
-        estimate: Tensor = self.network(normed, sigma.log() / 4, label)
+        estimate: Tensor = self.network(normed, by_packets(torch.log, sigma) / 4, label)
         return estimate
 
     def divergence(self, normed: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """F of points [B, D] divided by sqrt(sigma^2 + s^2), and its divergence [B]."""
         assert isinstance(self.network, Perceptron)
-        return self.network.divergence(normed, sigma.log() / 4, label)
+        return self.network.divergence(normed, by_packets(torch.log, sigma) / 4, label)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Weighted squared error at a random noise level (Karras et al., Table 1) [B]."""

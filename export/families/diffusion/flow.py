@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from export.families.diffusion.bound import LastLevel, space
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, SIGMA_MIN, per_row
+from export.families.diffusion.sampler import SIGMA_MAX, SIGMA_MIN, by_packets, per_row
 from export.families.diffusion.samples import given, open_label
 from export.langevin import total
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
@@ -82,7 +82,7 @@ class _Step(nn.Module):
         outer, inner = (stage == 0) | (stage == STAGES - 1), torch.full_like(start, 0.5)
         share = torch.where(outer, (stage > 0).to(start.dtype), inner)
         return _Stage(
-            sigma=self.spread * torch.tan(start + share * (end - start)),
+            sigma=self.spread * by_packets(torch.tan, start + share * (end - start)),
             weight=(end - start) * torch.where(outer, inner / 3, 2 * inner / 3),
             lead=(end - start) * torch.where(stage == STAGES - 2, 2 * inner, inner),
             is_last=stage == STAGES - 1,

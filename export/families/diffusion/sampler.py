@@ -14,20 +14,34 @@ Without eta all of them solve the probability-flow ODE, dx/dsigma = (x - D) / si
 as down. Knows no network.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from export.langevin import PACKET
+
 SAMPLERS = ("ddim", "heun", "dpmpp2m")
 DDIM, HEUN, DPMPP2M = range(3)
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 
 
 def noise_level(position: Tensor) -> Tensor:
     """sigma at a position on the noise scale (Karras et al., Eq. 5): SIGMA_MIN at 0, SIGMA_MAX at 1."""
     least, most = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    return torch.pow(least + position * (most - least), RHO)
+    root = least + position * (most - least)
+    # The power of RHO, by products: they are rounded alike in every slot.
+    cube = root * root * root
+    return cube * cube * root
+
+
+def by_packets(function: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
+    """A transcendental function of numbers [B], of which kernels round those at the end of a batch otherwise.
+
+    Each is spread over a whole SIMD packet, so that there is no end.
+    """
+    return function(numbers.unsqueeze(1).expand(-1, PACKET))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -169,7 +183,8 @@ def _sine(after: Tensor, now: Tensor) -> Tensor:
 
 def _bend(before: Tensor, now: Tensor, after: Tensor) -> Tensor:
     """1 / (2 r) of DPM-Solver++(2M), with r the ratio of the last log-step to this one."""
-    return torch.log(now / after.clamp(min=SIGMA_MIN / 2)) / (2 * torch.log(before / now))
+    step = by_packets(torch.log, now / after.clamp(min=SIGMA_MIN / 2))
+    return step / (2 * by_packets(torch.log, before / now))
 
 
 def per_row(numbers: Tensor, like: Tensor) -> Tensor:
