@@ -42,7 +42,11 @@ FAMILIES: Mapping[str, Entry] = {
     "diffusion": Entry(
         "export.families.diffusion",
         "class-conditional diffusion model (EDM, Karras et al. 2022)",
-        ("sample",),
+        (
+            *("sample", "sample:guided", "sample:edit", "sample:inpaint"),
+            *("encode", "decode", "reconstruct", "score", "score:ode"),
+        ),
+        ("digits", "moons"),
     ),
     "pixelcnn": Entry(
         "export.families.pixelcnn",

@@ -1,6 +1,6 @@
 """Diffusion: the one linear step is every textbook sampler, in any mixture of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -10,19 +10,23 @@ from numpy.typing import NDArray
 
 from export import artifact, data, replay
 from export.families.base import Preset
-from export.families.diffusion import DDIM, DPMPP2M, FAMILY, HEUN, SIGMA_MAX, SIGMA_MIN, Denoiser, Step
+from export.families.diffusion import FAMILY
+from export.families.diffusion.denoiser import Denoiser
+from export.families.diffusion.family import first_half
+from export.families.diffusion.sampler import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
+from export.families.diffusion.samples import Step
 from export.training import Settings
 from samovar import noise
+from tests.export import denoisers as toys
 
 Array = NDArray[np.float64]
 Denoise = Callable[[Array, float], Array]
 SPREAD = 0.75
 
 
-@pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> Denoiser:
+def randomised(dataset: data.Dataset) -> Denoiser:
     torch.manual_seed(0)
-    denoiser = FAMILY.network(digits, Preset(width=8, depth=1, training=Settings(steps=1)))
+    denoiser = FAMILY.network(dataset, Preset(width=8, depth=1, training=Settings(steps=1)))
     with torch.no_grad():
         for weights in denoiser.parameters():
             weights.add_(0.05 * torch.randn_like(weights))
@@ -30,9 +34,44 @@ def network(digits: data.Dataset) -> Denoiser:
 
 
 @pytest.fixture(scope="module")
+def network(digits: data.Dataset) -> Denoiser:
+    return randomised(digits)
+
+
+@pytest.fixture(scope="module")
+def moons() -> data.Dataset:
+    return data.load("moons")
+
+
+@pytest.fixture(scope="module")
 def player(network: Denoiser, digits: data.Dataset) -> replay.Player:
     programs = FAMILY.programs(network, digits)
     return artifact.player(digits.value, programs)
+
+
+@pytest.fixture(scope="module")
+def players(player: replay.Player, moons: data.Dataset) -> dict[str, replay.Player]:
+    return {
+        "digits": player,
+        "moons": artifact.player(moons.value, FAMILY.programs(randomised(moons), moons)),
+    }
+
+
+@pytest.fixture(params=["digits", "moons"])
+def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
+    return {"digits": digits, "moons": moons}[request.param]
+
+
+def play(
+    player: replay.Player,
+    program: str,
+    inputs: Mapping[str, NDArray[np.generic]],
+    parameters: Mapping[str, float] | None = None,
+) -> NDArray[np.float64]:
+    """The first output of a program for eight rows of inputs, or as many as there are."""
+    count = len(next(iter(inputs.values())))
+    rows = replay.request(player.program(program), 5, range(count), parameters, inputs)
+    return player.play(program, rows)[player.program(program).outputs[0].name].astype(np.float64)
 
 
 def schedule(levels: int) -> Array:
@@ -112,8 +151,8 @@ def walk(steps: int, sampler: int, eta: float) -> tuple[Array, Array, list[Array
     x, memory, label = torch.tensor(start), torch.zeros(1, 2, 2), torch.zeros(1).long()
     for index in range(steps):
         counts = (torch.tensor([number]) for number in (index, steps, sampler))
-        x, memory, denoised, label = step(
-            x, memory, label, torch.tensor(fresh[index]), *counts, torch.tensor([eta])
+        x, memory, denoised, label, _ = step(
+            x, memory, label, torch.ones(1), torch.tensor(fresh[index]), *counts, torch.tensor([eta])
         )
     np.testing.assert_array_equal(x.numpy(), denoised.numpy())
     return x.numpy().astype(np.float64), start.astype(np.float64), [z.astype(np.float64) for z in fresh]
@@ -196,3 +235,147 @@ def test_previews_are_images(player: replay.Player) -> None:
     (image,) = readout([np.array([[[-9.0, 0.0, 9.0]]], np.float32)])
     assert image.dtype == np.uint8
     assert image.tolist() == [[[0, 8, 16]]]
+
+
+@pytest.mark.parametrize("sampler", TEXTBOOK)
+def test_guidance_1_is_sample_and_more_is_not(
+    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    model, labels = players[dataset.name], {"label": np.arange(8) % 2}
+    walk = {"steps": 5, "sampler": sampler}
+    plain = play(model, "sample", labels, walk)
+    levels = 1 if dataset.value.levels else 1e-3
+    for guidance, is_plain in ((1, True), (0, False), (3, False)):
+        guided = play(model, "sample:guided", labels, {**walk, "guidance": guidance})
+        assert (np.abs(guided - plain).max() <= levels) == is_plain
+
+
+def test_no_guidance_is_the_model_without_labels(players: dict[str, replay.Player]) -> None:
+    """The same noise as a latent, decoded with and without a label."""
+    model = players["moons"]
+    latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, (2,))
+    walk = {"steps": 7, "sampler": DPMPP2M}
+    for guidance, label in ((0, 2), (1, 1)):
+        made = play(model, "sample:guided", {"label": np.ones(8, int)}, {**walk, "guidance": guidance})
+        known = play(model, "decode", {"latent": latent, "label": np.full(8, label)}, walk)
+        np.testing.assert_allclose(made, known, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", TEXTBOOK)
+def test_decoding_the_noise_of_a_sample_is_that_sample(
+    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    model, shape, labels = players[dataset.name], dataset.value.tensor.shape, np.arange(8) % 2
+    latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, shape).reshape(8, -1)
+    walk = {"steps": 6, "sampler": sampler}
+    made = play(model, "sample", {"label": labels}, walk)
+    known = play(model, "decode", {"latent": latent, "label": labels}, walk)
+    np.testing.assert_allclose(known, made, atol=1 if dataset.value.levels else 1e-3)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 20])
+def test_inpainting_keeps_what_is_known(
+    rounds: int, dataset: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    """To the bit, and looks at nothing else of the given row."""
+    name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
+    known, labels = first_half(rows), np.zeros(8, int)
+    walk = {"steps": 5, "rounds": rounds}
+    made, other = (
+        play(players[dataset.name], "sample:inpaint", {name: given, "known": known, "label": labels}, walk)
+        for given in (rows, rows * known)
+    )
+    np.testing.assert_array_equal(made[known == 1], rows[known == 1])
+    np.testing.assert_array_equal(made, other)
+    assert (made[known == 0] != rows[known == 0]).any()
+
+
+def test_what_is_known_steers_the_rest_the_more_the_more_rounds() -> None:
+    """Of two coordinates with correlation 0.9, the other has mean 1.9 given the one, not 1."""
+    model = toys.player(toys.Normal([1.0, 1.0], [[1.0, 0.9], [0.9, 1.0]]))
+    given = np.tile(np.array([[2.0, -9.0]], np.float32), (2000, 1))
+    known = np.tile(np.array([[1, 0]], np.uint8), (2000, 1))
+    once, often = (
+        play(model, "sample:inpaint", {"point": given, "known": known}, {"steps": 100, "rounds": rounds})[
+            :, 1
+        ]
+        for rounds in (1, 5)
+    )
+    assert 1.3 < once.mean() < 1.7
+    assert often.mean() == pytest.approx(1.9, abs=0.12)
+    assert 0.1 < often.var() < 0.2
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 5), (7, 1), (7, 3), (12, 4)])
+def test_every_level_takes_its_rounds(steps: int, rounds: int) -> None:
+    """Noise levels before and after each step, against RePaint's schedule."""
+    count, whole = torch.full((steps,), steps), min(rounds, steps)
+    ticks = resampled(torch.arange(steps), count, torch.full((steps,), rounds))
+    levels, left_over = schedule(steps // whole), steps % whole
+    before = np.repeat(levels[:-1], whole)
+    np.testing.assert_allclose(ticks.sigma.numpy(), [*[levels[0]] * left_over, *before], rtol=1e-4)
+    np.testing.assert_allclose(ticks.reached.numpy()[:-1], ticks.sigma.numpy()[1:], rtol=1e-6)
+    assert ticks.reached[-1] == 0
+    kept = ticks.x_x.square() * ticks.sigma.square() + ticks.x_z.square()
+    torch.testing.assert_close(kept, ticks.reached.square(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", TEXTBOOK)
+def test_an_edit_goes_as_far_as_its_strength(
+    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    """From the row itself to a sample that knows nothing of it."""
+    name, rows, labels = dataset.value.tensor.name, dataset.test.rows[:8], np.zeros(8, int)
+    walk = {"steps": 8, "sampler": sampler}
+    model = players[dataset.name]
+    edits = [
+        play(model, "sample:edit", {name: rows, "label": labels}, {**walk, "strength": strength})
+        for strength in (0.01, 0.3, 0.6, 1)
+    ]
+    distances = [np.abs(edit - rows).mean() for edit in edits]
+    assert distances == sorted(distances)
+    assert distances[0] < (0.01 if dataset.value.levels else 0.05) < distances[-1]
+    sample = play(model, "sample", {"label": labels}, walk)
+    assert np.abs(edits[-1] - sample).mean() < distances[-1] / 4
+
+
+def test_latents_of_a_normal_distribution_are_its_rows_standardised() -> None:
+    """Its ODE has a closed form: x / sqrt(variance + sigma^2) stays."""
+    model = toys.player(toys.Normal([0.0, 0.0], [[0.25, 0.0], [0.0, 0.25]]))
+    rows = np.linspace(-1, 1, 16, dtype=np.float32).reshape(8, 2)
+    latent = rows * np.sqrt((0.25 + SIGMA_MAX**2) / (0.25 + SIGMA_MIN**2), dtype=np.float32) / SIGMA_MAX
+    walk = {"steps": 200, "sampler": HEUN}
+    np.testing.assert_allclose(play(model, "encode", {"point": rows}, walk), latent, atol=5e-3)
+    np.testing.assert_allclose(play(model, "decode", {"latent": latent}, walk), rows, atol=5e-3)
+
+
+@pytest.mark.parametrize("sampler", TEXTBOOK)
+def test_a_round_trip_is_encode_then_decode(
+    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    """In the same steps, and nearer to the row with more of them."""
+    name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
+    labels: dict[str, NDArray[np.generic]] = {"label": np.zeros(8, int)}
+    model, errors = players[dataset.name], []
+    for steps in (10, 41):
+        walk = {"steps": steps, "sampler": sampler}
+        latent = play(model, "encode", {name: rows, **labels}, walk).astype(np.float32)
+        again = play(model, "decode", {"latent": latent, **labels}, walk)
+        both = play(model, "reconstruct", {name: rows, **labels}, {**walk, "steps": 2 * steps})
+        np.testing.assert_allclose(both, again, atol=1 if dataset.value.levels else 1e-3)
+        errors.append(np.abs(again - rows).mean())
+    assert errors[1] <= errors[0]
+    assert errors[1] < {DDIM: 1.0, HEUN: 0.1, DPMPP2M: 0.1}[sampler]
+
+
+def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, replay.Player]) -> None:
+    model = players["moons"]
+    program, given = model.program("reconstruct"), np.ones((2, 2), np.float32)
+    parts = [
+        replay.request(program, 0, [0, 1], {"steps": steps, "sampler": sampler}, {"point": given * steps / 9})
+        for steps in (2, 7, 12)
+        for sampler in TEXTBOOK
+    ]
+    together = model.play("reconstruct", replay.join(parts))["point"]
+    alone = np.concatenate([model.play("reconstruct", part)["point"] for part in parts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)

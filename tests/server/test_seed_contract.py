@@ -66,12 +66,16 @@ def _random(spec: samovar.TensorSpec, chance: np.random.Generator) -> NDArray[An
     return chance.integers(int(spec.minimum), int(spec.maximum) + 1, shape).astype(spec.dtype)
 
 
-# Chains of a thousand steps prove no more than short ones.
-BRIEF: Mapping[str, Mapping[str, float | str]] = {"ebm": {"steps": 25}}
+def _brief(family: str, operation: str) -> Mapping[str, float | str]:
+    """Walks of a thousand steps prove no more than short ones."""
+    if family == "diffusion":
+        return {"draws": 4} if operation == "score" else {"steps": 6}
+    return {"steps": 25} if family == "ebm" and "sample" in operation else {}
+
 
 ASKS = [
     *(
-        Ask(f"{entry.data[0]}-{name}", operation, BRIEF.get(name, {}) if "sample" in operation else {})
+        Ask(f"{entry.data[0]}-{name}", operation, _brief(name, operation))
         for name, entry in FAMILIES.items()
         for operation in entry.operations
     ),

@@ -1,0 +1,281 @@
+"""The diffusion model as the exporter sees it: presets, golden requests, figures and pictures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import replay
+from export.data import Dataset, Part
+from export.families.base import Preset
+from export.families.diffusion import bound, flow, latents, samples
+from export.families.diffusion.denoiser import Denoiser
+from export.families.diffusion.sampler import DDIM, HEUN
+from export.figure import Drawing, Heatmap, Panel, Scatter
+from export.golden import Example
+from export.measure import SETS, Judge, negative_log_density, play, sampler, two_sample_test
+from export.program import Program
+from export.replay import Player
+from export.training import Network, Settings
+from samovar.v1 import manifest_pb2
+
+# What is measured: draws of the bound, rows by the ODE and rows there and back.
+MEASURED_DRAWS, MEASURED_BY_ODE, ROUND_TRIPS = 20, 200, 200
+# The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
+LIMIT, CELLS = 2.5, 150
+
+
+class Family:
+    """The diffusion model as the exporter sees it."""
+
+    name = "diffusion"
+    description = (
+        "Class-conditional diffusion model (EDM, Karras et al. 2022) with DDIM, Heun and DPM-Solver++(2M)."
+    )
+    operations: tuple[str, ...] = (
+        "sample",
+        "sample:guided",
+        "sample:edit",
+        "sample:inpaint",
+        "encode",
+        "decode",
+        "reconstruct",
+        "score",
+        "score:ode",
+    )
+    refusals: Mapping[str, str] = {
+        "energy": "score estimates the log-density itself, normalised",
+        "classify": "it learns rows given their class; what that says of a row's class is not measured",
+    }
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(
+            width=8, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+        ),
+        "starter": Preset(
+            width=32,
+            depth=1,
+            training=Settings(steps=1000, batch_rows=128),
+            kinds={
+                "vector": Preset(
+                    width=128,
+                    depth=4,
+                    training=Settings(
+                        steps=12_000,
+                        batch_rows=512,
+                        learning_rate=1.5e-3,
+                        weight_decay=0,
+                        ema_decay=0.999,
+                    ),
+                    measured_rows=10_000,
+                )
+            },
+        ),
+        "medium": Preset(
+            width=24,
+            depth=1,
+            training=Settings(steps=2500, seconds=900),
+        ),
+        "full": Preset(
+            width=96,
+            depth=2,
+            dropout=0.1,
+            training=Settings(steps=20_000, batch_rows=256, learning_rate=5e-4),
+            kinds={
+                "vector": Preset(
+                    width=256,
+                    depth=4,
+                    training=Settings(steps=40_000, batch_rows=512, weight_decay=0, ema_decay=0.999),
+                    measured_rows=10_000,
+                )
+            },
+        ),
+    }
+
+    def network(self, data: Dataset, preset: Preset) -> Denoiser:
+        """An untrained denoiser, preconditioned by the spread of the training rows."""
+        return Denoiser(data, preset)
+
+    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+        """Samples in four ways, latents, and two scores."""
+        assert isinstance(network, Denoiser)
+        made = samples.programs(network, data.value)
+        readout = made[0].readout
+        assert isinstance(readout, samples.Readout)
+        return (
+            *made,
+            *latents.programs(network, data.value, readout),
+            bound.program(network, data.value),
+            flow.program(network, data.value),
+        )
+
+    def examples(self, data: Dataset) -> tuple[Example, ...]:
+        """A few short requests to each program, and the default one to sample."""
+        tensor, rows = data.value.tensor, data.test.rows[:2]
+        labels: dict[str, NDArray[np.generic]] = {"label": np.arange(2)}
+        given: dict[str, NDArray[np.generic]] = {tensor.name: rows}
+        known, few = first_half(rows), {"steps": 4}
+        latent = np.linspace(-2, 2, rows.size, dtype=np.float32).reshape(2, -1)
+        return (
+            Example("sample", seed=1, rows=2),
+            Example("sample", 2, 5, 2, {"sampler": HEUN, "steps": 9}, labels),
+            Example("sample", 3, 0, 2, {"sampler": DDIM, "steps": 5, "eta": 1}, labels),
+            Example("sample:guided", 4, 0, 2, few, labels),
+            Example("sample:edit", 5, 0, 2, {**few, "strength": 0.4}, {**given, **labels}),
+            Example("sample:inpaint", 6, 0, 2, {"steps": 5, "rounds": 2}, {**given, "known": known}),
+            Example("encode", 0, 0, 2, few, given),
+            Example("decode", 0, 0, 2, few, {"latent": latent, **labels}),
+            Example("reconstruct", 0, 0, 2, {"steps": 7}, {**given, **labels}),
+            Example("score", 7, 0, 2, {"draws": 4}, given),
+            Example("score:ode", 8, 0, 2, {"steps": 13}, {**given, **labels}),
+        )
+
+    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+        """The density of test rows, and how samples compare with them."""
+        part = data.test[: preset.measured_rows]
+        if data.value.kind == "vector":
+            return [
+                *_log_densities(player, part, data.value.tensor.doc),
+                two_sample_test(data, partial(_samples, player), len(part)),
+                _round_trip(player, part),
+            ]
+        return [
+            *_bits_per_dimension(player, part, data),
+            *_similarity(player, part, Judge.train(data, preset.judge)),
+            _round_trip(player, part),
+        ]
+
+    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+        """Test rows beside samples; of points their density, of images what becomes of given ones."""
+        if data.value.kind == "vector":
+            return [
+                Scatter("test points", data.test.rows, LIMIT),
+                Scatter("samples", _samples(player, len(data.test), 0), LIMIT),
+                Heatmap("density", _density(player), LIMIT),
+            ]
+        classes = min(10, len(data.value.class_labels))
+        labels = np.repeat(np.arange(classes), 10)
+        order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
+        images, made = data.test.rows[order], {"label": labels}
+        turned = {"image": images, "label": np.roll(labels, -10)}
+        halves = {"image": images, "known": first_half(images)}
+        return [
+            Panel("test images", images),
+            Panel(f"samples, {samples.DEFAULT_STEPS} steps", _play(player, "sample", made, SETS)),
+            Panel(f"guidance {samples.GUIDANCE}", _play(player, "sample:guided", made, SETS)),
+            Panel("edited into the next class", _play(player, "sample:edit", turned, SETS)),
+            Panel("upper halves, inpainted", _play(player, "sample:inpaint", halves, SETS)),
+        ]
+
+
+def first_half(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
+    known = np.zeros(rows.shape, np.uint8)
+    known[:, : rows.shape[1] // 2] = 1
+    return known
+
+
+def _play(
+    player: Player, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
+) -> NDArray[np.generic]:
+    """What a program makes of inputs, all rows in one batch."""
+    count = len(next(iter(inputs.values())))
+    rows = replay.request(player.program(name), seed, range(count), inputs=inputs)
+    return player.play(name, rows)[player.program(name).outputs[0].name]
+
+
+def _samples(player: Player, count: int, seed: int) -> NDArray[np.generic]:
+    """Points are so small that one batch takes them all."""
+    rows = replay.request(player.program("sample"), seed, range(count))
+    return player.play("sample", rows)[player.manifest.value.tensor.name]
+
+
+def _scores(
+    player: Player,
+    name: str,
+    rows: NDArray[np.generic],
+    parameters: Mapping[str, float] | None = None,
+    labels: NDArray[np.int64] | None = None,
+) -> NDArray[np.float64]:
+    """Log-densities of rows in nats, of images under a progress bar."""
+    program, value = player.program(name), player.manifest.value
+    given = {value.tensor.name: rows} | ({} if labels is None else {"label": labels})
+    asked = replay.request(program, 0, range(len(rows)), parameters, given)
+    answers = play(player, name, asked, name) if value.levels else player.play(name, asked)
+    return answers[program.score.nats].astype(np.float64)
+
+
+def _log_densities(player: Player, part: Part, space: str) -> list[manifest_pb2.Quality]:
+    """The estimate and the bound of test points, without their labels."""
+    draws = {"draws": MEASURED_DRAWS}
+    by_ode, bound = (
+        _scores(player, "score:ode", part.rows),
+        _scores(player, "score", part.rows, draws),
+    )
+    main = negative_log_density(by_ode, f"Estimate by the probability-flow ODE. In {space}.")
+    other = negative_log_density(bound, f"Upper bound, {MEASURED_DRAWS} draws each. In {space}.")
+    other.name = f"{other.name}, bound"
+    return [main, other]
+
+
+def _bits_per_dimension(player: Player, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
+    """The bounds and the estimate of test rows."""
+    shares = np.bincount(data.train.labels, minlength=len(data.value.class_labels)) / len(data.train)
+    draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
+    given = _scores(player, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
+    bound = f"Upper bound, {MEASURED_DRAWS} draws each"
+    return [
+        _bits(given, part, "bound", f"{bound}, of the mixture over classes that sample draws from."),
+        _bits(_scores(player, "score", part.rows, draws), part, "bound without labels", f"{bound}."),
+        _bits(_scores(player, "score:ode", some.rows), some, "ODE without labels", "Estimate."),
+    ]
+
+
+def _bits(nats: NDArray[np.float64], part: Part, name: str, doc: str) -> manifest_pb2.Quality:
+    bits = -nats / (part.rows[0].size * math.log(2))
+    return manifest_pb2.Quality(
+        name=f"negative log-likelihood, {name}",
+        value=float(bits.mean()),
+        unit="bits/dim",
+        standard_error=float(bits.std(ddof=1) / math.sqrt(len(bits))),
+        doc=f"{doc} Of {len(part)} test rows of integers (no offset).",
+    )
+
+
+def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Quality]:
+    """How samples compare with test rows, and whether they show the label that they were asked for."""
+    labels = np.arange(len(part)) % len(player.manifest.value.class_labels)
+    plain, guided = (
+        judge.agreement(_labelled(player, name, labels), labels) for name in ("sample", "sample:guided")
+    )
+    guided.name = f"label agreement, guidance {samples.GUIDANCE}"
+    return [*judge.similarity(sampler(player), len(part)), plain, guided]
+
+
+def _labelled(player: Player, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
+    rows = replay.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
+    return play(player, name, rows, f"labelled samples, {name}")["image"]
+
+
+def _round_trip(player: Player, part: Part) -> manifest_pb2.Quality:
+    value, part = player.manifest.value, part[:ROUND_TRIPS]
+    again = _play(player, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
+    errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)
+    return manifest_pb2.Quality(
+        name="round trip error",
+        value=float(errors.mean()),
+        unit="levels" if value.levels else "",
+        standard_error=float(errors.std(ddof=1) / math.sqrt(len(errors))),
+        doc=f"Mean absolute difference of an element after {latents.DEFAULT_STEPS} steps of encode and as "
+        f"many of decode, by heun, of {len(part)} test rows.",
+    )
+
+
+def _density(player: Player) -> NDArray[np.float32]:
+    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+    return np.exp(_scores(player, "score:ode", grid)).reshape(CELLS, CELLS).astype(np.float32)
+
+
+FAMILY = Family()
