@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from export.commands import catalogue, collection, train, verify, write
+from export.commands import catalogue, collection, report, train, verify, write
 
 _EPILOG = """\
 examples:
@@ -17,6 +17,7 @@ examples:
   python -m export train diffusion --data-dir ~/mnist --preset full --device cuda
   python -m export write examples/galaxy.py   a model of one's own, from a Python file
   python -m export verify models/digits-vae/1 prove that an artifact computes what was recorded
+  python -m export report                     pages that show every artifact, for a browser
 
 Every command has --help. What is interrupted goes on when the same command is run again.
 """
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (catalogue, train, collection, verify, write):
+    for module in (catalogue, train, collection, verify, report, write):
         module.add(commands)
     return parser
 

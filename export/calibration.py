@@ -73,6 +73,10 @@ def calibration(confidence: Floats, hits: NDArray[np.bool_]) -> Calibration:
 
 def calibration_error(confidence: Floats, hits: NDArray[np.bool_]) -> float:
     """Mean over rows of |accuracy - confidence| of the row's bin (Naeini, Cooper & Hauskrecht 2015)."""
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = np.bincount(bins, weights=hits - confidence, minlength=BINS)
+    gaps = np.bincount(bins(confidence), weights=hits - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(hits))
+
+
+def bins(confidence: Floats) -> NDArray[np.int64]:
+    """Which of the BINS equal bins each probability [N] is in; the upper edge belongs to a bin."""
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)

@@ -33,7 +33,7 @@ class Panel:
 
     def draw(self, axes: "Axes", levels: int) -> None:
         """Draw the grid in grey, or in the images' own colours."""
-        axes.imshow(_grid(self) / (levels - 1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(grid(self) / (levels - 1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
 
 
@@ -83,7 +83,7 @@ def draw(title: str, caption: str, panels: Sequence[Drawing], levels: int) -> by
     return png.getvalue()
 
 
-def _grid(panel: Panel) -> NDArray[np.float64]:
+def grid(panel: Panel) -> NDArray[np.float64]:
     """The images tiled with margins that look like paper: 0 in the grey map, full brightness in colour."""
     images = panel.images[: len(panel.images) // panel.columns * panel.columns].astype(np.float64)
     blank = 0 if images.ndim == 3 else images.max()

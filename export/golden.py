@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import manifest, replay
+from export.program import ProgramError
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
 
@@ -33,10 +34,10 @@ class Example:
 
 
 def record(eager: replay.Player, example: Example) -> manifest_pb2.GoldenRows:
-    """A request with the answer that the modules give."""
-    rows = replay.request(
-        eager.program(example.program), example.seed, example.indices, example.parameters, example.inputs
-    )
+    """A request with the answer that the modules give; ProgramError when a server would refuse it."""
+    program = eager.program(example.program)
+    _refuse_out_of_bounds(program, example)
+    rows = replay.request(program, example.seed, example.indices, example.parameters, example.inputs)
     outputs = eager.play(example.program, rows)
     operation, _, method = example.program.partition(":")
     return manifest_pb2.GoldenRows(
@@ -50,6 +51,22 @@ def record(eager: replay.Player, example: Example) -> manifest_pb2.GoldenRows:
         outputs={name: manifest.golden_tensor(array) for name, array in outputs.items()},
         tolerance={name: _tolerance(array) for name, array in outputs.items()},
     )
+
+
+def _refuse_out_of_bounds(program: manifest_pb2.Program, example: Example) -> None:
+    known = {parameter.name: parameter for parameter in program.parameters}
+    for name, value in example.parameters.items():
+        if name not in known:
+            raise ProgramError(
+                f"a golden request to {example.program}: expected parameters among "
+                f"{', '.join(known) or 'none'}, got {name!r}"
+            )
+        least, most = known[name].minimum, known[name].maximum
+        if not least <= value <= most:
+            raise ProgramError(
+                f"a golden request to {example.program}: expected {name} from {least:g} to {most:g}, "
+                f"got {value:g}"
+            )
 
 
 def request(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> replay.Rows:

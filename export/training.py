@@ -21,7 +21,6 @@ from export.checkpoint import Checkpoint, State
 from export.data import Dataset, Part
 from export.interrupt import held_back
 
-_VALIDATION_ROWS = 1300
 _CHUNK_ROWS = 256
 
 
@@ -51,7 +50,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: `steps` batches, or as many as fit into `seconds` when those are fewer."""
+    """How to train: `steps` batches, or as many as fit into `seconds` when those are fewer.
+
+    Validation rows are looked at again, with other random numbers, until they are `validation_rows`:
+    once is enough for a loss that draws none.
+    """
 
     steps: int
     batch_rows: int = 64
@@ -61,6 +64,7 @@ class Settings:
     ema_decay: float = 0.995
     clip: float = 1.0
     evaluations: int = 15
+    validation_rows: int = 1300
     seconds: float = math.inf
     seed: int = 0
     device: str = "cpu"
@@ -270,7 +274,7 @@ def validation_loss(network: Network, held_out: Part, settings: Settings) -> flo
         torch.manual_seed(settings.seed)
         losses = [
             network.loss(rows[start : start + _CHUNK_ROWS], labels[start : start + _CHUNK_ROWS])
-            for _ in range(max(1, _VALIDATION_ROWS // len(rows)))
+            for _ in range(max(1, settings.validation_rows // len(rows)))
             for start in range(0, len(rows), _CHUNK_ROWS)
         ]
     return float(torch.cat(losses).mean())

@@ -321,7 +321,7 @@ class Family:
         "starter": Preset(
             width=256,
             depth=3,
-            training=_settings(steps=6000, batch_rows=128, learning_rate=5e-4),
+            training=_settings(steps=4000, batch_rows=128, learning_rate=5e-4),
             kinds={
                 "vector": Preset(
                     width=128,

@@ -300,15 +300,25 @@ class Family:
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=16, depth=2, training=Settings(steps=1, batch_rows=4), measured_rows=4),
         "starter": Preset(
-            width=192,
-            depth=2,
-            training=Settings(steps=550, batch_rows=32, learning_rate=5e-3, ema_decay=0.99, evaluations=4),
+            width=224,
+            depth=1,
+            dropout=0.1,
+            training=Settings(
+                steps=1000,
+                batch_rows=24,
+                learning_rate=7e-3,
+                ema_decay=0.99,
+                evaluations=4,
+                validation_rows=200,
+            ),
         ),
         "medium": Preset(
             width=320,
             depth=2,
             dropout=0.15,
-            training=Settings(steps=2600, batch_rows=32, learning_rate=3e-3, evaluations=6),
+            training=Settings(
+                steps=2600, batch_rows=32, learning_rate=3e-3, evaluations=6, validation_rows=200
+            ),
         ),
         "full": Preset(
             width=768,

@@ -282,13 +282,18 @@ class Family:
             depth=5,
             dropout=0.4,
             training=Settings(
-                steps=1000, batch_rows=48, learning_rate=7e-3, weight_decay=0.2, ema_decay=0.985
+                steps=1000,
+                batch_rows=48,
+                learning_rate=7e-3,
+                weight_decay=0.2,
+                ema_decay=0.985,
+                validation_rows=1,
             ),
         ),
         "medium": Preset(
             width=32,
             depth=6,
-            training=Settings(steps=7500, batch_rows=16, learning_rate=4e-3),
+            training=Settings(steps=7500, batch_rows=16, learning_rate=4e-3, evaluations=5),
             sampled_rows=0,
         ),
         "full": Preset(

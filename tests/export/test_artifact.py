@@ -1,5 +1,6 @@
 """Artifacts: whole or not at all, and whatever is changed afterwards is noticed."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from export import artifact, golden, layout, verify
 from export.artifact import Model
 from export.golden import Example
-from export.program import Input, Program, TensorSpec, Value
+from export.program import Input, Parameter, Program, ProgramError, TensorSpec, Value
 from samovar.v1 import manifest_pb2
 
 X = TensorSpec("x", shape=(2,))
@@ -28,6 +29,11 @@ class Centre(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)
+
+
+class Amplifier(nn.Module):
+    def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        return x * gain.unsqueeze(1)
 
 
 def model_of(module: nn.Module, rows: int = 3) -> Model:
@@ -72,6 +78,25 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
     """The graph file is written, then verification finds that rows are not independent."""
     with pytest.raises(layout.ArtifactError, match="golden rows in company"):
         artifact.write(model_of(Centre()), tmp_path, formats=("torchscript",))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"gain": 3}, "expected gain from 0 to 2, got 3"),
+        ({"loss": 1}, "expected parameters among gain, got 'loss'"),
+    ],
+)
+def test_golden_requests_that_a_server_would_refuse_are_refused(
+    parameters: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    model = model_of(Double())
+    gain = Parameter("gain", "float", 1, 0, 2, doc="multiplies")
+    program = dataclasses.replace(model.programs[0], readout=Amplifier(), parameters=(gain,))
+    example = dataclasses.replace(model.examples[0], parameters=parameters)
+    with pytest.raises(ProgramError, match=said):
+        artifact.write(dataclasses.replace(model, programs=(program,), examples=(example,)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,22 +12,12 @@ from torch.nn import functional
 
 from export import artifact, data, graph, langevin, replay
 from export.families.base import Preset
-from export.families.ebm import (
-    DRAW,
-    FAMILY,
-    GIVEN,
-    NOISE_SHARE,
-    SMOOTHING,
-    AdjustedStep,
-    EnergyModel,
-    EnergyOfImage,
-    EnergyOfPoint,
-    Tilt,
-    UnadjustedStep,
-    contrastive_loss,
-    first_half,
-    normaliser,
-)
+from export.families.ebm import FAMILY
+from export.families.ebm.chains import GIVEN, AdjustedStep, UnadjustedStep
+from export.families.ebm.family import first_half
+from export.families.ebm.model import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
+from export.families.ebm.normaliser import normaliser
+from export.families.ebm.scores import DRAW, EnergyOfImage, EnergyOfPoint
 from export.formats import FORMATS
 from export.langevin import Landscape, Place
 from export.mixture import Mixture
@@ -110,19 +100,25 @@ def test_the_gradient_of_the_energy_is_autograds(dataset: data.Dataset) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_exported_gradient_is_autograds(format: str, dataset: data.Dataset, tmp_path: Path) -> None:
-    """To the last digits of a float32, as a length and in a chain's step without noise."""
+    """To the last digits of a float32."""
     model, rows = randomised(dataset), dataset.test.rows[:7]
     exported = EnergyOfImage(model) if dataset.value.levels else EnergyOfPoint(model)
     module = graph.Graph(
         "energy",
         exported.eval(),
         (dataset.value.tensor,),
-        (TensorSpec("energy"), TensorSpec("gradient_norm")),
+        (
+            TensorSpec("energy"),
+            TensorSpec("gradient", shape=rows.shape[1:]),
+            TensorSpec("gradient_norm"),
+        ),
     )
-    energy, norm = graph.load(graph.write(module, [format], tmp_path)[format], format)([rows])
+    energy, gradient, norm = graph.load(graph.write(module, [format], tmp_path)[format], format)([rows])
     x = model.coordinates(torch.from_numpy(rows))
     np.testing.assert_allclose(energy, model.energy(x)[0].numpy(), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(norm, autograd(model, x).norm(dim=1).numpy(), rtol=1e-4)
+    expected = autograd(model, x)
+    np.testing.assert_allclose(gradient.reshape(7, -1), expected.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(norm, expected.norm(dim=1).numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("format", FORMATS)

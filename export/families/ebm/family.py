@@ -1,0 +1,222 @@
+"""The energy-based model as the exporter sees it: sizes, programs, golden examples, quality and pictures."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import replay
+from export.data import Dataset
+from export.families.base import Preset
+from export.families.ebm import chains, scores
+from export.families.ebm.chains import GIVEN
+from export.families.ebm.model import EnergyModel
+from export.families.ebm.scores import DRAW
+from export.figure import Drawing, Heatmap, Panel, Scatter
+from export.golden import Example
+from export.measure import SETS, Judge, negative_log_density, play, two_sample_test
+from export.program import Program
+from export.replay import Player
+from export.training import Network, Settings
+from samovar.v1 import manifest_pb2
+
+# Of chains that are measured and drawn, and the ages at which they are drawn.
+CHAINS, PICTURED = 1000, 100
+PROGRESS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 300)
+# The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
+LIMIT, CELLS = 2.5, 200
+
+
+class Family:
+    """The energy-based model as the exporter sees it."""
+
+    name = "ebm"
+    description = (
+        "Energy-based model: a base density tilted by a network, learned by noise-contrastive estimation "
+        "(Gutmann & Hyvarinen 2012)."
+    )
+    operations: tuple[str, ...] = ("sample", "sample:langevin", "energy", "score")
+    refusals: Mapping[str, str] = {
+        "encode": "it has no latents; energy says how likely a row is",
+        "decode": "it has no latents; sample walks from noise to a row",
+        "reconstruct": "it has no latents to go through; sample with start=given walks on from a row",
+        "classify": "it has learned the rows of all classes together",
+    }
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(
+            width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+        ),
+        "starter": Preset(
+            width=32,
+            depth=2,
+            training=Settings(steps=3000, weight_decay=0.1),
+            kinds={
+                "vector": Preset(
+                    width=128,
+                    depth=3,
+                    training=Settings(steps=10_000, batch_rows=256, weight_decay=0, ema_decay=0.999),
+                    measured_rows=10_000,
+                )
+            },
+        ),
+        "medium": Preset(
+            width=24,
+            depth=3,
+            training=Settings(steps=6000, seconds=900, learning_rate=1e-3),
+        ),
+        "full": Preset(
+            width=64,
+            depth=3,
+            training=Settings(steps=40_000, batch_rows=128, learning_rate=1e-3, ema_decay=0.999),
+            measured_rows=1000,
+            kinds={
+                "vector": Preset(
+                    width=256,
+                    depth=3,
+                    training=Settings(steps=40_000, batch_rows=512, weight_decay=0, ema_decay=0.999),
+                    measured_rows=10_000,
+                )
+            },
+        ),
+    }
+
+    def network(self, data: Dataset, preset: Preset) -> EnergyModel:
+        """An untrained model, beginning as its base."""
+        return EnergyModel(data, preset)
+
+    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+        """sample by MALA and by unadjusted Langevin steps, energy and score; log Z is estimated here."""
+        assert isinstance(network, EnergyModel)
+        return *chains.programs(network, data.value), *scores.programs(network, data.value)
+
+    def examples(self, data: Dataset) -> tuple[Example, ...]:
+        """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
+        name, rows = data.value.tensor.name, data.test.rows[:3]
+        given, known = {name: rows}, {name: rows, "known": first_half(rows)}
+        start, few = {"start": GIVEN}, {"steps": 12}
+        drawn = (Example("score", seed=6, parameters={"blur": DRAW}, inputs=given),)
+        return (
+            Example("sample", seed=1, parameters=few),
+            Example("sample", seed=2, first_row=5, parameters={**few, **start}, inputs=given),
+            Example("sample", seed=3, parameters=few, inputs=known),
+            Example("sample:langevin", seed=4, parameters=few),
+            Example("sample:langevin", seed=5, parameters={**few, **start, "noise_scale": 0.5}, inputs=known),
+            Example("energy", inputs=given),
+            Example("score", inputs=given),
+            *(drawn if data.value.kind == "image" else ()),
+        )
+
+    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+        """The density of test rows, the estimates of log Z, and how samples compare with test rows."""
+        rows = data.test.rows[: preset.measured_rows]
+        if data.value.kind == "vector":
+            weighed = _scores(player, rows)
+            doc = f"Estimate, with Z by quadrature. In {data.value.tensor.doc}."
+            return [
+                negative_log_density(weighed["log_density"], doc),
+                _log_normaliser(player, rows, weighed, "log_density", "log Z"),
+                two_sample_test(data, _sampler(player), min(CHAINS, preset.measured_rows)),
+                _acceptance(player),
+            ]
+        weighed = _scores(player, rows, {"blur": DRAW})
+        doc = f"Estimate, with Z by annealed importance sampling. Of {player.program('score').score.space}."
+        still = _scores(player, rows)
+        return [
+            negative_log_density(weighed["log_density"], doc),
+            _log_normaliser(player, rows, still, "log_density", "log Z, forwards"),
+            _log_normaliser(player, rows, still, "log_density_reverse", "log Z, backwards"),
+            *Judge.train(data, preset.judge).similarity(_sampler(player), preset.measured_rows),
+            _acceptance(player),
+        ]
+
+    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+        """Test rows beside samples, with the density of points, or the progress of chains and inpainting."""
+        if data.value.kind == "vector":
+            return [
+                Scatter("test points", data.test.rows[:CHAINS], LIMIT),
+                Scatter("samples", _chains(player, CHAINS)["point"], LIMIT),
+                Heatmap("density", _density(player), LIMIT),
+            ]
+        images = data.test.rows[:PICTURED]
+        halves = {"image": images, "known": first_half(images)}
+        progress = np.stack([_chains(player, 10, {"steps": steps})["image"] for steps in PROGRESS], 1)
+        return [
+            Panel("test images", images),
+            Panel("samples", _chains(player, PICTURED)["image"]),
+            Panel(f"chains after {', '.join(map(str, PROGRESS))} steps", np.concatenate(list(progress))),
+            Panel(
+                "upper halves of the test images, inpainted", _chains(player, PICTURED, {}, halves)["image"]
+            ),
+        ]
+
+
+def first_half(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
+    known = np.zeros(rows.shape, np.uint8)
+    known[:, : rows.shape[1] // 2] = 1
+    return known
+
+
+def _chains(
+    player: Player,
+    count: int,
+    parameters: Mapping[str, float] | None = None,
+    inputs: Mapping[str, NDArray[np.generic]] | None = None,
+    seed: int = SETS,
+) -> replay.Tensors:
+    rows = replay.request(player.program("sample"), seed, range(count), parameters, inputs)
+    return player.play("sample", rows)
+
+
+def _sampler(player: Player) -> Callable[[int, int], NDArray[np.generic]]:
+    """Sets of samples as in `measure.sampler`, but all chains of a set in one batch: they are long."""
+
+    def draw(count: int, number: int) -> NDArray[np.generic]:
+        return _chains(player, count, seed=number)[player.manifest.value.tensor.name]
+
+    return draw
+
+
+def _scores(
+    player: Player, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+) -> replay.Tensors:
+    given = {player.manifest.value.tensor.name: rows}
+    asked = replay.request(player.program("score"), 0, range(len(rows)), parameters, given)
+    return play(player, "score", asked, "scores of test rows")
+
+
+def _log_normaliser(
+    player: Player, rows: NDArray[np.generic], weighed: replay.Tensors, output: str, name: str
+) -> manifest_pb2.Quality:
+    given = {player.manifest.value.tensor.name: rows[:1]}
+    asked = replay.request(player.program("energy"), 0, range(1), inputs=given)
+    energy = player.play("energy", asked)["energy"][0]
+    return manifest_pb2.Quality(
+        name=name,
+        value=float(-energy - weighed[output][0]),
+        unit="nats",
+        standard_error=float(weighed["standard_error"][0]),
+        doc=player.program("score").doc,
+    )
+
+
+def _acceptance(player: Player) -> manifest_pb2.Quality:
+    shares = _chains(player, PICTURED)["acceptance"]
+    return manifest_pb2.Quality(
+        name="acceptance",
+        value=float(shares.mean()),
+        standard_error=float(shares.std(ddof=1) / math.sqrt(len(shares))),
+        doc=f"Share of MALA proposals that are accepted at the default step size, over {len(shares)} chains.",
+    )
+
+
+def _density(player: Player) -> NDArray[np.float32]:
+    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+    rows = replay.request(player.program("score"), 0, range(len(grid)), inputs={"point": grid})
+    log_density = player.play("score", rows)["log_density"].reshape(CELLS, CELLS)
+    return np.asarray(np.exp(log_density), np.float32)
+
+
+FAMILY = Family()
