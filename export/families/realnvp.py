@@ -125,7 +125,9 @@ class Marginal(Bijection):
         for bit in reversed(range((self.levels - 1).bit_length())):
             higher = (level + (1 << bit)).clamp(max=self.levels - 1)
             index = higher + self.first
-            is_passed = torch.where(is_low, rank >= self.below[index], rest <= self.above[index - 1])
+            # Not by torch.where: ONNX Runtime has none for booleans.
+            from_low, from_high = rank >= self.below[index], rest <= self.above[index - 1]
+            is_passed = (is_low & from_low) | (~is_low & from_high)
             level = torch.where(is_passed, higher, level)
         return level
 
