@@ -33,7 +33,8 @@ def noise_level(position: Tensor) -> Tensor:
     root = least + position * (most - least)
     # The power of RHO, by products: they are rounded alike in every slot.
     cube = root * root * root
-    return cube * cube * root
+    level: Tensor = cube * cube * root
+    return level
 
 
 def by_packets(function: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
