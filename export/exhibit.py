@@ -35,6 +35,8 @@ LINES = 6
 CELLS = 120
 SEED = 0
 _DRAWN = {IMAGE: 100, VECTOR: 2000, TOKENS: 3}
+# A program may need a thousand numbers for each element, as one does that tries 256 levels in 10 classes.
+_ELEMENTS_AT_ONCE = 15_000
 # Of the points' extent.
 _MARGIN = 1.1
 # Of a figure that is the mean of a score with its sign changed.
@@ -132,7 +134,9 @@ class Subject:
         """All outputs of a program by name, for as many rows as there are of inputs."""
         total = count or len(next(iter(inputs.values())))
         rows = replay.request(self.programs[name], SEED, range(total), inputs=inputs)
-        return self.player.play(name, rows)
+        size = max(1, _ELEMENTS_AT_ONCE // math.prod(self.value.tensor.shape))
+        chunks = [self.player.play(name, rows[first : first + size]) for first in range(0, total, size)]
+        return {output: np.concatenate([chunk[output] for chunk in chunks]) for output in chunks[0]}
 
 
 def _samples(subject: Subject) -> Iterator[Exhibit]:
