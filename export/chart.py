@@ -47,15 +47,15 @@ _BINS = 30
 _OCTAVE = 12
 
 
-def tiles(images: Rows, levels: int, columns: int, title: str) -> Markup:
-    """Images [N, height, width] or [N, height, width, 3] of integers below `levels`, in rows of `columns`.
+def tiles(images: NDArray[np.float64], columns: int, title: str) -> Markup:
+    """Images [N, height, width] or [N, height, width, 1 or 3] of brightness 0..1, in rows of `columns`.
 
     Grey ones become ink, on whatever paper the page has.
     """
     from PIL import Image
 
-    sheet = grid(Panel(title, images, min(columns, len(images))))
-    bright = np.rint(sheet * (255 / (levels - 1))).astype(np.uint8)
+    plain = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+    bright = np.rint(255 * grid(Panel(title, plain, min(columns, len(plain))))).astype(np.uint8)
     if bright.ndim == 2:
         return _image(Image.fromarray(np.stack([np.zeros_like(bright), bright], -1)), "ink", title)
     return _image(Image.fromarray(bright), "colour", title)

@@ -101,6 +101,13 @@ class Subject:
         extent = _MARGIN * max((float(np.quantile(abs(cloud), 0.999)) for cloud in clouds), default=3.0)
         return -extent, extent
 
+    def bright(self, images: Rows) -> NDArray[np.float64]:
+        """Images by brightness, 0..1, as far as the value says what is dark and what is bright."""
+        spec, levels = self.value.tensor, self.value.levels
+        low = spec.minimum if spec.HasField("minimum") else 0.0
+        high = spec.maximum if spec.HasField("maximum") else max(levels - 1.0, 1.0)
+        return np.clip((images.astype(np.float64) - low) / (high - low), 0, 1)
+
     def only_input(self, name: str) -> str:
         """The one input that a program requires; nothing where it has more or none, or is not there."""
         needed = required(self.programs[name]) if name in self.programs else []
@@ -162,7 +169,7 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
                 f"Completed by {name}",
                 f"Upper halves of {subject.origin}, the model's lower halves, and the originals. "
                 f"{program.doc}",
-                chart.tiles(sheet, subject.value.levels, COLUMNS, f"Completed by {name}"),
+                chart.tiles(subject.bright(sheet), COLUMNS, f"Completed by {name}"),
             )
 
 
@@ -198,7 +205,7 @@ def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
         for start in range(0, len(above) - columns + 1, columns)
         for part in (above, below)
     ]
-    return chart.tiles(np.concatenate(lines), subject.value.levels, columns, title)
+    return chart.tiles(subject.bright(np.concatenate(lines)), columns, title)
 
 
 def _ways(subject: Subject) -> Iterator[Exhibit]:
@@ -210,7 +217,7 @@ def _ways(subject: Subject) -> Iterator[Exhibit]:
     ways, caption = _encoded_ways(subject, latent) or _drawn_ways(latent)
     rows = subject.play("decode", {given: ways.reshape(-1, *latent.shape), **_one_class_a_line(subject)})
     if subject.value.kind == IMAGE:
-        figure = chart.tiles(rows, subject.value.levels, COLUMNS, "Between two")
+        figure = chart.tiles(subject.bright(rows), COLUMNS, "Between two")
     else:
         cloud = (rows if subject.real is None else subject.real)[: _DRAWN[VECTOR]]
         figure = chart.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
@@ -263,25 +270,19 @@ def _arc(a: Rows, b: Rows) -> Rows:
 
 
 def _density(subject: Subject) -> Iterator[Exhibit]:
-    """Of points in the plane, on a grid."""
-    name = _steadiest_score(subject)
-    given = subject.only_input(name)
-    if not given or tuple(subject.value.tensor.shape) != (2,):
+    """Of points in the plane, on a grid, by a score that draws no noise: exp of a noisy one is too large."""
+    scores = (name for name, each in subject.programs.items() if each.operation == "score" and not each.noise)
+    name = next(filter(subject.only_input, scores), "")
+    if not name or tuple(subject.value.tensor.shape) != (2,):
         return
     program, (low, high) = subject.programs[name], subject.limits
     axis, width = np.linspace(low, high, CELLS, retstep=True)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    nats = subject.outputs(name, {given: grid})[program.score.nats]
+    nats = subject.outputs(name, {subject.only_input(name): grid})[program.score.nats]
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
     mass = density.sum() * width**2
     caption = f"By {name}, {_kind(program)}. It adds up to {mass:.3f} within these bounds."
     yield Exhibit("Density", caption, chart.field(density, subject.limits, "Density"))
-
-
-def _steadiest_score(subject: Subject) -> str:
-    """The one with the fewest random numbers: the exponential of a noisy bound is no picture."""
-    scores = [name for name, program in subject.programs.items() if program.operation == "score"]
-    return min(scores, key=lambda name: len(subject.programs[name].noise), default="score")
 
 
 def _scores(subject: Subject) -> Iterator[Exhibit]:
@@ -361,7 +362,7 @@ EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
 def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
     value, few = subject.value, rows[: _DRAWN[subject.value.kind]]
     if value.kind == IMAGE:
-        return chart.tiles(few, value.levels, _columns(value), title)
+        return chart.tiles(subject.bright(few), _columns(value), title)
     if value.kind == TOKENS:
         return Markup("").join(_rolls(few, title) if _is_music(value) else _texts(few, value))
     if not subject.is_plane:

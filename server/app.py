@@ -25,7 +25,7 @@ from server.config import Config
 from server.engine import Engine
 from server.errors import ArtifactRefused
 from server.health import Health
-from server.interceptors import CallInterceptor
+from server.interceptors import ObservedMethods
 from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.runtime import Device
@@ -105,7 +105,6 @@ class App:
         torch.set_num_threads(self.device.threads)
         limit = config.max_message_mib << 20
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.metrics, self.repository.is_known)],
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
@@ -114,7 +113,9 @@ class App:
             ],
             maximum_concurrent_rpcs=config.max_concurrent_calls,
         )
-        pb_grpc.add_InferenceServicer_to_server(self.service, self._server)
+        methods = ObservedMethods(self.metrics, self.repository.is_known)
+        pb_grpc.add_InferenceServicer_to_server(self.service, methods)  # type: ignore[arg-type]
+        self._server.add_generic_rpc_handlers((methods,))
         await self.health.add_to(self._server)
         reflection.enable_server_reflection(_reflected(), self._server)
         with _binding(config.host, config.port, "--port"):

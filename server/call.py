@@ -2,12 +2,35 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from server.engine import Engine
 from server.request import Completed, Event, Failed, Preview, Request, Rows
 
 MAX_PREVIEWS = 16
+
+
+class Mailbox:
+    """What the device thread has for an event loop: one wake-up tells every call that has news."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._news: deque[tuple[Call, Sequence[Event]]] = deque()
+        self._has_rung = False
+
+    def put(self, call: "Call", events: Sequence[Event]) -> None:
+        """Leave events for a call, on any thread."""
+        self._news.append((call, events))
+        if not self._has_rung:
+            self._has_rung = True
+            self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        # Before the news are read: what comes later rings again.
+        self._has_rung = False
+        while self._news:
+            call, events = self._news.popleft()
+            call.take(events)
 
 
 class Call:
@@ -18,20 +41,27 @@ class Call:
     gets the newest.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, mailbox: Mailbox) -> None:
         self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._previews: deque[Event] = deque(maxlen=MAX_PREVIEWS)
         self._results: list[Event] = []
-        self._arrived = asyncio.Event()
+        self._read: list[Event] = []
+        self._arrival: asyncio.Future[None] | None = None
         self._request: Request | None = None
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Take events, on any thread."""
+        self._mailbox.put(self, events)
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Take events, on the event loop."""
         if isinstance(events[-1], Preview):
             self._previews.extend(events)
-            events = ()
-        self._loop.call_soon_threadsafe(self._wake, events)
+        else:
+            self._results += events
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def submit(self, request: Request) -> None:
         """Hand the request to the engine, once; Overloaded or ServerUnavailable when it will not."""
@@ -45,33 +75,30 @@ class Call:
         if self._request is not None and not self._request.is_closed:
             self._engine.cancel(self._request)
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """Everything that has arrived since the last batch, until the request has ended.
+    async def next(self) -> list[Event]:
+        """What has arrived since it was last asked, once there is any; nothing after the request's end.
 
         Raises the error that the request failed with.
         """
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            results, self._results = self._results, []
-            # Taken after the results: no preview of a row ever follows the row itself.
-            batch = [*_drained(self._previews), *results]
-            last = batch[-1] if batch else None
-            if isinstance(last, Failed):
-                raise last.error
-            if batch:
-                yield batch
-            self._acknowledge(batch)
-            if isinstance(last, Completed):
-                return
+        self._acknowledge()
+        if self._read and isinstance(self._read[-1], Completed):
+            return []
+        while not self._results and not self._previews:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        results, self._results = self._results, []
+        # Results last: no preview of a row ever follows the row itself.
+        self._read = [*_drained(self._previews), *results]
+        if isinstance(last := self._read[-1], Failed):
+            raise last.error
+        return self._read
 
-    def _wake(self, results: Sequence[Event]) -> None:
-        self._results += results
-        self._arrived.set()
-
-    def _acknowledge(self, batch: list[Event]) -> None:
-        taken = sum(len(event.indices) for event in batch if isinstance(event, Rows))
-        if taken and self._request is not None:
+    def _acknowledge(self) -> None:
+        """Tell the engine what was read since it was last told, while that still matters to it."""
+        if self._request is None or self._request.is_closed:
+            return
+        taken = sum(len(event.indices) for event in self._read if isinstance(event, Rows))
+        if taken:
             self._engine.acknowledge(self._request, taken)
 
 

@@ -5,7 +5,7 @@ with what was expected and what was given, before anything is computed.
 """
 
 import math
-import secrets
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,10 @@ from server.spec import ParameterSpec, ProgramSpec, TensorSpec
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
+_PRIORITIES = frozenset(pb.Priority.values())
+# Seeded by the operating system. A seed need not be secret, and asking the system costs a call.
+_SEEDS = random.Random()
+
 _GIVEN = {"float_value": "a float", "integer_value": "an integer", "boolean_value": "a boolean"}
 _ACCEPTED = {
     "float": ("float_value", "integer_value"),
@@ -45,6 +49,11 @@ class Job:
     steps: int
     work: Work
     priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED
+
+    @property
+    def indices(self) -> range:
+        """The index of every row."""
+        return range(self.first_row, self.first_row + self.rows)
 
     def is_batch(self, capacity: int) -> bool:
         """Whether interactive requests go first; unless it says so, when it exceeds one batch."""
@@ -97,12 +106,12 @@ def _job(
     violations: Violations,
 ) -> Job:
     parameters = _parameters(message.parameters, program, violations)
-    if message.priority not in pb.Priority.values():
+    if message.priority not in _PRIORITIES:
         violations.add("priority", f"expected one of {_listed(pb.Priority.keys())}, got {message.priority}")
     if not violations.found and message.first_row + rows > MAX_ROW_INDEX + 1:
         violations.add("first_row", f"expected row indices below 2^32, got {message.first_row} + {rows} rows")
     violations.check()
-    seed = message.seed if message.HasField("seed") else secrets.randbits(63)
+    seed = message.seed if message.HasField("seed") else _SEEDS.getrandbits(63)
     steps = program.steps.of(parameters)
     return Job(rows, message.first_row, seed, steps, Work(parameters, inputs), message.priority)
 
@@ -110,8 +119,10 @@ def _job(
 def _parameters(
     given: Mapping[str, pb.ParameterValue], program: ProgramSpec, violations: Violations
 ) -> dict[str, float]:
-    known = {spec.name: spec for spec in program.parameters}
     values = program.defaults()
+    if not given:
+        return values
+    known = {spec.name: spec for spec in program.parameters}
     for name, message in sorted(given.items()):
         where = f"parameters[{name}]"
         if name not in known:
@@ -159,7 +170,7 @@ def _inputs(
 ) -> dict[str, Array]:
     specs = {item.tensor.name: item.tensor for item in program.inputs}
     arrays = default_inputs(program)
-    for name in sorted(set(specs) - set(arrays) - set(given)):
+    for name in sorted(name for name in specs if name not in arrays and name not in given):
         violations.add(f"inputs[{name}]", f"expected {_described(specs[name])}, got nothing")
     for name, message in sorted(given.items()):
         where = f"inputs[{name}]"
@@ -184,15 +195,16 @@ def _input(message: pb.Tensor, spec: TensorSpec, rows: int) -> tuple[str, Array]
 
 
 def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:
-    if array.dtype.name != spec.dtype or array.shape[1:] != spec.shape or array.ndim == 0:
+    if array.dtype != np.dtype(spec.dtype) or array.shape[1:] != spec.shape or array.ndim == 0:
         return f"expected {_described(spec)}, got {array.dtype.name}{list(array.shape)}"
     if not len(array):
         return "expected at least 1 row, got 0"
     if len(array) not in (1, rows):
         return f"expected 1 or {rows} rows, got {len(array)}"
-    if not np.isfinite(array).all():
-        return "expected finite numbers, got NaN or infinity"
     low, high = array.min(), array.max()
+    # NaN passes through both.
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "expected finite numbers, got NaN or infinity"
     if (spec.minimum is not None and low < spec.minimum) or (
         spec.maximum is not None and high > spec.maximum
     ):
@@ -249,9 +261,8 @@ def timings(event: Timings) -> pb.Timings:
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
-    message = duration_pb2.Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
-    return message
+    whole, nanos = divmod(round(seconds * 1e9), 1_000_000_000)
+    return duration_pb2.Duration(seconds=whole, nanos=nanos)
 
 
 def score(outputs: Arrays, program: ProgramSpec, job: Job) -> pb.ScoreResponse:

@@ -8,12 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
 from server.program import Program, Readout
-from server.request import Completed, Failed, Preview, Request, Timings
+from server.request import Completed, Event, Failed, Preview, Request, Timings
 from server.scheduler import Scheduler, Turn
 from server.spec import ProgramKey
 
@@ -183,8 +183,7 @@ class Engine:
             taking_part = {*program.slots.requests, *(admission.request for admission in turn.admissions)}
             self._fail(taking_part, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
             return
-        for readout in readouts:
-            self._deliver(readout)
+        self._deliver(readouts)
 
     def _run(self, program: Program, turn: Turn) -> list[Readout]:
         for request in turn.dropped:
@@ -209,23 +208,28 @@ class Engine:
             self._scheduler.charge(turn.program, bucket, seconds)
         return readouts
 
-    def _deliver(self, readout: Readout) -> None:
-        request = readout.request
-        if not readout.is_finished:
-            if not request.is_closed:
-                request.deliver([Preview(readout.rows, readout.steps_done)])
-            return
+    def _deliver(self, readouts: Sequence[Readout]) -> None:
+        """Settle a turn's readouts first, then tell their readers, who wake up and want the interpreter."""
         with self._changed:
-            if request.is_closed:
-                return
-            if not readout.is_finite:
-                self._observer.faulted(request.program, "non_finite")
-                self._close(request, ModelFailed(f"{request.program}: a row came out non-finite"), "failed")
-                return
-            self._scheduler.finish(request, len(readout.rows.indices))
-        self._observer.delivered(request.program, len(readout.rows.indices))
-        last = [Completed(self._timings(request))] if request.is_complete else []
-        request.deliver([readout.rows, *last])
+            news = [(readout.request, self._settle(readout)) for readout in readouts]
+        for request, events in news:
+            if events:
+                request.deliver(events)
+
+    def _settle(self, readout: Readout) -> list[Event]:
+        """Count a readout; what its reader is to be told."""
+        request, count = readout.request, len(readout.rows.indices)
+        if request.is_closed:
+            return []
+        if not readout.is_finished:
+            return [Preview(readout.rows, readout.steps_done)]
+        if not readout.is_finite:
+            self._observer.faulted(request.program, "non_finite")
+            self._close(request, ModelFailed(f"{request.program}: a row came out non-finite"), "failed")
+            return []
+        self._scheduler.finish(request, count)
+        self._observer.delivered(request.program, count)
+        return [readout.rows, Completed(self._timings(request))] if request.is_complete else [readout.rows]
 
     def _timings(self, request: Request) -> Timings:
         return Timings(

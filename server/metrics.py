@@ -120,7 +120,29 @@ class Metrics:
 
     def delivered(self, program: ProgramKey, rows: int) -> None:
         """So many rows of a program went out to a request."""
-        self.rows.labels(program.model, program.name).inc(rows)
+        self._delivery_series(program).inc(rows)
+
+    def queued(self, program: ProgramKey, seconds: float) -> None:
+        """A request that has ended had waited so long for its first step."""
+        self._queue_series(program).observe(seconds)
+
+    def ended(self, method: str, model: str, code: str, seconds: float) -> None:
+        """A call has ended; `model` is one that is known, or empty."""
+        requests, request_seconds = self._call_series(method, model, code)
+        requests.inc()
+        request_seconds.observe(seconds)
+
+    @cache  # noqa: B019
+    def _delivery_series(self, program: ProgramKey) -> Counter:
+        return self.rows.labels(program.model, program.name)
+
+    @cache  # noqa: B019
+    def _queue_series(self, program: ProgramKey) -> Histogram:
+        return self.queue_seconds.labels(program.operation.capitalize(), program.model)
+
+    @cache  # noqa: B019
+    def _call_series(self, method: str, model: str, code: str) -> tuple[Counter, Histogram]:
+        return self.requests.labels(method, model, code), self.request_seconds.labels(method, model)
 
     def wasted(self, program: ProgramKey, steps: int, reason: str) -> None:
         """So many steps were taken for rows that nobody will get."""

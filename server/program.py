@@ -70,7 +70,9 @@ class Program:
         """Empty the slots; what was in them is gone."""
         spec = self.spec
         self._largest = self.capacity
-        tables = [tensor for name, tensor in spec.tensors().items() if name not in self._noise]
+        read_at_all = {tensor.name for graph in spec.graphs for tensor in graph.inputs}
+        kept = (read_at_all | {tensor.name for tensor in spec.state}) - set(self._noise)
+        tables = [tensor for name, tensor in spec.tensors().items() if name in kept]
         read = {tensor.name for tensor in spec.step.inputs} if spec.step else set()
         self._step_noise = {
             name: torch.zeros((2 * self.capacity, *item.tensor.shape), device=self._device)
@@ -94,6 +96,7 @@ class Program:
 
     def _start(self) -> None:
         slots = self.slots
+        slots.fill()
         start, count = slots.num_started, slots.num_active - slots.num_started
         if count and self.spec.init is not None:
             state = self._call(self.spec.init, start, count)
@@ -161,11 +164,11 @@ class Program:
         self, outputs: Sequence[torch.Tensor], chosen: NDArray[Any], start: int, *, is_finished: bool
     ) -> list[Readout]:
         """Outputs of a readout call that began at slot `start`, by request, for the chosen slots."""
-        finite = self._finite(outputs, start)[chosen - start]
         arrays = {
             tensor.name: output.cpu().numpy()
             for tensor, output in zip(self.spec.outputs, outputs, strict=True)
         }
+        finite = self._finite(arrays, start)[chosen - start]
         readouts = []
         for request, members in self.slots.by_request(chosen):
             of_request = chosen[members]
@@ -177,19 +180,18 @@ class Program:
             readouts.append(Readout(request, rows, steps_done, is_finished, bool(finite[members].all())))
         return readouts
 
-    def _finite(self, outputs: Sequence[torch.Tensor], start: int) -> NDArray[np.bool_]:
+    def _finite(self, outputs: Mapping[str, NDArray[Any]], start: int) -> NDArray[np.bool_]:
         """Which rows have finite outputs and no NaN in their state (quantised outputs would hide one)."""
         count = self.slots.num_active - start
-        finite = torch.ones(count, dtype=torch.bool, device=self._device)
-        for output in outputs:
-            if output.is_floating_point():
-                finite &= torch.isfinite(output[:count]).reshape(count, -1).all(1)
+        finite = np.ones(count, np.bool_)
+        for array in outputs.values():
+            if array.dtype.kind == "f":
+                finite &= np.isfinite(array[:count]).reshape(count, -1).all(1)
         for tensor in self.spec.state:
             rows = self.slots.device[tensor.name][start : start + count]
             if rows.is_floating_point():
-                finite &= ~torch.isnan(rows).reshape(count, -1).any(1)
-        result: NDArray[np.bool_] = finite.cpu().numpy()
-        return result
+                finite &= ~torch.isnan(rows).reshape(count, -1).any(1).cpu().numpy()
+        return finite
 
     def _call(self, graph: GraphSpec, start: int, count: int) -> Tensors:
         """Call a graph on the rows from slot `start`; the rows beyond `count` are padding."""

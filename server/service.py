@@ -4,6 +4,7 @@ Reads each request against the model's own program; branches on no family.
 Errors are raised as they are: interceptors.py turns them into codes.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
 from server import codec
-from server.call import Call
+from server.call import Call, Mailbox
 from server.codec import Job
 from server.engine import Engine
 from server.errors import InvalidRequest, ServerUnavailable, Violation
@@ -26,6 +27,7 @@ from server.manifest import name_of, public
 from server.metrics import Metrics
 from server.repository import LoadedProgram, Model, Repository
 from server.request import Completed, Preview, Request, Rows, Timings
+from server.spec import ProgramSpec
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Arrays = dict[str, NDArray[Any]]
@@ -76,6 +78,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         self._metrics = metrics
         self._limits = limits
         self._info = info
+        self._mailbox = Mailbox(asyncio.get_running_loop())
         self.is_ready = False
 
     async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
@@ -83,7 +86,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         job = codec.sample_job(request, target.loaded.spec, self._limits.max_rows)
         first = pb.SampleResponse(run=codec.run(job, target.model, target.loaded))
         with self._submit(job, target, context, preview_every=request.preview_every) as call:
-            async for batch in call.batches():
+            while batch := await call.next():
                 for message in self._messages(batch, target):
                     first.MergeFrom(message)
                     yield first
@@ -152,7 +155,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         )
 
     def _submit(self, job: Job, target: Target, context: Context, preview_every: int = 0) -> Call:
-        call = Call(self._engine)
+        call = Call(self._engine, self._mailbox)
         remaining = context.time_remaining()
         row_bytes = max(1, target.loaded.spec.output_row_bytes)
         capacity = target.loaded.program.capacity
@@ -194,18 +197,14 @@ class InferenceService(pb_grpc.InferenceServicer):
         program = target.loaded.spec
         job = codec.transform_job(request, program, self._limits.max_rows)
         self._check_fits(job, target)
-        outputs = {
-            tensor.name: np.empty((job.rows, *tensor.shape), tensor.dtype) for tensor in program.outputs
-        }
+        finished: list[Rows] = []
         with self._submit(job, target, context) as call:
-            async for batch in call.batches():
-                for event in batch:
-                    if isinstance(event, Rows):
-                        _place(event, outputs, job.first_row)
-                    elif isinstance(event, Completed):
-                        timings = event.timings
-        self._observe_queue(target, timings)
-        return job, outputs, timings
+            while batch := await call.next():
+                finished += [event for event in batch if isinstance(event, Rows)]
+                last = batch[-1]
+        assert isinstance(last, Completed), "a request ended without its timings. This is a bug."
+        self._metrics.queued(target.loaded.key, last.timings.queue)
+        return job, _in_order(finished, program, job), last.timings
 
     def _check_fits(self, job: Job, target: Target) -> None:
         limit = self._limits.max_message_bytes - MESSAGE_OVERHEAD_BYTES
@@ -232,12 +231,8 @@ class InferenceService(pb_grpc.InferenceServicer):
         messages += [pb.SampleResponse(rows=codec.rows(chunk)) for chunk in _chunks(finished, size)]
         if isinstance(batch[-1], Completed):
             messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
-            self._observe_queue(target, batch[-1].timings)
+            self._metrics.queued(target.loaded.key, batch[-1].timings.queue)
         return messages
-
-    def _observe_queue(self, target: Target, timings: Timings) -> None:
-        key = target.loaded.key
-        self._metrics.queue_seconds.labels(key.operation.capitalize(), key.model).observe(timings.queue)
 
 
 def _chunks(finished: list[Rows], size: int) -> list[Rows]:
@@ -264,10 +259,16 @@ def _slice(rows: Rows, start: int, end: int) -> Rows:
     return Rows(rows.indices[start:end], {name: array[start:end] for name, array in rows.outputs.items()})
 
 
-def _place(event: Rows, outputs: Arrays, first_row: int) -> None:
-    positions = np.asarray(event.indices) - first_row
-    for name, array in event.outputs.items():
-        outputs[name][positions] = array
+def _in_order(finished: list[Rows], program: ProgramSpec, job: Job) -> Arrays:
+    """All rows of a job, however they were delivered, in the order of their indices."""
+    if len(finished) == 1 and list(finished[0].indices) == list(job.indices):
+        return dict(finished[0].outputs)
+    outputs = {tensor.name: np.empty((job.rows, *tensor.shape), tensor.dtype) for tensor in program.outputs}
+    for event in finished:
+        positions = np.asarray(event.indices) - job.first_row
+        for name, array in event.outputs.items():
+            outputs[name][positions] = array
+    return outputs
 
 
 def _page_start(request: pb.ListModelsRequest, count: int) -> int:

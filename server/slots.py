@@ -5,7 +5,7 @@ slices in place; rows that leave are swapped to the tail. Tables that graphs rea
 lie on the device; what decides a row's fate lies on the host.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,11 @@ class Slots:
         self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
         self.side = 0
         self.seed = np.zeros(slots, np.uint64)
-        self.row = np.zeros(slots, np.int64)
-        self.steps_done = np.zeros(slots, np.int64)
-        self.num_steps = np.zeros(slots, np.int64)
-        self.preview_every = np.zeros(slots, np.int64)
-        self._owner = np.zeros(slots, np.int64)
+        # One table, so that rows are written and moved in one go; its columns by name.
+        self._facts = np.zeros((slots, 5), np.int64)
+        self._owner, self.row, self.num_steps, self.preview_every, self.steps_done = self._facts.T
         self._requests: dict[int, Request] = {}
+        self._arriving: list[tuple[Request, int, int]] = []
 
     @property
     def requests(self) -> list[Request]:
@@ -62,25 +61,45 @@ class Slots:
         return list(self._requests.values())
 
     def admit(self, request: Request, first: int, count: int) -> None:
-        """Rows first .. first + count of a request take free slots after the active ones."""
-        start, end = self.num_active, self.num_active + count
-        assert end <= self.capacity, "more rows admitted than there are slots. This is a bug."
+        """Rows first .. first + count of a request take free slots after the active ones.
+
+        What the rows are is written by `fill`, for all arrivals at once.
+        """
+        self.num_active += count
+        assert self.num_active <= self.capacity, "more rows admitted than there are slots. This is a bug."
         self._requests[id(request)] = request
-        new = slice(start, end)
-        self._owner[new] = id(request)
-        self.seed[new] = request.seed
-        self.row[new] = request.first_row + np.arange(first, first + count)
-        self.steps_done[new] = 0
-        self.num_steps[new] = request.steps
-        self.preview_every[new] = request.preview_every
-        self.device[STEP_INDEX][new] = 0
-        self.device[NUM_STEPS][new] = request.steps
-        for name, value in request.work.parameters.items():
-            self.device[name][new] = value
-        for name, array in request.work.inputs.items():
-            rows = array if len(array) == 1 else array[first : first + count]
-            self.device[name][new] = torch.tensor(rows, device=self.device[name].device)
-        self.num_active = end
+        self._arriving.append((request, first, count))
+
+    def fill(self) -> None:
+        """Write the rows that were admitted since this was last done into their slots."""
+        if not self._arriving:
+            return
+        arriving, self._arriving = self._arriving, []
+        requests, counts = [request for request, _, _ in arriving], [count for _, _, count in arriving]
+        new = slice(self.num_active - sum(counts), self.num_active)
+        self.seed[new] = _column([request.seed for request in requests], counts, np.uint64)
+        facts = [
+            (id(request), request.first_row + first, request.steps, request.preview_every, 0)
+            for request, first, _ in arriving
+        ]
+        self._facts[new] = _column(facts, counts, np.int64)
+        self.row[new] += _offsets(counts)
+        for name, column in self._columns(requests, arriving, new):
+            if name in self.device:
+                self.device[name][new] = torch.from_numpy(column)
+
+    def _columns(
+        self, requests: Sequence[Request], arriving: Sequence[tuple[Request, int, int]], new: slice
+    ) -> Iterator[tuple[str, NDArray[Any]]]:
+        """What graphs may read of new rows: the step counters, parameters and inputs."""
+        yield STEP_INDEX, self.steps_done[new]
+        yield NUM_STEPS, self.num_steps[new]
+        counts = [count for _, _, count in arriving]
+        for name in requests[0].work.parameters:
+            yield name, _column([request.work.parameters[name] for request in requests], counts, np.float64)
+        for name in requests[0].work.inputs:
+            rows = [_part(request.work.inputs[name], first, count) for request, first, count in arriving]
+            yield name, np.concatenate(rows)
 
     def count_step(self) -> None:
         """All active rows have taken one more step, whose state is in `next`."""
@@ -88,7 +107,8 @@ class Slots:
             self.device[name], self.next[name] = self.next[name], self.device[name]
         self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
-        self.device[STEP_INDEX][: self.num_active] += 1
+        if STEP_INDEX in self.device:
+            self.device[STEP_INDEX][: self.num_active] += 1
 
     @property
     def rows(self) -> Rows:
@@ -103,19 +123,14 @@ class Slots:
             leaving: which of the active rows leave, [num_active].
         """
         boundary = self.num_active - int(leaving.sum())
+        if not boundary:
+            return 0
         holes = np.flatnonzero(leaving[:boundary])
         movers = boundary + np.flatnonzero(~leaving[boundary:])
         if len(holes):
             to, source = np.concatenate([holes, movers]), np.concatenate([movers, holes])
-            for table in (
-                self.seed,
-                self.row,
-                self.steps_done,
-                self.num_steps,
-                self.preview_every,
-                self._owner,
-            ):
-                table[to] = table[source]
+            self.seed[to] = self.seed[source]
+            self._facts[to] = self._facts[source]
             for tensor in self.device.values():
                 tensor[torch.from_numpy(to)] = tensor[torch.from_numpy(source)]
             self.tape.move(to, source)
@@ -125,12 +140,12 @@ class Slots:
         """Free the slots from `boundary` on."""
         self.num_active = self.num_started = boundary
         self.tape.keep(boundary)
-        self._requests = {
-            owner: self._requests[owner] for owner in np.unique(self._owner[:boundary]).tolist()
-        }
+        staying = set(self._owner[:boundary].tolist())
+        self._requests = {owner: request for owner, request in self._requests.items() if owner in staying}
 
     def drop(self, request: Request) -> int:
         """Free the slots of one request; returns how many steps its rows had taken."""
+        self.fill()
         mine = self._owner[: self.num_active] == id(request)
         steps = int(self.steps_done[: self.num_active][mine].sum())
         self.release(self.move_to_tail(mine))
@@ -139,6 +154,28 @@ class Slots:
     def by_request(self, slots: NDArray[Any]) -> Sequence[tuple[Request, NDArray[Any]]]:
         """Group slots by the request that owns their rows: positions within `slots`."""
         owners = self._owner[slots]
-        return [
-            (self._requests[owner], np.flatnonzero(owners == owner)) for owner in np.unique(owners).tolist()
-        ]
+        if len(self._requests) == 1:
+            return [(self._requests[int(owners[0])], np.arange(len(slots)))]
+        order = np.argsort(owners, kind="stable")
+        ends = np.flatnonzero(np.diff(owners[order])) + 1
+        return [(self._requests[int(owners[group[0]])], group) for group in np.split(order, ends)]
+
+
+def _column(values: Sequence[Any], counts: Sequence[int], dtype: type) -> NDArray[Any]:
+    """What is said of each request, for each of its rows."""
+    column: NDArray[Any] = np.array(values, dtype)
+    return column if max(counts) == 1 else np.repeat(column, counts, axis=0)
+
+
+def _offsets(counts: Sequence[int]) -> NDArray[Any] | int:
+    """The place of each row in its request's part of the arrivals."""
+    return 0 if max(counts) == 1 else np.concatenate([np.arange(count) for count in counts])
+
+
+def _part(array: NDArray[Any], first: int, count: int) -> NDArray[Any]:
+    """The rows of an input that is given for every row, or once for all."""
+    if len(array) == count:
+        return array
+    if len(array) == 1:
+        return np.broadcast_to(array, (count, *array.shape[1:]))
+    return array[first : first + count]

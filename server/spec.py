@@ -6,6 +6,7 @@ Knows neither the file that it came from (manifest.py) nor how graphs run (runti
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +165,7 @@ class ProgramSpec:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self.readout.outputs
 
-    @property
+    @cached_property
     def output_row_bytes(self) -> int:
         return sum(tensor.row_bytes for tensor in self.outputs)
 

@@ -125,7 +125,8 @@ class Marginal(Bijection):
         for bit in reversed(range((self.levels - 1).bit_length())):
             higher = (level + (1 << bit)).clamp(max=self.levels - 1)
             index = higher + self.first
-            is_passed = torch.where(is_low, rank >= self.below[index], rest <= self.above[index - 1])
+            # ONNX Runtime chooses between numbers only.
+            is_passed = (is_low & (rank >= self.below[index])) | (~is_low & (rest <= self.above[index - 1]))
             level = torch.where(is_passed, higher, level)
         return level
 

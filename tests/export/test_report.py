@@ -1,5 +1,7 @@
 """Report pages: true to their artifact, beside comparable figures only, and sufficient to themselves."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export import anchors, chart, chorales, data, exhibit, importance, layout, own, recipe, report
 from export.__main__ import main
@@ -228,6 +231,21 @@ def test_ways_begin_and_end_at_their_ends() -> None:
         assert way.shape == (4, exhibit.COLUMNS, 3, 5)
         np.testing.assert_allclose(way[:, 0], a, atol=1e-5)
         np.testing.assert_allclose(way[:, -1], b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [((), "LA"), ((1,), "LA"), ((3,), "RGB")])
+def test_images_are_tiled_in_ink_or_in_their_colours(channels: tuple[int, ...], mode: str) -> None:
+    images = np.zeros((4, 5, 6, *channels))
+    images[3] = 1
+    drawn = chart.tiles(images, 2, "Two & two")
+    assert 'alt="Two &amp; two"' in drawn
+    encoded = re.search(r"base64,([^\"]*)", drawn)
+    assert encoded is not None
+    with Image.open(io.BytesIO(base64.b64decode(encoded[1]))) as picture:
+        assert (picture.mode, picture.size) == (mode, (2 * 7, 2 * 6))
+        pixels = np.asarray(picture)[..., -1]
+    assert (pixels[6:11, 7:13] == 255).all()
+    assert (pixels[:5, :6] == 0).all()
 
 
 def test_a_piano_roll_has_a_bar_for_every_note() -> None:

@@ -32,7 +32,7 @@ class MalformedTensor(ValueError):
 def data_type(dtype: np.dtype[Any]) -> manifest_pb2.DataType.ValueType:
     """The wire's name of an element type; ValueError when it has none."""
     try:
-        return _DATA_TYPES[dtype.newbyteorder("<")]
+        return _DATA_TYPES.get(dtype) or _DATA_TYPES[dtype.newbyteorder("<")]
     except KeyError:
         raise ValueError(f"no wire type for {dtype}; there are {', '.join(map(str, _DATA_TYPES))}") from None
 
@@ -49,15 +49,16 @@ def unpack(tensor: inference_pb2.Tensor) -> Array:
     if tensor.dtype not in DTYPES:
         raise MalformedTensor(f"expected a dtype, got {tensor.dtype}")
     dtype = DTYPES[tensor.dtype]
-    if any(extent < 0 for extent in tensor.shape):
-        raise MalformedTensor(f"expected extents of at least 0, got shape {list(tensor.shape)}")
-    expected = math.prod(tensor.shape) * dtype.itemsize
+    shape = tuple(tensor.shape)
+    if min(shape, default=0) < 0:
+        raise MalformedTensor(f"expected extents of at least 0, got shape {list(shape)}")
+    expected = math.prod(shape) * dtype.itemsize
     if len(tensor.data) != expected:
         raise MalformedTensor(
-            f"expected {expected} bytes for {dtype.name}{list(tensor.shape)}, got {len(tensor.data)}"
+            f"expected {expected} bytes for {dtype.name}{list(shape)}, got {len(tensor.data)}"
         )
     try:
-        array = np.frombuffer(tensor.data, dtype=dtype).reshape(tuple(tensor.shape))
+        array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     except ValueError as error:
         raise MalformedTensor(f"expected a shape that an array can have: {error}") from None
     if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
