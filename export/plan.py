@@ -19,7 +19,8 @@ _NEEDS = {"chorales": "music21"}
 # Seconds on one core with the starter preset, everything included: to start with the longest.
 _SECONDS = {
     "digits-vae": 85,
-    "digits-diffusion": 110,
+    "digits-diffusion": 135,
+    "moons-diffusion": 120,
     "digits-pixelcnn": 150,
     "digits-mlp": 20,
     "digits-cnn": 40,

@@ -47,6 +47,8 @@ class Condition(nn.Module):
 class Perceptron(nn.Module):
     """For points: hidden layers that are shifted by the noise level and the label."""
 
+    axes: Tensor
+
     def __init__(self, dimensions: int, preset: Preset, classes: int) -> None:
         super().__init__()
         widths = [dimensions] + [preset.width] * preset.depth
@@ -55,6 +57,7 @@ class Perceptron(nn.Module):
         self.shifts = nn.ModuleList(nn.Linear(preset.width, width) for width in widths[1:])
         self.exit = nn.Linear(preset.width, dimensions)
         nn.init.zeros_(self.exit.weight)
+        self.register_buffer("axes", torch.eye(dimensions))
 
     def forward(self, point: Tensor, level: Tensor, label: Tensor) -> Tensor:
         condition = self.condition(level, label)
@@ -65,15 +68,15 @@ class Perceptron(nn.Module):
 
     def divergence(self, point: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate [B, D], and the sum [B] of its slopes along each coordinate, by the chain rule."""
-        condition, axes = self.condition(level, label), torch.eye(point.shape[1], device=point.device)
-        slopes = axes.expand(point.shape[0], -1, -1)
+        condition = self.condition(level, label)
+        slopes = self.axes.expand(point.shape[0], -1, -1)
         for layer, shift in zip(self.layers, self.shifts, strict=True):
             assert isinstance(layer, nn.Linear)
             before = layer(point) + shift(condition)
             share = before.sigmoid()
             point = before * share
             slopes = (slopes @ layer.weight.T) * (share * (1 + before * (1 - share))).unsqueeze(1)
-        return self.exit(point), total((slopes @ self.exit.weight.T * axes).flatten(1))
+        return self.exit(point), total((slopes @ self.exit.weight.T * self.axes).flatten(1))
 
 
 class Block(nn.Module):

@@ -30,7 +30,7 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 def noise_level(position: Tensor) -> Tensor:
     """sigma at a position on the noise scale (Karras et al., Eq. 5): SIGMA_MIN at 0, SIGMA_MAX at 1."""
     least, most = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    root = least + position * (most - least)
+    root: Tensor = least + position * (most - least)
     # The power of RHO, by products: they are rounded alike in every slot.
     cube = root * root * root
     level: Tensor = cube * cube * root
