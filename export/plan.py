@@ -18,14 +18,20 @@ _NEEDS = {"chorales": "music21"}
 
 # Seconds on one core with the starter preset, everything included: to start with the longest.
 _SECONDS = {
-    "digits-vae": 85,
+    "digits-ebm": 170,
     "digits-diffusion": 135,
-    "moons-diffusion": 120,
-    "digits-pixelcnn": 150,
-    "digits-mlp": 20,
-    "digits-cnn": 40,
+    "digits-pixelcnn": 135,
+    "moons-ebm": 120,
+    "chorales-lstm": 115,
+    "digits-gan": 105,
+    "moons-diffusion": 100,
+    "moons-realnvp": 95,
+    "text-lstm": 90,
+    "digits-vae": 75,
     "digits-realnvp": 75,
-    "moons-realnvp": 90,
+    "moons-gan": 65,
+    "digits-cnn": 35,
+    "digits-mlp": 20,
 }
 _USUAL_SECONDS = 90
 

@@ -321,12 +321,12 @@ class Family:
         "starter": Preset(
             width=256,
             depth=3,
-            training=_settings(steps=4000, batch_rows=128, learning_rate=5e-4),
+            training=_settings(steps=3200, batch_rows=128, learning_rate=5e-4),
             kinds={
                 "vector": Preset(
                     width=128,
                     depth=3,
-                    training=_settings(steps=6000, batch_rows=256, learning_rate=1e-3),
+                    training=_settings(steps=4500, batch_rows=256, learning_rate=1e-3),
                     measured_rows=10_000,
                 )
             },

@@ -304,7 +304,7 @@ class Family:
             depth=1,
             dropout=0.1,
             training=Settings(
-                steps=1000,
+                steps=900,
                 batch_rows=24,
                 learning_rate=7e-3,
                 ema_decay=0.99,

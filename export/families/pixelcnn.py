@@ -282,7 +282,7 @@ class Family:
             depth=5,
             dropout=0.4,
             training=Settings(
-                steps=1000,
+                steps=900,
                 batch_rows=48,
                 learning_rate=7e-3,
                 weight_decay=0.2,

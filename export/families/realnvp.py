@@ -376,7 +376,7 @@ class Family:
                 "vector": Preset(
                     width=64,
                     depth=12,
-                    training=Settings(steps=12_000, batch_rows=256),
+                    training=Settings(steps=8000, batch_rows=256),
                     measured_rows=10_000,
                 )
             },

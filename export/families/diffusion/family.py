@@ -62,7 +62,7 @@ class Family:
                     width=128,
                     depth=4,
                     training=Settings(
-                        steps=12_000,
+                        steps=7000,
                         batch_rows=512,
                         learning_rate=1.5e-3,
                         weight_decay=0,

@@ -50,12 +50,12 @@ class Family:
         "starter": Preset(
             width=32,
             depth=2,
-            training=Settings(steps=3000, weight_decay=0.1),
+            training=Settings(steps=2400, weight_decay=0.1),
             kinds={
                 "vector": Preset(
                     width=128,
                     depth=3,
-                    training=Settings(steps=10_000, batch_rows=256, weight_decay=0, ema_decay=0.999),
+                    training=Settings(steps=7500, batch_rows=256, weight_decay=0, ema_decay=0.999),
                     measured_rows=10_000,
                 )
             },
