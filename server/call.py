@@ -10,7 +10,7 @@ from server.request import Completed, Event, Failed, Preview, Request, Rows
 MAX_PREVIEWS = 16
 
 # While other calls are open, so many rounds of the event loop may bring their next requests.
-ROUNDS = 32
+ROUNDS = 128
 
 
 class Exchange:
