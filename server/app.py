@@ -5,6 +5,7 @@ Listens at once and says NOT_SERVING until every model has been proven and warme
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -89,6 +90,9 @@ class App:
             try:
                 await self.load()
                 if not self._stop.is_set():
+                    # What was loaded stays, and is much: no collection need look at it again.
+                    gc.collect()
+                    gc.freeze()
                     print(self.greeting(), flush=True)
                     await self._stop.wait()
             finally:

@@ -9,23 +9,59 @@ from server.request import Completed, Event, Failed, Preview, Request, Rows
 
 MAX_PREVIEWS = 16
 
+# While other calls are open, so many rounds of the event loop may bring their next requests.
+ROUNDS = 128
 
-class Mailbox:
-    """What the device thread has for an event loop: one wake-up tells every call that has news."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+class Exchange:
+    """Between an event loop and the device thread: what is ready goes over together.
+
+    Each time that one thread wakes the other they contend for the interpreter, which costs more than a
+    small graph does. So requests are handed over after some rounds of the event loop, which take
+    microseconds where there is nothing else to do; and one wake-up tells all calls what a turn had for them.
+    """
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
         self._loop = loop
+        self._requests: dict[Request, Call] = {}
         self._news: deque[tuple[Call, Sequence[Event]]] = deque()
         self._has_rung = False
+        self.num_open = 0
+
+    def submit(self, request: Request, call: "Call") -> None:
+        """Have a request submitted, on the event loop; if the engine will not, the call gets the error."""
+        if not self._requests:
+            self._hand_over(ROUNDS if self.num_open else 0)
+        self._requests[request] = call
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request, whether or not it has been handed over."""
+        if self._requests.pop(request, None) is None:
+            self._engine.cancel(request)
 
     def put(self, call: "Call", events: Sequence[Event]) -> None:
         """Leave events for a call, on any thread."""
         self._news.append((call, events))
         if not self._has_rung:
             self._has_rung = True
-            self._loop.call_soon_threadsafe(self._empty)
+            self._loop.call_soon_threadsafe(self._tell)
 
-    def _empty(self) -> None:
+    def _hand_over(self, rounds: int) -> None:
+        """Submit what there is, after so many rounds."""
+        if rounds >= 0:
+            self._loop.call_soon(self._hand_over, rounds - 1)
+            return
+        requests, self._requests = self._requests, {}
+        for request, call in requests.items():
+            try:
+                self._engine.submit(request, wakes=False)
+            except Exception as error:  # whatever it was, the call is where it is answered
+                request.closed_because = "refused"
+                call.take([Failed(error)])
+        self._engine.wake()
+
+    def _tell(self) -> None:
         # Before the news are read: what comes later rings again.
         self._has_rung = False
         while self._news:
@@ -41,9 +77,9 @@ class Call:
     gets the newest.
     """
 
-    def __init__(self, engine: Engine, mailbox: Mailbox) -> None:
+    def __init__(self, engine: Engine, exchange: Exchange) -> None:
         self._engine = engine
-        self._mailbox = mailbox
+        self._exchange = exchange
         self._previews: deque[Event] = deque(maxlen=MAX_PREVIEWS)
         self._results: list[Event] = []
         self._read: list[Event] = []
@@ -52,7 +88,7 @@ class Call:
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Take events, on any thread."""
-        self._mailbox.put(self, events)
+        self._exchange.put(self, events)
 
     def take(self, events: Sequence[Event]) -> None:
         """Take events, on the event loop."""
@@ -64,16 +100,18 @@ class Call:
             self._arrival.set_result(None)
 
     def submit(self, request: Request) -> None:
-        """Hand the request to the engine, once; Overloaded or ServerUnavailable when it will not."""
-        self._engine.submit(request)
+        """Hand the request to the engine, once; if it will not take it, `next` raises why."""
+        self._exchange.submit(request, self)
         self._request = request
 
     def __enter__(self) -> "Call":
+        self._exchange.num_open += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._exchange.num_open -= 1
         if self._request is not None and not self._request.is_closed:
-            self._engine.cancel(self._request)
+            self._exchange.cancel(self._request)
 
     async def next(self) -> list[Event]:
         """What has arrived since it was last asked, once there is any; nothing after the request's end.

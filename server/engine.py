@@ -96,8 +96,8 @@ class Engine:
             self._thread.join()
         self._fail(self._scheduler.open_requests(), ServerUnavailable("the server is stopping"))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Its events go to `request.deliver`, on the device thread.
+    def submit(self, request: Request, wakes: bool = True) -> None:
+        """Queue a request. Its events go to `request.deliver`, on the device thread, which it `wakes`.
 
         Raises Overloaded when too much waits, DeadlineExceeded when it cannot be done in time,
         ServerUnavailable when stopping.
@@ -109,6 +109,12 @@ class Engine:
                 raise ServerUnavailable("the engine failed and starts again; try again")
             request.submitted_at = self._clock()
             self._scheduler.submit(request, request.submitted_at)
+            if wakes:
+                self._changed.notify()
+
+    def wake(self) -> None:
+        """Look for work, if the device thread sleeps."""
+        with self._changed:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
@@ -239,9 +245,12 @@ class Engine:
         )
 
     def _drop_expired(self) -> None:
-        for request in self._scheduler.expired(self._clock()):
+        now = self._clock()
+        for request in self._scheduler.expired(now):
+            has_passed = request.deadline is not None and request.deadline <= now
+            what = "passed" if has_passed else "cannot be met by the rows that wait, at the measured pace,"
             done = f"{request.finished} of {request.rows} rows were done"
-            self._close(request, DeadlineExceeded(f"the deadline passed when {done}"), "deadline")
+            self._close(request, DeadlineExceeded(f"the deadline {what} when {done}"), "deadline")
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._changed:

@@ -88,7 +88,7 @@ class Scheduler:
         self._wake(lane)
         if request.deadline is not None:
             self._forget_ended()
-            heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
+            self._look_again(request)
 
     def close(self, request: Request, reason: str) -> bool:
         """Stop a request: its waiting rows go now, its active rows at the next turn.
@@ -114,14 +114,21 @@ class Scheduler:
         self._wake(lane)
 
     def expired(self, now: float) -> list[Request]:
-        """Open requests whose deadline has passed; each is named once."""
-        passed = []
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
-            passed.append(heapq.heappop(self._deadlines)[2])
-        return passed
+        """Open requests whose deadline has passed, or will before rows that still wait can be done.
+
+        Each is named once. What rows need is taken from the pace that was measured.
+        """
+        late = []
+        while (moment := self.next_deadline()) is not None and moment <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if self._last_moment(request) <= now:
+                late.append(request)
+            else:
+                self._look_again(request)
+        return late
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of an open request."""
+        """When an open request may next turn out to be late."""
         while self._deadlines and self._deadlines[0][2].is_closed:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
@@ -223,6 +230,16 @@ class Scheduler:
         delay = min(limits.max_retry_seconds, max(limits.min_retry_seconds, backlog / 2))
         raise Overloaded(f"{reason}; try again in {delay:.1f} s", delay)
 
+    def _look_again(self, request: Request) -> None:
+        heapq.heappush(self._deadlines, (self._last_moment(request), next(self._arrivals), request))
+
+    def _last_moment(self, request: Request) -> float:
+        """When a request is too late, unless its waiting rows have entered; without any, its deadline."""
+        assert request.deadline is not None, "a request without a deadline was looked at. This is a bug."
+        if not request.num_waiting:
+            return request.deadline
+        return request.deadline - _steps_ahead(request) * self._lanes[request.program].pace.fastest
+
     def _forget_ended(self) -> None:
         """Ended requests leave the heap from its top, or here, once they are as many as the open ones."""
         if len(self._deadlines) >= self._crowded:
@@ -236,10 +253,14 @@ def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
     if request.deadline is None:
         return
     waves = math.ceil(request.rows / lane.capacity)
-    steps = 1 if request.may_end_early else request.row_cost
-    needed = waves * steps * lane.pace.fastest
+    needed = waves * _steps_ahead(request) * lane.pace.fastest
     if now + needed > request.deadline:
         raise DeadlineExceeded(
             f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the measured pace of "
             f"{lane.pace.fastest:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
         )
+
+
+def _steps_ahead(request: Request) -> int:
+    """Steps that a row takes at least, from its first on."""
+    return 1 if request.may_end_early else request.row_cost

@@ -19,7 +19,7 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
 from server import codec
-from server.call import Call, Mailbox
+from server.call import Call, Exchange
 from server.codec import Job
 from server.engine import Engine
 from server.errors import InvalidRequest, ServerUnavailable, Violation
@@ -78,7 +78,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         self._metrics = metrics
         self._limits = limits
         self._info = info
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._exchange = Exchange(engine, asyncio.get_running_loop())
         self.is_ready = False
 
     async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
@@ -155,7 +155,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         )
 
     def _submit(self, job: Job, target: Target, context: Context, preview_every: int = 0) -> Call:
-        call = Call(self._engine, self._mailbox)
+        call = Call(self._engine, self._exchange)
         remaining = context.time_remaining()
         row_bytes = max(1, target.loaded.spec.output_row_bytes)
         capacity = target.loaded.program.capacity

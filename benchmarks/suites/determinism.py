@@ -1,5 +1,7 @@
 """Rows from random traffic against the same rows alone, byte by byte."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from benchmarks import artifacts
@@ -26,14 +28,15 @@ in two at a place drawn by chance. The target: every row's bytes are the same.""
 
 def run(bench: Bench) -> Section:
     """Draw traffic, run it twice, compare."""
-    models = bench.models(*(kind.model for kind in KINDS))
-    traffic = draw(int(bench.either(400, 10_000)))
+    kinds = KINDS[: 2 if bench.is_quick else None]
+    models = bench.models(*(kind.model for kind in kinds))
+    traffic = draw(int(bench.either(300, 10_000)), kinds)
     with samovar_server(models, "--threads", "1") as server:
         together = bench.callers.open(server.address, traffic, keep=True)
     with samovar_server(models, "--threads", "1") as server:
         alone = bench.callers.one_by_one(server.address, split(traffic))
     rows = []
-    for kind in KINDS:
+    for kind in kinds:
         chosen = [index for index, arrival in enumerate(traffic) if arrival.model == kind.model]
         total = sum(traffic[index].rows for index in chosen)
         rows.append((kind.model, f"{total:,}", f"{sum(same(traffic, together, alone, i) for i in chosen):,}"))
@@ -43,13 +46,13 @@ def run(bench: Bench) -> Section:
     return Section("Determinism", TEXT, (Table(("model", "rows", "byte-equal"), rows),))
 
 
-def draw(rows: int, seed: int = 0) -> list[Arrival]:
+def draw(rows: int, kinds: Sequence[Kind] = KINDS, seed: int = 0) -> list[Arrival]:
     """Requests of so many rows in all, and perhaps a few more."""
     random = np.random.default_rng(seed)
     times = poisson(REQUESTS_A_SECOND, rows, random)
     traffic: list[Arrival] = []
     while sum(arrival.rows for arrival in traffic) < rows:
-        kind = KINDS[int(random.integers(len(KINDS)))]
+        kind = kinds[int(random.integers(len(kinds)))]
         one = kind.arrival(times[len(traffic)], int(random.integers(2**32)), random)
         count, first = int(random.integers(1, MOST_ROWS + 1)), int(random.integers(1000))
         traffic.append(Arrival(one.at, one.kind, one.model, count, one.seed, one.parameters, first))

@@ -253,6 +253,44 @@ def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
     policy.submit(request(1, steps=10, deadline=11.0, may_end_early=True), now=10.0)
 
 
+def test_waiting_rows_that_cannot_be_done_in_time_any_more_are_late_before_their_deadline() -> None:
+    policy = scheduler()
+    policy.submit(request(CAPACITY, steps=100), now=0.0)
+    next_turn(policy, seconds=0.5)
+    waiting = request(1, steps=10, deadline=20.0)
+    policy.submit(waiting, now=1.0)
+    assert policy.next_deadline() == 15.0
+    assert policy.expired(14.9) == []
+    assert policy.expired(15.0) == [waiting]
+
+
+def test_rows_that_have_entered_are_late_only_at_their_deadline() -> None:
+    policy = scheduler()
+    policy.submit(request(1), now=0.0)
+    next_turn(policy, seconds=0.5)
+    running = request(1, steps=10, deadline=20.0)
+    policy.submit(running, now=1.0)
+    next_turn(policy, seconds=0.5)
+    assert policy.expired(19.9) == []
+    assert policy.next_deadline() == 20.0
+    assert policy.expired(20.0) == [running]
+
+
+def test_a_pace_that_was_learnt_later_moves_the_last_moment() -> None:
+    policy = scheduler()
+    policy.submit(request(CAPACITY, steps=100), now=0.0)
+    next_turn(policy, seconds=1.0)
+    waiting = request(1, steps=10, deadline=20.0)
+    policy.submit(waiting, now=1.0)
+    for _ in range(50):
+        policy.charge(LEFT, CAPACITY, 0.1)
+    assert policy.expired(10.0) == []
+    moment = policy.next_deadline()
+    assert moment is not None
+    assert 18.5 < moment < 19.1
+    assert policy.expired(19.1) == [waiting]
+
+
 def test_requests_that_hold_too_many_bytes_are_refused() -> None:
     policy = scheduler(max_held_bytes=100)
     first = request(1, held_bytes=80)
