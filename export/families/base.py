@@ -26,7 +26,7 @@ class Preset:
     depth: int
     training: Settings
     dropout: float = 0.0
-    judge: Settings = field(default_factory=lambda: Settings(steps=500))
+    judge: Settings = field(default_factory=lambda: Settings(steps=500, validation_rows=1))
     measured_rows: int = 450
     sampled_rows: int | None = None
     kinds: Mapping[str, "Preset"] = field(default_factory=dict)

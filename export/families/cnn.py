@@ -51,7 +51,7 @@ class Family(ClassifierFamily):
     )
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=4, depth=2, training=Settings(steps=1), measured_rows=20),
-        "starter": Preset(width=24, depth=2, dropout=0.3, training=Settings(steps=800)),
+        "starter": Preset(width=24, depth=2, dropout=0.3, training=Settings(steps=800, validation_rows=1)),
         "medium": Preset(
             width=24,
             depth=3,

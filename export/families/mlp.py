@@ -27,7 +27,7 @@ class Family(ClassifierFamily):
     )
     presets: Mapping[str, Preset] = {
         "tiny": Preset(width=16, depth=1, training=Settings(steps=1), measured_rows=20),
-        "starter": Preset(width=512, depth=2, dropout=0.3, training=Settings(steps=1500)),
+        "starter": Preset(width=512, depth=2, dropout=0.3, training=Settings(steps=1500, validation_rows=1)),
         "medium": Preset(
             width=1024,
             depth=3,
