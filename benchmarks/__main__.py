@@ -36,7 +36,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help="which ones; all when left out")
-    parser.add_argument("--quick", action="store_true", help="rough figures of all in under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="rough figures of a part of it, in about a minute"
+    )
     parser.add_argument("--docs", type=Path, help="write benchmarks.md and its plots into this directory")
     parser.add_argument(
         "--artifacts",

@@ -76,7 +76,7 @@ def run(bench: Bench) -> Section:
             Side(artifacts.DECODER, server, request(artifacts.DECODER, 1)),
             Side(artifacts.TINY, server, request(artifacts.TINY, 1)),
         ]
-        seconds = bench.either(0.5, 2.0)
+        seconds = bench.either(0.4, 1.2)
         numbers = CALLERS[::2] if bench.is_quick else CALLERS
         samples = {count: _in_turns(bench, sides, count, seconds) for count in numbers}
         large = _large(bench, server, models)
@@ -145,7 +145,7 @@ def _large(bench: Bench, server: Server, models: Path) -> Table:
         for callers in CALLERS[:1] if bench.is_quick else CALLERS[:3]:
             served, raw = [], []
             for _ in range(bench.repeats):
-                served.append(size * side.measure(bench, callers, bench.either(0.3, 1.5)).rate)
+                served.append(size * side.measure(bench, callers, bench.either(0.3, 0.8)).rate)
                 raw.append(bench.callers.run(raw_rate, models / artifacts.DECODER / "1", size))
             rows.append(
                 (str(size), str(callers), str(spread(served)), str(spread(raw)), str(ratio(served, raw)))
