@@ -231,10 +231,15 @@ def test_previews_of_a_program_without_any_are_refused(stub: pb_grpc.InferenceSt
     assert "preview_every" in refusal(raised.value)[1]
 
 
-@pytest.mark.parametrize("method", ["Energy", "Classify", "Score", "Encode"])
-def test_an_operation_that_a_model_lacks_names_those_it_has(stub: pb_grpc.InferenceStub, method: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(DIFFUSION, "Energy"), (DIFFUSION, "Classify"), ("digits-gan", "Score"), ("digits-gan", "Encode")],
+)
+def test_an_operation_that_a_model_lacks_names_those_it_has(
+    stub: pb_grpc.InferenceStub, model: str, method: str
+) -> None:
     with pytest.raises(grpc.RpcError) as raised:
-        getattr(stub, method)(pb.TransformRequest(model=selector(DIFFUSION)))
+        getattr(stub, method)(pb.TransformRequest(model=selector(model)))
     status = rpc_status.from_call(raised.value)
     assert status is not None
     assert status.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
