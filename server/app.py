@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
+from samovar.v1 import manifest_pb2
 from server import __version__
 from server.config import Config
 from server.engine import Engine
@@ -171,9 +172,7 @@ class App:
             operations = ", ".join(sorted(model.spec.programs))
             lines.append(f"  {model.name:24} {'+'.join(model.formats):18} {operations}")
         address = "" if self.port == 8001 else f"--address 127.0.0.1:{self.port} "
-        sampled = next((model.spec.name for model in models if "sample" in model.spec.programs), None)
-        command = f"sample {sampled} -n 64 --seed 7 -o grid.png" if sampled else "models"
-        lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{command}", ""]
+        lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{_to_try(models)}", ""]
         return "\n".join(lines)
 
     def _end(self) -> None:
@@ -212,6 +211,15 @@ class App:
             labels = model.spec.name, model.spec.version, format_, model.manifest.family, model.spec.digest
             self.metrics.model_info.labels(*labels).set(1)
         log.info("loaded %s as %s in %.1f s", model.name, ", ".join(model.formats), seconds)
+
+
+def _to_try(models: Sequence[Model]) -> str:
+    """A command of the client: samples as a picture, where a model makes pictures."""
+    sampled = [model for model in models if "sample" in model.spec.programs]
+    for model in sampled:
+        if model.manifest.value.kind == manifest_pb2.Value.KIND_IMAGE:
+            return f"sample {model.spec.name} -n 64 --seed 7 -o grid.png"
+    return f"sample {sampled[0].spec.name} -n 4 --seed 7" if sampled else "models"
 
 
 def _artifact_directories(root: Path) -> Iterator[Path]:

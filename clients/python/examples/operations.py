@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 SEED = 1
-LINE = "{:<16}{:<18}{:<26}{:>5}{:>7}  {:<13}{:<18}{:>8}  {}"
+LINE = "{:<17}{:<18}{:<26}{:>5}{:>7}  {:<13}{:<18}{:>8}  {}"
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def refuse(stub: InferenceStub, model: samovar.Model, operation: str) -> bool:
         refusal = from_rpc(error)
         expected = isinstance(refusal, samovar.UnsupportedOperation)
         said = f"{error.code().name} {refusal.reason}: {refusal}"
-        print(f"{model.name:<16}{operation:<18}{'refused' if expected else 'FAILED'}, {said}", flush=True)
+        print(f"{model.name:<17}{operation:<18}{'refused' if expected else 'FAILED'}, {said}", flush=True)
         return expected
-    print(f"{model.name:<16}{operation:<18}FAILED: answered, though {model.name} has no {operation}")
+    print(f"{model.name:<17}{operation:<18}FAILED: answered, though {model.name} has no {operation}")
     return False
 
 
