@@ -136,6 +136,13 @@ def folder(directory: Path) -> Dataset:
     return _dataset(name, _images(learn, 256, labels), learn, test)
 
 
+def first_half(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
+    known = np.zeros(rows.shape, np.uint8)
+    known[:, : rows.shape[1] // 2] = 1
+    return known
+
+
 def _images(part: Part, levels: int, class_labels: tuple[str, ...]) -> Value:
     pixels = TensorSpec(
         "image", "uint8", part.rows.shape[1:], 0, levels - 1, doc=f"brightness, integers 0..{levels - 1}"

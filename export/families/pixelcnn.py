@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from export import replay
-from export.data import DataError, Dataset
+from export.data import DataError, Dataset, first_half
 from export.families.base import Preset
 from export.figure import Panel
 from export.golden import Example
@@ -321,7 +321,7 @@ class Family:
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """With and without labels, parameters and known pixels."""
         images, labels = data.test.rows[:3], np.arange(3)
-        completion = {"image": images, "known": _upper_half(images)}
+        completion = {"image": images, "known": first_half(images)}
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=5, parameters={"temperature": 0.7}, inputs={"label": labels}),
@@ -351,7 +351,7 @@ class Family:
         labels = np.repeat(np.arange(classes), each)
         order = [np.flatnonzero(data.test.labels == label)[:each] for label in range(classes)]
         real = data.test.rows[np.concatenate(order)]
-        halves = _given(player, "sample", real, known=_upper_half(real))
+        halves = _given(player, "sample", real, known=first_half(real))
         return [
             Panel("test images", real, each),
             Panel("samples", player.play("sample", _labelled(player, labels))["image"], each),
@@ -364,12 +364,6 @@ def _sample_quality(player: Player, data: Dataset, preset: Preset) -> list[manif
     labels = np.arange(preset.samples) % len(data.value.class_labels)
     labelled = play(player, "sample", _labelled(player, labels), "labelled samples")["image"]
     return [*judge.similarity(sampler(player), preset.samples), judge.agreement(labelled, labels)]
-
-
-def _upper_half(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    known = np.zeros_like(images)
-    known[:, : images.shape[1] // 2] = 1
-    return known
 
 
 def _labelled(player: Player, labels: NDArray[np.int64]) -> replay.Rows:

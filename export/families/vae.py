@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import importance, replay
-from export.data import Dataset
+from export.data import Dataset, first_half
 from export.families.base import Preset
 from export.figure import Panel
 from export.golden import Example
@@ -260,7 +260,7 @@ class Family:
         """Requests with and without parameters, on the first rows of the test part."""
         images = data.test.rows[:3]
         latents = torch.linspace(-2, 2, 3 * LATENT_DIMENSIONS).reshape(3, -1).numpy()
-        given = {"image": images, "known": _upper_half(images)}
+        given = {"image": images, "known": first_half(images)}
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"temperature": 0.7, "pixels": 0}),
@@ -303,12 +303,6 @@ def _bits_per_dimension(player: Player, images: NDArray[np.uint8], draws: int) -
     rows = replay.request(player.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images})
     answers = play(player, "score", rows, f"bound with {draws} draws")
     return bits_per_dimension(answers["log_likelihood"], images[0].size, draws)
-
-
-def _upper_half(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    known = np.zeros_like(images)
-    known[:, : images.shape[1] // 2] = 1
-    return known
 
 
 def _latent_noise(stream: int, name: str, *shape: int) -> Noise:

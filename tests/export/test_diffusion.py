@@ -12,7 +12,6 @@ from export import artifact, data, replay
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.family import first_half
 from export.families.diffusion.sampler import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
 from export.families.diffusion.samples import Step
 from export.training import Settings
@@ -279,7 +278,7 @@ def test_inpainting_keeps_what_is_known(
 ) -> None:
     """To the bit, and looks at nothing else of the given row."""
     name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
-    known, labels = first_half(rows), np.zeros(8, int)
+    known, labels = data.first_half(rows), np.zeros(8, int)
     walk = {"steps": 5, "rounds": rounds}
     made, other = (
         play(players[dataset.name], "sample:inpaint", {name: given, "known": known, "label": labels}, walk)

@@ -14,7 +14,6 @@ from export import artifact, data, graph, langevin, replay
 from export.families.base import Preset
 from export.families.ebm import FAMILY
 from export.families.ebm.chains import GIVEN, AdjustedStep, UnadjustedStep
-from export.families.ebm.family import first_half
 from export.families.ebm.model import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
 from export.families.ebm.normaliser import normaliser
 from export.families.ebm.scores import DRAW, EnergyOfImage, EnergyOfPoint
@@ -346,7 +345,7 @@ def test_known_coordinates_stay(
     program: str, dataset: data.Dataset, players: dict[str, replay.Player]
 ) -> None:
     name, rows = dataset.value.tensor.name, dataset.test.rows[:4]
-    known = first_half(rows)
+    known = data.first_half(rows)
     walked = play(players[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
     np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
     assert (walked[known == 0] != rows[known == 0]).any()

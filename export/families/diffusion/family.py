@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import replay
-from export.data import Dataset, Part
+from export.data import Dataset, Part, first_half
 from export.families.base import Preset
 from export.families.diffusion import bound, flow, latents, samples
 from export.families.diffusion.denoiser import Denoiser
@@ -167,13 +167,6 @@ class Family:
             Panel("edited into the next class", _play(player, "sample:edit", turned, SETS)),
             Panel("upper halves, inpainted", _play(player, "sample:inpaint", halves, SETS)),
         ]
-
-
-def first_half(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
-    known = np.zeros(rows.shape, np.uint8)
-    known[:, : rows.shape[1] // 2] = 1
-    return known
 
 
 def _play(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import replay
-from export.data import Dataset
+from export.data import Dataset, first_half
 from export.families.base import Preset
 from export.families.ebm import chains, scores
 from export.families.ebm.chains import GIVEN
@@ -149,13 +149,6 @@ class Family:
                 "upper halves of the test images, inpainted", _chains(player, PICTURED, {}, halves)["image"]
             ),
         ]
-
-
-def first_half(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
-    known = np.zeros(rows.shape, np.uint8)
-    known[:, : rows.shape[1] // 2] = 1
-    return known
 
 
 def _chains(
