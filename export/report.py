@@ -99,7 +99,7 @@ def write(directories: Sequence[Path], out: Path, library: Library, models: Path
     with tqdm(total=len(directories) * len(EXHIBITS), unit="exhibit", dynamic_ncols=True) as bar:
         pages = [_write_page(directory, out, library, bar) for directory in directories]
     environment = _environment()
-    (out / INDEX).write_text(environment.get_template(INDEX).render(pages=pages, models=models))
+    (out / INDEX).write_text(environment.get_template(INDEX).render(pages=pages, models=models), "utf-8")
     return pages
 
 
@@ -125,7 +125,7 @@ def _write_page(directory: Path, out: Path, library: Library, bar: "tqdm[Never]"
         curve=_curve(directory),
         pictures=_pictures(directory),
     )
-    (out / page.file).write_text(html)
+    (out / page.file).write_text(html, "utf-8")
     return page
 
 

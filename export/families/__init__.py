@@ -77,7 +77,7 @@ FAMILIES: Mapping[str, Entry] = {
     ),
     "ebm": Entry(
         "export.families.ebm",
-        "energy-based model by noise contrast (Gutmann & Hyvärinen 2010)",
+        "energy-based model by noise contrast (Gutmann & Hyvärinen 2012)",
         ("sample", "sample:langevin", "energy", "score"),
         ("digits", "moons"),
     ),
