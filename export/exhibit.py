@@ -15,7 +15,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from export import chart, chorales, replay, text, usage
-from export.data import Part
+from export.data import Part, first_half
+from export.measure import standard_error
 from export.program import program_name
 from export.replay import Player
 from export.usage import required
@@ -162,11 +163,10 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
     if subject.value.kind != IMAGE or subject.real is None:
         return
     real = subject.real[:COLUMNS]
-    known = np.zeros(real.shape, np.uint8)
-    known[:, : real.shape[1] // 2] = 1
+    known = first_half(real)
     for name, program in subject.programs.items():
         given = _input_like(program, subject.value.tensor)
-        if {each.tensor.name for each in program.inputs} >= {"known"} and given:
+        if any(each.tensor.name == "known" for each in program.inputs) and given:
             made = subject.play(name, {given: real, "known": known})
             sheet = np.concatenate([real * known, made, real])
             yield Exhibit(
@@ -331,8 +331,7 @@ def _kind(program: Program) -> str:
 
 
 def _mean(numbers: NDArray[np.float64]) -> str:
-    error = numbers.std(ddof=1) / math.sqrt(len(numbers))
-    return f"{numbers.mean():.3f} ± {error:.3f} (mean of {len(numbers)})"
+    return f"{numbers.mean():.3f} ± {standard_error(numbers):.3f} (mean of {len(numbers)})"
 
 
 def _calibration(subject: Subject) -> Iterator[Exhibit]:

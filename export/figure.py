@@ -65,6 +65,12 @@ class Heatmap:
         axes.imshow(self.values.T, cmap="gray_r", vmin=0, origin="lower", extent=extent)
 
 
+def cells(limit: float, count: int) -> NDArray[np.float32]:
+    """The middles of count x count cells of the square -limit..limit, [count^2, 2], by abscissa first."""
+    axis = ((np.arange(count) + 0.5) / count * 2 - 1) * limit
+    return np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+
+
 def draw(title: str, caption: str, panels: Sequence[Drawing], levels: int) -> bytes:
     """Drawings side by side under a title and over a caption, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

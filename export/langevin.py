@@ -26,11 +26,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
-# Sums over whole SIMD packets do not depend on the slot in which a row lies.
-PACKET = 16
+from export.packets import total
 
 
 class Landscape(Protocol):
@@ -55,11 +53,6 @@ class Place(NamedTuple):
             torch.where(chosen, self.energy, other.energy),
             torch.where(whole, self.gradient, other.gradient),
         )
-
-
-def total(terms: Tensor) -> Tensor:
-    """Sum over the last axis, the same in whichever slot a row lies."""
-    return functional.pad(terms, (0, -terms.shape[-1] % PACKET)).sum(-1)
 
 
 def propose(x: Tensor, gradient: Tensor, step_size: Tensor, noise: Tensor) -> Tensor:

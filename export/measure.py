@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from export import replay
 from export.data import Dataset, Part
+from export.figure import cells
 from export.replay import Player
 from export.training import Network, Settings, fit
 from samovar.v1 import manifest_pb2
@@ -63,49 +64,53 @@ def sampler(player: Player) -> Callable[[int, int], Rows]:
     return draw
 
 
+def density(player: Player, name: str, limit: float, count: int) -> NDArray[np.float32]:
+    """The density of points in the cells of a square, [count, count], by the program `score`, say."""
+    points = cells(limit, count)
+    given = {player.manifest.value.tensor.name: points}
+    rows = replay.request(player.program(name), 0, range(len(points)), inputs=given)
+    nats = player.play(name, rows)[player.program(name).score.nats]
+    return np.asarray(np.exp(nats).reshape(count, count), np.float32)
+
+
+def mean(name: str, values: NDArray[Any], unit: str, doc: str) -> manifest_pb2.Quality:
+    """The mean of independent numbers with its standard error."""
+    return manifest_pb2.Quality(
+        name=name, value=float(values.mean()), unit=unit, standard_error=standard_error(values), doc=doc
+    )
+
+
+def standard_error(values: NDArray[Any]) -> float:
+    """Of the mean of independent numbers [N]."""
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def mean_bits(nats: NDArray[Any], dimensions: int, detail: str, doc: str) -> manifest_pb2.Quality:
+    """The mean of log-masses of test rows in bits per dimension, with its sign changed."""
+    name = ", ".join(filter(None, ("negative log-likelihood", detail)))
+    return mean(name, -nats / (dimensions * math.log(2)), "bits/dim", doc)
+
+
 def bits_per_dimension(nats: NDArray[Any], dimensions: int, draws: int) -> manifest_pb2.Quality:
     """The mean of importance-weighted bounds over test rows."""
-    bits = -nats / (dimensions * math.log(2))
-    return manifest_pb2.Quality(
-        name=f"negative log-likelihood, IW-{draws}",
-        value=float(bits.mean()),
-        unit="bits/dim",
-        standard_error=_standard_error(bits),
-        doc=f"Upper bound, {len(bits)} test rows of integers (no offset), {draws} importance draws each.",
-    )
+    doc = f"Upper bound, {len(nats)} test rows of integers (no offset), {draws} importance draws each."
+    return mean_bits(nats, dimensions, f"IW-{draws}", doc)
 
 
 def exact_bits_per_dimension(nats: NDArray[Any], dimensions: int) -> manifest_pb2.Quality:
     """The mean of exact log-masses over test rows."""
-    bits = -nats / (dimensions * math.log(2))
-    return manifest_pb2.Quality(
-        name="negative log-likelihood",
-        value=float(bits.mean()),
-        unit="bits/dim",
-        standard_error=_standard_error(bits),
-        doc=f"Exact, {len(bits)} test rows of integers (no offset).",
-    )
+    return mean_bits(nats, dimensions, "", f"Exact, {len(nats)} test rows of integers (no offset).")
 
 
 def accuracy(hits: NDArray[np.bool_]) -> manifest_pb2.Quality:
     """How often the likeliest class of test rows is theirs."""
-    return manifest_pb2.Quality(
-        name="accuracy",
-        value=float(hits.mean()),
-        standard_error=_standard_error(hits.astype(np.float64)),
-        doc=f"How often the likeliest class is the right one, over {len(hits)} test rows.",
-    )
+    doc = f"How often the likeliest class is the right one, over {len(hits)} test rows."
+    return mean("accuracy", hits.astype(np.float64), "", doc)
 
 
 def negative_log_density(nats: NDArray[Any], doc: str) -> manifest_pb2.Quality:
     """The mean of exact log-densities over test rows, with its sign changed."""
-    return manifest_pb2.Quality(
-        name="negative log-density",
-        value=float(-nats.mean()),
-        unit="nats",
-        standard_error=_standard_error(nats),
-        doc=f"Mean over {len(nats)} test rows. {doc}".strip(),
-    )
+    return mean("negative log-density", -nats, "nats", f"Mean over {len(nats)} test rows. {doc}".strip())
 
 
 def two_sample_test(data: Dataset, draw: Callable[[int, int], Rows], count: int) -> manifest_pb2.Quality:
@@ -176,7 +181,7 @@ class Judge:
             name="label agreement",
             value=float(hits.mean()),
             unit="accuracy",
-            standard_error=_standard_error(hits),
+            standard_error=standard_error(hits),
             floor=float(known.mean()),
             doc=f"How often our classifier sees the label that was asked for, over {len(hits)} samples. "
             "The floor is its accuracy on test rows.",
@@ -297,11 +302,7 @@ def _quality(
         name=name,
         value=float(np.mean(values)),
         unit=unit,
-        standard_error=_standard_error(np.asarray(values)),
+        standard_error=standard_error(np.asarray(values)),
         floor=float(np.mean(floor)),
         doc=f"{doc} Mean of {len(values)} sets.",
     )
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))

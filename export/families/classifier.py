@@ -31,7 +31,7 @@ from export.data import Dataset, Part
 from export.families.base import Preset
 from export.figure import Panel
 from export.golden import Example
-from export.measure import accuracy, play
+from export.measure import accuracy, mean, play
 from export.program import Input, Parameter, Program, TensorSpec
 from export.replay import Player
 from export.training import Network
@@ -235,14 +235,11 @@ def _answers(
 def _cross_entropy(answers: replay.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
     scaled = answers["logits"].astype(np.float64) / temperature
     nats = np.logaddexp.reduce(scaled, 1) - scaled[np.arange(len(held_out)), held_out.labels]
-    return manifest_pb2.Quality(
-        name="cross-entropy",
-        value=float(nats.mean()),
-        unit="nats",
-        standard_error=float(nats.std(ddof=1) / np.sqrt(len(nats))),
-        doc=f"Mean of -log p(label | image) over {len(nats)} test rows at temperature {temperature:g}; "
-        "it says nothing of the density of images.",
+    doc = (
+        f"Mean of -log p(label | image) over {len(nats)} test rows at temperature {temperature:g}; "
+        "it says nothing of the density of images."
     )
+    return mean("cross-entropy", nats, "nats", doc)
 
 
 def _calibration_error(answers: replay.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:

@@ -30,6 +30,7 @@ from export.figure import Drawing, Panel
 from export.golden import Example
 from export.measure import play
 from export.ngram import ORDER, WittenBell
+from export.packets import PACKET
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.replay import Player
 from export.training import Network, Settings
@@ -39,8 +40,6 @@ from samovar.v1 import manifest_pb2
 WINDOW = 128
 # Music repeats its voices each frame and its accents each beat.
 BEAT = chorales.VOICES * chorales.FRAMES_PER_QUARTER
-# Softmaxes over whole SIMD packets do not depend on the slot in which a row lies.
-_PACKET = 16
 # The logarithm of nothing, finite so that no row carries an infinity.
 _NOTHING = -1e30
 # Divides logits in place of a temperature of 0, which takes the likeliest token only.
@@ -71,7 +70,7 @@ class LSTM(Network):
         self.layers = nn.LSTM(self.width, self.width, self.depth, batch_first=True, dropout=dropout)
         self.dropout = nn.Dropout(preset.dropout)
         # As wide as it takes to have an index for every token, 0 among them, in whole packets.
-        self.head = nn.Linear(self.width, -(-len(vocabulary) // _PACKET) * _PACKET)
+        self.head = nn.Linear(self.width, -(-len(vocabulary) // PACKET) * PACKET)
         indices = torch.arange(self.head.out_features)
         is_token = (indices > 0) & (indices <= self.symbols)
         self.register_buffer("impossible", torch.where(is_token, 0.0, _NOTHING))

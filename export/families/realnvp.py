@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from export import importance, replay
 from export.data import Dataset
@@ -33,11 +32,13 @@ from export.golden import Example
 from export.measure import (
     Judge,
     bits_per_dimension,
+    density,
     negative_log_density,
     play,
     sampler,
     two_sample_test,
 )
+from export.packets import total
 from export.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
 from export.replay import Player
 from export.training import Network, Settings
@@ -58,8 +59,6 @@ DRAW = DEQUANTISATIONS.index("draw")
 PICTURED = 100
 # The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
 LIMIT, CELLS = 2.5, 200
-# Sums over whole SIMD packets do not depend on the slot in which a row lies.
-_PACKET = 16
 
 
 class Bijection(nn.Module):
@@ -246,7 +245,7 @@ class RealNVP(Network):
         """log p(x) in nats [...] of rows [..., D]."""
         latent, slopes = self.encode(x)
         terms = slopes - 0.5 * latent.square() - 0.5 * math.log(2 * math.pi)
-        return functional.pad(terms, (0, -self.dimensions % _PACKET)).sum(-1)
+        return total(terms)
 
     def value(self, x: Tensor) -> Tensor:
         """Rows [B, D] as values [B, *shape]: points as they are, pixels as the integers that hold them."""
@@ -454,7 +453,7 @@ class Family:
             return [
                 Scatter("test points", data.test.rows, LIMIT),
                 Scatter("samples", _samples(player, len(data.test)), LIMIT),
-                Heatmap("density", _density(player), LIMIT),
+                Heatmap("density", density(player, "score", LIMIT, CELLS), LIMIT),
             ]
         return [
             Panel("test images", data.test.rows[:PICTURED]),
@@ -476,14 +475,6 @@ def _scores(
     program, given = player.program("score"), {player.manifest.value.tensor.name: values}
     rows = replay.request(program, 0, range(len(values)), parameters, given)
     return play(player, "score", rows, "log-density of test rows")[program.score.nats]
-
-
-def _density(player: Player) -> NDArray[np.float32]:
-    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    rows = replay.request(player.program("score"), 0, range(len(grid)), inputs={"point": grid})
-    log_density = player.play("score", rows)["log_density"].reshape(CELLS, CELLS)
-    return np.asarray(np.exp(log_density), np.float32)
 
 
 def _latent(flow: RealNVP) -> TensorSpec:

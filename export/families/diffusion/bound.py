@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, by_packets
+from export.families.diffusion.sampler import SIGMA_MAX
 from export.families.diffusion.samples import given, open_label
-from export.langevin import total
+from export.packets import by_packets, total
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
 
 # The last noise level of points, and of images as a share of the distance between two levels of a pixel.

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from export.data import Dataset
 from export.families.base import Preset
-from export.families.diffusion.sampler import by_packets, per_row
-from export.langevin import total
+from export.families.diffusion.sampler import per_row
+from export.packets import by_packets, total
 from export.training import Network
 
 FREQUENCIES = 16

@@ -1,6 +1,5 @@
 """The diffusion model as the exporter sees it: presets, golden requests, figures and pictures."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -15,7 +14,17 @@ from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import DDIM, HEUN
 from export.figure import Drawing, Heatmap, Panel, Scatter
 from export.golden import Example
-from export.measure import SETS, Judge, negative_log_density, play, sampler, two_sample_test
+from export.measure import (
+    SETS,
+    Judge,
+    density,
+    mean,
+    mean_bits,
+    negative_log_density,
+    play,
+    sampler,
+    two_sample_test,
+)
 from export.program import Program
 from export.replay import Player
 from export.training import Network, Settings
@@ -152,7 +161,7 @@ class Family:
             return [
                 Scatter("test points", data.test.rows, LIMIT),
                 Scatter("samples", _samples(player, len(data.test), 0), LIMIT),
-                Heatmap("density", _density(player), LIMIT),
+                Heatmap("density", density(player, "score:ode", LIMIT, CELLS), LIMIT),
             ]
         classes = min(10, len(data.value.class_labels))
         labels = np.repeat(np.arange(classes), 10)
@@ -202,12 +211,12 @@ def _scores(
 def _log_densities(player: Player, part: Part, space: str) -> list[manifest_pb2.Quality]:
     """The estimate and the bound of test points, without their labels."""
     draws = {"draws": MEASURED_DRAWS}
-    by_ode, bound = (
+    by_ode, bounded = (
         _scores(player, "score:ode", part.rows),
         _scores(player, "score", part.rows, draws),
     )
     main = negative_log_density(by_ode, f"Estimate by the probability-flow ODE. In {space}.")
-    other = negative_log_density(bound, f"Upper bound, {MEASURED_DRAWS} draws each. In {space}.")
+    other = negative_log_density(bounded, f"Upper bound, {MEASURED_DRAWS} draws each. In {space}.")
     other.name = f"{other.name}, bound"
     return [main, other]
 
@@ -217,23 +226,17 @@ def _bits_per_dimension(player: Player, part: Part, data: Dataset) -> list[manif
     shares = np.bincount(data.train.labels, minlength=len(data.value.class_labels)) / len(data.train)
     draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
     given = _scores(player, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
-    bound = f"Upper bound, {MEASURED_DRAWS} draws each"
+    kind = f"Upper bound, {MEASURED_DRAWS} draws each"
     return [
-        _bits(given, part, "bound", f"{bound}, of the mixture over classes that sample draws from."),
-        _bits(_scores(player, "score", part.rows, draws), part, "bound without labels", f"{bound}."),
+        _bits(given, part, "bound", f"{kind}, of the mixture over classes that sample draws from."),
+        _bits(_scores(player, "score", part.rows, draws), part, "bound without labels", f"{kind}."),
         _bits(_scores(player, "score:ode", some.rows), some, "ODE without labels", "Estimate."),
     ]
 
 
-def _bits(nats: NDArray[np.float64], part: Part, name: str, doc: str) -> manifest_pb2.Quality:
-    bits = -nats / (part.rows[0].size * math.log(2))
-    return manifest_pb2.Quality(
-        name=f"negative log-likelihood, {name}",
-        value=float(bits.mean()),
-        unit="bits/dim",
-        standard_error=float(bits.std(ddof=1) / math.sqrt(len(bits))),
-        doc=f"{doc} Of {len(part)} test rows of integers (no offset).",
-    )
+def _bits(nats: NDArray[np.float64], part: Part, detail: str, doc: str) -> manifest_pb2.Quality:
+    whole = f"{doc} Of {len(part)} test rows of integers (no offset)."
+    return mean_bits(nats, part.rows[0].size, detail, whole)
 
 
 def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Quality]:
@@ -255,20 +258,13 @@ def _round_trip(player: Player, part: Part) -> manifest_pb2.Quality:
     value, part = player.manifest.value, part[:ROUND_TRIPS]
     again = _play(player, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
     errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)
-    return manifest_pb2.Quality(
-        name="round trip error",
-        value=float(errors.mean()),
-        unit="levels" if value.levels else "",
-        standard_error=float(errors.std(ddof=1) / math.sqrt(len(errors))),
-        doc=f"Mean absolute difference of an element after {latents.DEFAULT_STEPS} steps of encode and as "
+    return mean(
+        "round trip error",
+        errors,
+        "levels" if value.levels else "",
+        f"Mean absolute difference of an element after {latents.DEFAULT_STEPS} steps of encode and as "
         f"many of decode, by heun, of {len(part)} test rows.",
     )
-
-
-def _density(player: Player) -> NDArray[np.float32]:
-    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    return np.exp(_scores(player, "score:ode", grid)).reshape(CELLS, CELLS).astype(np.float32)
 
 
 FAMILY = Family()

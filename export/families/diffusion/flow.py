@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from export.families.diffusion.bound import LastLevel, space
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, SIGMA_MIN, by_packets, per_row
+from export.families.diffusion.sampler import SIGMA_MAX, SIGMA_MIN, per_row
 from export.families.diffusion.samples import given, open_label
-from export.langevin import total
+from export.packets import by_packets, total
 from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
 
 STAGES, MAX_STEPS = 4, 400

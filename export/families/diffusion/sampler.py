@@ -14,13 +14,12 @@ Without eta all of them solve the probability-flow ODE, dx/dsigma = (x - D) / si
 as down. Knows no network.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from export.langevin import PACKET
+from export.packets import by_packets
 
 SAMPLERS = ("ddim", "heun", "dpmpp2m")
 DDIM, HEUN, DPMPP2M = range(3)
@@ -35,14 +34,6 @@ def noise_level(position: Tensor) -> Tensor:
     cube = root * root * root
     level: Tensor = cube * cube * root
     return level
-
-
-def by_packets(function: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
-    """A transcendental function of numbers [B], of which kernels round those at the end of a batch otherwise.
-
-    Each is spread over a whole SIMD packet, so that there is no end.
-    """
-    return function(numbers.unsqueeze(1).expand(-1, PACKET))[:, 0]
 
 
 @dataclass(frozen=True)

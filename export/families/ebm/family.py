@@ -1,6 +1,5 @@
 """The energy-based model as the exporter sees it: sizes, programs, golden examples, quality and pictures."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from export.families.ebm.model import EnergyModel
 from export.families.ebm.scores import DRAW
 from export.figure import Drawing, Heatmap, Panel, Scatter
 from export.golden import Example
-from export.measure import SETS, Judge, negative_log_density, play, two_sample_test
+from export.measure import SETS, Judge, density, mean, negative_log_density, play, two_sample_test
 from export.program import Program
 from export.replay import Player
 from export.training import Network, Settings
@@ -136,7 +135,7 @@ class Family:
             return [
                 Scatter("test points", data.test.rows[:CHAINS], LIMIT),
                 Scatter("samples", _chains(player, CHAINS)["point"], LIMIT),
-                Heatmap("density", _density(player), LIMIT),
+                Heatmap("density", density(player, "score", LIMIT, CELLS), LIMIT),
             ]
         images = data.test.rows[:PICTURED]
         halves = {"image": images, "known": first_half(images)}
@@ -196,20 +195,8 @@ def _log_normaliser(
 
 def _acceptance(player: Player) -> manifest_pb2.Quality:
     shares = _chains(player, PICTURED)["acceptance"]
-    return manifest_pb2.Quality(
-        name="acceptance",
-        value=float(shares.mean()),
-        standard_error=float(shares.std(ddof=1) / math.sqrt(len(shares))),
-        doc=f"Share of MALA proposals that are accepted at the default step size, over {len(shares)} chains.",
-    )
-
-
-def _density(player: Player) -> NDArray[np.float32]:
-    axis = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * LIMIT
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    rows = replay.request(player.program("score"), 0, range(len(grid)), inputs={"point": grid})
-    log_density = player.play("score", rows)["log_density"].reshape(CELLS, CELLS)
-    return np.asarray(np.exp(log_density), np.float32)
+    doc = f"Share of MALA proposals that are accepted at the default step size, over {len(shares)} chains."
+    return mean("acceptance", shares, "", doc)
 
 
 FAMILY = Family()

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from export import langevin
 from export.families.ebm.model import EnergyModel, Part
 from export.families.ebm.normaliser import GRID_CELLS, GRID_LIMIT, TEMPERATURES, Normaliser, normaliser
+from export.packets import total
 from export.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
 
 BLURS = ("none", "draw")
@@ -17,7 +17,7 @@ class _Energy(Part):
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy, gradient = self.model.energy(self.model.coordinates(rows))
-        return energy, gradient.reshape(-1, *self.model.shape), langevin.total(gradient.square()).sqrt()
+        return energy, gradient.reshape(-1, *self.model.shape), total(gradient.square()).sqrt()
 
 
 class EnergyOfPoint(_Energy):
