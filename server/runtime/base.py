@@ -73,8 +73,15 @@ def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], N
     return graph.replay
 
 
-def fresh(outputs: Tensors, inputs: Tensors) -> Tensors:
+def replayable(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
+    """The plain way; on CUDA one that replays a graph of its kernels, when asked to."""
+    call = copying(graph, inputs, outputs)
+    return captured(call) if device.is_cuda and device.cuda_graphs else call
+
+
+def fresh(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
     """Outputs without history; a graph may hand an input back, which its caller then writes in place."""
+    outputs = (result,) if isinstance(result, torch.Tensor) else result
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     return [
         output.detach().clone() if output.untyped_storage().data_ptr() in given else output.detach()

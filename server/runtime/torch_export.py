@@ -13,7 +13,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from server.errors import ArtifactRefused
-from server.runtime.base import Device, Tensors, captured, copying, fresh
+from server.runtime.base import Device, Tensors, fresh, replayable
 from server.spec import GraphSpec
 
 
@@ -21,7 +21,7 @@ class TorchExportGraph:
     """An exported program, called positionally."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
-        self._replays = device.is_cuda and device.cuda_graphs
+        self._device = device
         program = _load(path)
         arguments = [str(name) for name in program.graph_signature.user_inputs]
         expected = [tensor.name for tensor in spec.inputs]
@@ -33,13 +33,11 @@ class TorchExportGraph:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         with torch.no_grad():
-            result = self._module(*inputs)
-        return fresh((result,) if isinstance(result, torch.Tensor) else result, inputs)
+            return fresh(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """A call on these very tensors; on CUDA one that replays a graph of its kernels, when asked to."""
-        call = copying(self, inputs, outputs)
-        return captured(call) if self._replays else call
+        """A call on these very tensors."""
+        return replayable(self, inputs, outputs, self._device)
 
 
 def _load(path: Path) -> torch.export.ExportedProgram:

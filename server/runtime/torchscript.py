@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from server.errors import ArtifactRefused
-from server.runtime.base import Device, Tensors, captured, copying, fresh
+from server.runtime.base import Device, Tensors, fresh, replayable
 from server.spec import GraphSpec
 
 
@@ -15,7 +15,7 @@ class TorchScriptGraph:
     """A frozen TorchScript function, called positionally."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
-        self._replays = device.is_cuda and device.cuda_graphs
+        self._device = device
         try:
             self._module: Any = torch.jit.load(str(path), map_location=device.torch)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -27,13 +27,11 @@ class TorchScriptGraph:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
-        result = self._module(*inputs)
-        return fresh((result,) if isinstance(result, torch.Tensor) else result, inputs)
+        return fresh(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """A call on these very tensors; on CUDA one that replays a graph of its kernels, when asked to."""
-        call = copying(self, inputs, outputs)
-        return captured(call) if self._replays else call
+        """A call on these very tensors."""
+        return replayable(self, inputs, outputs, self._device)
 
 
 def _first_line(error: Exception) -> str:
