@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 from tqdm import tqdm
 
-from export import anchors, chart, layout, quality, usage
+from export import anchors, chart, layout, quality, usage, verify
 from export.data import DATASETS, DataError, Dataset, Part
 from export.exhibit import EXHIBITS, KINDS, Exhibit, Subject
 from export.formats import FORMATS
@@ -131,9 +131,10 @@ def _write_page(directory: Path, out: Path, library: Library, bar: "tqdm[Never]"
 
 def _format(manifest: manifest_pb2.Manifest) -> str:
     """The first format that every graph has a file in."""
-    held = [{file.format for file in graph.files} for graph in manifest.graphs]
-    common = set.intersection(*held) if held else set()
-    return next(format for format in FORMATS if format in common)
+    common = verify.formats(manifest)
+    if not common:
+        raise layout.ArtifactError(f"{manifest.name}: expected a format that all of its graphs have")
+    return min(common, key=FORMATS.index)
 
 
 def _shown(subject: Subject, bar: "tqdm[Never]") -> Iterator[Exhibit]:
