@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from export import chart, chorales, replay, text, usage
 from export.data import Part, first_half
+from export.figure import cells
 from export.measure import standard_error
 from export.program import program_name
 from export.replay import Player
@@ -279,12 +280,10 @@ def _density(subject: Subject) -> Iterator[Exhibit]:
     name = next(filter(subject.only_input, scores), "")
     if not name or tuple(subject.value.tensor.shape) != (2,):
         return
-    program, (low, high) = subject.programs[name], subject.limits
-    axis, width = np.linspace(low, high, CELLS, retstep=True)
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    nats = subject.outputs(name, {subject.only_input(name): grid})[program.score.nats]
+    program, (_, limit) = subject.programs[name], subject.limits
+    nats = subject.outputs(name, {subject.only_input(name): cells(limit, CELLS)})[program.score.nats]
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
-    mass = density.sum() * width**2
+    mass = density.sum() * (2 * limit / CELLS) ** 2
     caption = f"By {name}, {_kind(program)}. It adds up to {mass:.3f} within these bounds."
     yield Exhibit("Density", caption, chart.field(density, subject.limits, "Density"))
 
