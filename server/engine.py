@@ -60,6 +60,7 @@ class Engine:
         self._on_death = on_death
         self._restarts = deque[float](maxlen=MAX_RESTARTS)
         self._programs: dict[ProgramKey, Program] = {}
+        self._held: dict[ProgramKey, list[Readout]] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
         self._is_down = False
@@ -153,6 +154,7 @@ class Engine:
         try:
             if not is_hopeless:
                 self._renew()
+                self._held.clear()
                 for program in self._programs.values():
                     program.clear()
         except BaseException:
@@ -186,10 +188,12 @@ class Engine:
         except Exception as error:
             log.exception("%s failed; its rows are dropped", turn.program)
             self._observer.faulted(turn.program, "graph")
-            taking_part = {*program.slots.requests, *(admission.request for admission in turn.admissions)}
+            held = (readout.request for readout in self._held.pop(turn.program, ()))
+            joining = (admission.request for admission in turn.admissions)
+            taking_part = {*program.slots.requests, *joining, *held}
             self._fail(taking_part, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
             return
-        self._deliver(readouts)
+        self._deliver(self._hold(program, turn, readouts) if turn.width else readouts)
 
     def _run(self, program: Program, turn: Turn) -> list[Readout]:
         for request in turn.dropped:
@@ -202,17 +206,25 @@ class Engine:
         if not (rows := program.slots.num_active):
             return []
         taking_part = program.slots.requests
-        readouts = program.advance()
+        readouts = program.advance(turn.width)
         seconds = self._clock() - now
         for _ in range(program.take_shortages()):
             self._observer.faulted(turn.program, "out_of_memory")
         for request in taking_part:
             request.model_seconds += seconds
-        bucket = program.bucket(rows)
+        bucket = program.bucket(max(rows, turn.width))
         self._observer.stepped(turn.program, rows, bucket, seconds)
         with self._changed:
             self._scheduler.charge(turn.program, bucket, seconds)
         return readouts
+
+    def _hold(self, program: Program, turn: Turn, readouts: Sequence[Readout]) -> list[Readout]:
+        """A batch of whole requests is answered at once, when no row of it is left."""
+        held = [*self._held.pop(turn.program, ()), *readouts]
+        if not program.slots.num_active:
+            return held
+        self._held[turn.program] = held
+        return []
 
     def _deliver(self, readouts: Sequence[Readout]) -> None:
         """Settle a turn's readouts first, then tell their readers, who wake up and want the interpreter."""

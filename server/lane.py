@@ -101,6 +101,7 @@ class Lane:
     pace: Pace = field(default_factory=Pace)
     num_active: int = 0
     num_active_batch: int = 0
+    width: int = 0
     num_waiting_steps: int = 0
     credit: float = 0.0
     is_ringed: bool = False

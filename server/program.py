@@ -87,11 +87,14 @@ class Program:
         """The batch size at which so many rows are called."""
         return next(bucket for bucket in self.buckets if bucket >= rows)
 
-    def advance(self) -> list[Readout]:
-        """Start the new rows, take one step with all, read out those that are done or due a preview."""
+    def advance(self, width: int = 0) -> list[Readout]:
+        """Start the new rows, take one step with all, read out those that are done or due a preview.
+
+        A step is padded to `width` rows at least.
+        """
         self._start()
         if self.spec.step is not None and self.slots.num_active:
-            self._step(self.spec.step)
+            self._step(self.spec.step, width)
         return self._finish() + self._preview()
 
     def _start(self) -> None:
@@ -107,14 +110,15 @@ class Program:
                 slots.device[tensor.name][start : slots.num_active] = 0
         slots.num_started = slots.num_active
 
-    def _step(self, graph: GraphSpec) -> None:
+    def _step(self, graph: GraphSpec, width: int) -> None:
         """One step of all active rows, from one side of the state's tables to the other."""
         rows = self.slots.rows
         if self._step_noise:
             self.slots.tape.reach(rows)
             for name, table in self._step_noise.items():
                 table[: len(rows)].copy_(self.slots.tape.numbers(name, len(rows)), non_blocking=True)
-        self._in_parts(0, len(rows), lambda start, count: self._bound_step(graph, start, count)())
+        size = max(width, len(rows))
+        self._in_parts(0, size, lambda start, count: self._bound_step(graph, start, count)())
         self.slots.tape.advance()
         self.slots.count_step()
 

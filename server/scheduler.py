@@ -30,7 +30,9 @@ class Limits:
     """How much may wait, and how it is dealt out.
 
     `batching` is for comparisons: `step` lets rows join at any step; with `request` a batch is
-    formed when the device is idle and runs to its end; with `none` every request runs alone.
+    formed when the device is idle, keeps its width to the end of its longest row and is answered then,
+    as where whole requests are batched (what Orca, OSDI 2022, calls request-level scheduling); with
+    `none` every request runs alone.
     """
 
     max_waiting_rows: int = 200_000
@@ -43,11 +45,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a program: drop these requests' rows, admit these rows, then step."""
+    """One turn of a program: drop these requests' rows, admit these rows, then step.
+
+    `width` is how many rows the batch began with when it is one of whole requests; otherwise 0.
+    """
 
     program: ProgramKey
     admissions: list[Admission]
     dropped: list[Request]
+    width: int = 0
 
 
 class Scheduler:
@@ -140,7 +146,7 @@ class Scheduler:
             if not lane.has_work:
                 self._retire(lane)
             elif self._runs_on(lane) or self._can_pay(lane):
-                return Turn(lane.program, self._admit(lane), lane.take_dropped())
+                return Turn(lane.program, self._admit(lane), lane.take_dropped(), lane.width)
             else:
                 self._pass_on()
         return None
@@ -208,6 +214,7 @@ class Scheduler:
         count = sum(admission.count for admission in admissions)
         self.num_waiting -= count
         self.num_active += count
+        lane.width = 0 if self.limits.batching == "step" else lane.num_active
         return admissions
 
     def _refuse_overload(self, request: Request) -> None:

@@ -142,6 +142,48 @@ def test_rows_that_come_later_share_the_steps(gated: Bench, gate: Gate) -> None:
     assert gated.ledger.turns == [1, 2, 1]
 
 
+def test_a_batch_of_whole_requests_keeps_its_width_and_is_answered_together() -> None:
+    sizes: list[int] = []
+
+    def walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        sizes.append(len(inputs[0]))
+        return toys.walk(inputs)
+
+    gate = Gate(walk)
+    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(batching="request"))
+    bench.submit(rows=1, steps=1)
+    gate.await_call()
+    _, short = bench.submit(rows=5, steps=1, seed=1)
+    _, long = bench.submit(rows=1, steps=3, seed=2)
+    gate.open(2)
+    gate.await_call()
+    gate.await_call()
+    assert not short.events
+    gate.open(2)
+    assert len(short.rows()) == 5
+    assert long.rows() == {0: alone(2, 0, 3, 1.0)}
+    assert sizes == [1, 8, 8, 8]
+    bench.engine.stop()
+
+
+def test_rows_that_are_done_fail_with_the_whole_batch_that_they_wait_for() -> None:
+    calls = iter([False, False, True])
+
+    def breaks_later(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if next(calls):
+            raise RuntimeError("no more")
+        return toys.walk(inputs)
+
+    gate = Gate(breaks_later)
+    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(batching="request"))
+    bench.submit(rows=1, steps=1)
+    gate.await_call()
+    readers = [bench.submit(steps=steps)[1] for steps in (1, 3)]
+    gate.open(3)
+    assert all(isinstance(reader.error(), ModelFailed) for reader in readers)
+    bench.engine.stop()
+
+
 def test_previews_come_every_k_steps_and_not_of_finished_rows(bench: Bench) -> None:
     _, reader = bench.submit(rows=2, steps=5, preview_every=2)
     reader.wait()
