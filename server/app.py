@@ -45,7 +45,7 @@ class App:
     def __init__(self, config: Config) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
-        self.device = Device(_device_name(config.device), config.threads)
+        self.device = Device(_device_name(config.device), config.threads, config.cuda_graphs)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         scheduler = Scheduler(
             Limits(

@@ -40,6 +40,7 @@ class Config:
     device: str = "auto"
     formats: tuple[str, ...] = tuple(RUNTIMES)
     threads: int = 1
+    cuda_graphs: bool = False
     max_batch_rows: int = 64
     scheduling: Batching = "step"
     quantum_rows: int = 8
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def flag(name: str, kind: Any, text: str) -> None:
         default = getattr(defaults, name.replace("-", "_"))
-        shown = ",".join(default) if isinstance(default, tuple) else default
+        shown = _shown(default)
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})")
 
     flag("models", Path, "directory of artifacts, as <name>/<version>/")
@@ -86,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("device", str, "cpu, cuda, cuda:1, …; auto takes a GPU when there is one")
     flag("formats", _formats, "formats to load, the preferred one first")
     flag("threads", _integer(1, 1024), "CPU threads of one graph call; leave a core to the network")
+    flag(
+        "cuda-graphs",
+        _on_or_off,
+        "on replays the kernels of a TorchScript or torch.export step as one launch; a GPU only",
+    )
     flag("max-batch-rows", _integer(1, 65_536), "rows of a program that share a step")
     flag(
         "max-waiting-rows",
@@ -113,6 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     flag("grace-seconds", _seconds, "time that calls in flight have to finish on SIGTERM")
     flag("log-level", _log_level, f"one of {', '.join(LOG_LEVELS)}")
     return parser
+
+
+def _shown(default: Any) -> Any:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(default) if isinstance(default, tuple) else default
+
+
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

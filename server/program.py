@@ -79,7 +79,9 @@ class Program:
             for name, item in self._noise.items()
             if name in read
         }
-        numbers = tape.Tape([self._noise[name] for name in self._step_noise], self.capacity, self._ahead)
+        drawn = [self._noise[name] for name in self._step_noise]
+        numbers = tape.Tape(drawn, self.capacity, self._ahead, self._device)
+        self._copied = torch.cuda.Event() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.slots = Slots(self.capacity, tables, self._device, spec.state, numbers)
         self._steps: dict[tuple[int, int, int], Callable[[], None]] = {}
 
@@ -114,13 +116,21 @@ class Program:
         """One step of all active rows, from one side of the state's tables to the other."""
         rows = self.slots.rows
         if self._step_noise:
-            self.slots.tape.reach(rows)
-            for name, table in self._step_noise.items():
-                table[: len(rows)].copy_(self.slots.tape.numbers(name, len(rows)), non_blocking=True)
+            self._copy_numbers(rows)
         size = max(width, len(rows))
         self._in_parts(0, size, lambda start, count: self._bound_step(graph, start, count)())
         self.slots.tape.advance()
         self.slots.count_step()
+
+    def _copy_numbers(self, rows: tape.Rows) -> None:
+        """The numbers of a step to the device, which may lag behind by one step's copy."""
+        if self._copied:
+            self._copied.synchronize()
+        self.slots.tape.reach(rows)
+        for name, table in self._step_noise.items():
+            table[: len(rows)].copy_(self.slots.tape.numbers(name, len(rows)), non_blocking=True)
+        if self._copied:
+            self._copied.record()
 
     def _bound_step(self, graph: GraphSpec, start: int, count: int) -> Callable[[], None]:
         """The step of the rows from slot `start` on; bound once for each bucket and side."""

@@ -58,19 +58,31 @@ def draw(item: NoiseSpec, rows: Rows) -> Array:
     return _DRAW[item.distribution](rows.seed, rows.row, rows.step, item.stream, item.tensor.shape)
 
 
-class Tape:
-    """The numbers of the next `length` steps of every slot, for the noise that a step reads."""
+def _table(shape: Sequence[int], device: torch.device | None) -> Array:
+    is_cuda = device is not None and device.type == "cuda"
+    table: Array = torch.zeros(*shape, pin_memory=is_cuda).numpy()
+    return table
 
-    def __init__(self, noise: Sequence[NoiseSpec], slots: int, ahead: Executor | None = None) -> None:
+
+class Tape:
+    """The numbers of the next `length` steps of every slot, for the noise that a step reads.
+
+    They lie in the host's memory, from which `device` may copy them while the host goes on.
+    """
+
+    def __init__(
+        self,
+        noise: Sequence[NoiseSpec],
+        slots: int,
+        ahead: Executor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         row_bytes = sum(item.tensor.row_bytes for item in noise)
         affordable = _BUDGET_BYTES // max(1, slots * row_bytes)
         self.length = max(1, min(MAX_STEPS_AHEAD, affordable))
         self._noise = tuple(noise)
         self._stretch, self._spare = (
-            {
-                item.tensor.name: np.zeros((self.length, slots, *item.tensor.shape), np.float32)
-                for item in noise
-            }
+            {item.tensor.name: _table((self.length, slots, *item.tensor.shape), device) for item in noise}
             for _ in range(2)
         )
         self._ahead = ahead

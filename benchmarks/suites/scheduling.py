@@ -20,12 +20,12 @@ CHAINS, CHAIN_STEPS = 512, 400
 
 TEXT = """\
 Three servers with `--scheduling step`, `request` and `none` get the same Poisson arrivals in turns. Request
-batching is that of servers whose unit is a call: a batch keeps its width to the end of its longest row, and is
-answered then. Capacity is what step batching makes of a burst of such requests, all due at once; the loads are shares of
-it. A latency counts from when its request was due. *Mixed steps* is diffusion with 5 to 50 steps, *mixed
-families* adds PixelCNN (64 steps), MALA chains (10 to 100) and text (16 to 128 tokens); one request in four
-has 4 rows, the others 1. The targets at 60 %: p50 and p99 at most a third of request batching's; a burst
-drained 1.3 times as fast."""
+batching is that of servers whose unit is a call: a batch keeps its width to the end of its longest row, and
+is answered then. Capacity is what step batching makes of a burst of such requests, all due at once; the
+loads are shares of it. A latency counts from when its request was due. *Mixed steps* is diffusion with 5 to
+50 steps, *mixed families* adds PixelCNN (64 steps), MALA chains (10 to 100) and text (16 to 128 tokens);
+one request in four has 4 rows, the others 1. The targets at 60 %: p50 and p99 at most a third of request
+batching's; a burst drained 1.3 times as fast."""
 
 
 @dataclass(frozen=True)
