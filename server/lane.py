@@ -16,6 +16,8 @@ from server.spec import ProgramKey
 BATCH_VISIT = 8
 # Rows of low priority leave this share of the slots to others.
 RESERVED_SHARE = 8
+# A program that only batch jobs use is due so much of the device time of one that somebody waits for.
+BATCH_SHARE = 0.25
 _SMOOTHING = 0.2
 
 
@@ -101,6 +103,7 @@ class Lane:
     pace: Pace = field(default_factory=Pace)
     num_active: int = 0
     num_active_batch: int = 0
+    num_served: int = 0
     width: int = 0
     num_waiting_steps: int = 0
     credit: float = 0.0
@@ -112,9 +115,12 @@ class Lane:
         return bool(self.num_active or self.dropped or self.interactive or self.batch)
 
     @property
-    def is_interactive(self) -> bool:
-        """Whether anyone is thought to be waiting for this program at a keyboard."""
-        return bool(self.interactive) or self.num_active > self.num_active_batch
+    def share(self) -> float:
+        """Device time due to this program beside others: that of its interactive requests, all alike.
+
+        As many as have rows in the batch; one, while they only wait; together less than one, for batch jobs.
+        """
+        return max(self.num_served, 1 if self.interactive else BATCH_SHARE)
 
     @property
     def backlog_seconds(self) -> float:
@@ -146,15 +152,15 @@ class Lane:
         self.stalled.pop(request, None)
         self.num_waiting_steps -= request.num_waiting * request.row_cost
         if request in self.active:
-            del self.active[request]
+            self._leave(request)
             self._release(request, request.num_active)
             self.dropped.append(request)
 
     def finish(self, request: Request, rows: int) -> None:
         """So many rows of a request have left their slots."""
         self._release(request, rows)
-        if not request.num_active:
-            self.active.pop(request, None)
+        if not request.num_active and request in self.active:
+            self._leave(request)
 
     def take_dropped(self) -> list[Request]:
         """Requests whose rows must leave their slots."""
@@ -201,11 +207,18 @@ class Lane:
         self.num_active += count
         self.num_active_batch += count if request.is_batch else 0
         self.num_waiting_steps -= count * request.row_cost
-        self.active[request] = None
+        if request not in self.active:
+            self.active[request] = None
+            self.num_served += not request.is_batch
         if not request.num_admissible:
             self._queue(request).leave(request)
             if request.num_waiting:
                 self.stalled[request] = None
+
+    def _leave(self, request: Request) -> None:
+        """None of a request's rows is in the batch any more."""
+        del self.active[request]
+        self.num_served -= not request.is_batch
 
     def _release(self, request: Request, rows: int) -> None:
         self.num_active -= rows

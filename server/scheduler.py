@@ -2,8 +2,9 @@
 
 Pure policy: no tensors, no clock (time is an argument), no threads. A row that has
 been admitted stays until it is finished or dropped; between steps, free slots go to
-waiting rows. Programs share the device by deficit round robin as well, in seconds:
-one whose step takes long has fewer turns. lane.py says who gets a program's slots.
+waiting rows. Programs share the device by deficit round robin as well, in seconds: one
+whose step takes long has fewer turns, one that serves many requests has more time, since
+it is requests that wait. lane.py says who gets a program's slots.
 """
 
 import heapq
@@ -19,8 +20,6 @@ from server.request import Request
 from server.spec import ProgramKey
 
 MIN_CROWD = 64
-# A program that only batch jobs use earns so much of the device time of one that somebody waits for.
-BATCH_SHARE = 0.25
 
 Batching = Literal["step", "request", "none"]
 
@@ -199,11 +198,15 @@ class Scheduler:
         return self.limits.batching != "step" and lane.num_active > 0
 
     def _can_pay(self, lane: Lane) -> bool:
-        """Whether a lane may run, once it has had its quantum of this round: a turn of the dearest lane."""
+        """Whether a lane may run, once it has had its quantum of this round.
+
+        The lane of the largest share gets a turn of the dearest one, the others their part of that: small
+        quanta, so that one which has just woken waits for a turn of each at most.
+        """
         if self._granted is not lane:
             self._granted = lane
             dearest = max(each.pace.latest for each in self._ring)
-            lane.credit += dearest * (1.0 if lane.is_interactive else BATCH_SHARE)
+            lane.credit += dearest * lane.share / max(each.share for each in self._ring)
         return lane.credit >= 0
 
     def _admit(self, lane: Lane) -> list[Admission]:

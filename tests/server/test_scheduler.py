@@ -1,6 +1,7 @@
 """The policy, as tables and properties: pure Python, no tensors, no clock."""
 
 import weakref
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
+from server.lane import BATCH_SHARE
 from server.request import Request
 from server.scheduler import Batching, Limits, Scheduler, Turn
 from server.spec import ProgramKey
@@ -193,23 +195,55 @@ def test_requests_share_the_slots_time_whatever_the_length_of_their_rows() -> No
     assert 0.8 < got[long] / got[short] < 1.25
 
 
+def spent(
+    policy: Scheduler, seconds: Mapping[ProgramKey, float], turns: int = 1000
+) -> dict[ProgramKey, float]:
+    """The device time that each program had."""
+    had = dict.fromkeys(seconds, 0.0)
+    for _ in range(turns):
+        turn = policy.next_turn()
+        assert turn is not None
+        policy.charge(turn.program, CAPACITY, seconds[turn.program])
+        had[turn.program] += seconds[turn.program]
+    return had
+
+
 def test_programs_share_the_device_by_time_not_by_turns() -> None:
     policy = scheduler()
     policy.submit(request(8, LEFT))
     policy.submit(request(8, RIGHT))
-    seconds = {LEFT: 0.010, RIGHT: 0.001}
-    spent = dict.fromkeys(seconds, 0.0)
-    for _ in range(1000):
-        turn = policy.next_turn()
-        assert turn is not None
-        policy.charge(turn.program, CAPACITY, seconds[turn.program])
-        spent[turn.program] += seconds[turn.program]
-    assert 0.8 < spent[LEFT] / spent[RIGHT] < 1.25
+    had = spent(policy, {LEFT: 0.010, RIGHT: 0.001})
+    assert 0.8 < had[LEFT] / had[RIGHT] < 1.25
 
 
-def test_a_newcomer_waits_for_one_step_of_another_program() -> None:
+def test_a_program_has_device_time_for_each_request_that_it_serves() -> None:
     policy = scheduler()
-    policy.submit(request(8, LEFT, steps=1000))
+    seconds = {LEFT: 0.001, RIGHT: 0.010}
+    policy.submit(request(5, LEFT))
+    finished, cancelled, last = (request(1, RIGHT) for _ in range(3))
+    for one in (finished, cancelled, last):
+        policy.submit(one)
+    had = spent(policy, seconds)
+    assert 2.4 < had[RIGHT] / had[LEFT] < 3.6
+    policy.finish(finished, 1)
+    policy.close(cancelled, "cancelled")
+    had = spent(policy, seconds)
+    assert 0.8 < had[RIGHT] / had[LEFT] < 1.25
+
+
+def test_batch_jobs_of_a_program_together_have_less_device_time_than_a_person() -> None:
+    policy = scheduler()
+    policy.submit(request(1, LEFT))
+    for _ in range(3):
+        policy.submit(request(1, RIGHT, is_batch=True))
+    had = spent(policy, {LEFT: 0.002, RIGHT: 0.002})
+    assert had[RIGHT] / had[LEFT] == pytest.approx(BATCH_SHARE, rel=0.1)
+
+
+def test_a_newcomer_waits_for_one_step_of_another_program_however_many_that_serves() -> None:
+    policy = scheduler()
+    for _ in range(CAPACITY):
+        policy.submit(request(1, LEFT, steps=1000))
     for _ in range(10):
         assert next_turn(policy, 0.01).program == LEFT
     under_way = policy.next_turn()
