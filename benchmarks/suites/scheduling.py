@@ -74,6 +74,8 @@ def run(bench: Bench) -> Section:
             capacity, table = _bursts(bench, name, kinds, servers)
             outcomes = _loads(bench, kinds, capacity, servers)
             tables += [table, _latencies(name, outcomes)]
+            if len(kinds) > 1:
+                tables.append(_by_kind(name, kinds, outcomes))
             plots.append(_plot(name, outcomes))
         tables.append(_among_chains(bench, servers["step"]))
     return Section("Scheduling", TEXT, tables, plots)
@@ -158,6 +160,19 @@ def _latencies(name: str, outcomes: dict[float, dict[str, Outcome]]) -> Table:
     columns = ["load", "scheduling", "requests", "p50 ms", "p95 ms", "p99 ms"]
     columns += ["p50 and p99 over request's", "requests/s", "rows a step"]
     return Table(columns, rows, f"{name}: Poisson arrivals")
+
+
+def _by_kind(name: str, kinds: Sequence[Kind], outcomes: dict[float, dict[str, Outcome]]) -> Table:
+    """Who waits: latencies of each model's requests at the middle load."""
+    load = LOADS[1]
+    rows = [
+        (mode, kind.model, *(milliseconds(percentile(of_kind, percent)) for percent in (50, 95, 99)))
+        for mode, outcome in outcomes[load].items()
+        for kind in kinds
+        if len(of_kind := outcome.observed.of(kind.model))
+    ]
+    columns = ("scheduling", "model", "p50 ms", "p95 ms", "p99 ms")
+    return Table(columns, rows, f"{name}: who waits at {100 * load:.0f} %")
 
 
 def _plot(name: str, outcomes: dict[float, dict[str, Outcome]]) -> Plot:
