@@ -128,7 +128,11 @@ class Program:
             self._copied.synchronize()
         self.slots.tape.reach(rows)
         for name, table in self._step_noise.items():
-            table[: len(rows)].copy_(self.slots.tape.numbers(name, len(rows)), non_blocking=True)
+            numbers = self.slots.tape.numbers(name, len(rows))
+            if self._copied:
+                table[: len(rows)].copy_(torch.from_numpy(numbers), non_blocking=True)
+            else:
+                table.numpy()[: len(rows)] = numbers
         if self._copied:
             self._copied.record()
 
@@ -159,7 +163,7 @@ class Program:
         active = slice(0, self.slots.num_active)
         done: NDArray[np.bool_] = self.slots.steps_done[active] >= self.slots.num_steps[active]
         if self.spec.steps.done:
-            done |= self.slots.device[self.spec.steps.done][active].cpu().numpy()
+            done |= self.slots.device[self.spec.steps.done].cpu().numpy()[active]
         return done
 
     def _preview(self) -> list[Readout]:

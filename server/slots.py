@@ -48,6 +48,9 @@ class Slots:
         }
         self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
         self.side = 0
+        index = self.device.get(STEP_INDEX)
+        # On a CPU through numpy: torch's operators are slow after a graph has run, fifty microseconds each.
+        self._step_index: Any = index.numpy() if index is not None and device.type == "cpu" else index
         self.seed = np.zeros(slots, np.uint64)
         # One table, so that rows are written and moved in one go; its columns by name.
         self._facts = np.zeros((slots, 5), np.int64)
@@ -107,8 +110,8 @@ class Slots:
             self.device[name], self.next[name] = self.next[name], self.device[name]
         self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
-        if STEP_INDEX in self.device:
-            self.device[STEP_INDEX][: self.num_active] += 1
+        if self._step_index is not None:
+            self._step_index[: self.num_active] += 1
 
     @property
     def rows(self) -> Rows:

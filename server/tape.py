@@ -91,9 +91,10 @@ class Tape:
         self._position = self.length
         self._num_ready = 0
 
-    def numbers(self, name: str, count: int) -> torch.Tensor:
+    def numbers(self, name: str, count: int) -> Array:
         """The numbers of the present step of the rows in the first slots, float32 [count, *shape]."""
-        return torch.from_numpy(self._stretch[name][self._position, :count])
+        numbers: Array = self._stretch[name][self._position, :count]
+        return numbers
 
     def reach(self, rows: Rows) -> None:
         """Make sure that the numbers of these rows' present step are there."""
