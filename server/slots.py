@@ -16,6 +16,7 @@ from server.request import Request
 from server.spec import NUM_STEPS, STEP_INDEX, TensorSpec
 from server.tape import Rows, Tape
 
+Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 
@@ -39,6 +40,7 @@ class Slots:
         self.tape = tape or Tape((), capacity)
         self.num_active = 0
         self.num_started = 0
+        self._is_cpu = device.type == "cpu"
         slots = 2 * capacity
         self.device = {
             tensor.name: torch.zeros(
@@ -48,9 +50,6 @@ class Slots:
         }
         self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
         self.side = 0
-        index = self.device.get(STEP_INDEX)
-        # On a CPU through numpy: torch's operators are slow after a graph has run, fifty microseconds each.
-        self._step_index: Any = index.numpy() if index is not None and device.type == "cpu" else index
         self.seed = np.zeros(slots, np.uint64)
         # One table, so that rows are written and moved in one go; its columns by name.
         self._facts = np.zeros((slots, 5), np.int64)
@@ -89,11 +88,11 @@ class Slots:
         self.row[new] += _offsets(counts)
         for name, column in self._columns(requests, arriving, new):
             if name in self.device:
-                self.device[name][new] = torch.from_numpy(column)
+                self._put(name, new, column)
 
     def _columns(
         self, requests: Sequence[Request], arriving: Sequence[tuple[Request, int, int]], new: slice
-    ) -> Iterator[tuple[str, NDArray[Any]]]:
+    ) -> Iterator[tuple[str, Array]]:
         """What graphs may read of new rows: the step counters, parameters and inputs."""
         yield STEP_INDEX, self.steps_done[new]
         yield NUM_STEPS, self.num_steps[new]
@@ -110,8 +109,9 @@ class Slots:
             self.device[name], self.next[name] = self.next[name], self.device[name]
         self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
-        if self._step_index is not None:
-            self._step_index[: self.num_active] += 1
+        if STEP_INDEX in self.device:
+            active = slice(0, self.num_active)
+            self._put(STEP_INDEX, active, self.steps_done[active])
 
     @property
     def rows(self) -> Rows:
@@ -134,10 +134,25 @@ class Slots:
             to, source = np.concatenate([holes, movers]), np.concatenate([movers, holes])
             self.seed[to] = self.seed[source]
             self._facts[to] = self._facts[source]
-            for tensor in self.device.values():
-                tensor[torch.from_numpy(to)] = tensor[torch.from_numpy(source)]
+            self._move(to, source)
             self.tape.move(to, source)
         return boundary
+
+    def _put(self, name: str, slots: slice, rows: Array) -> None:
+        """Write rows into a table; on a CPU by numpy, of which a call takes a tenth of one of torch's."""
+        if self._is_cpu:
+            self.device[name].numpy()[slots] = rows
+        else:
+            self.device[name][slots] = torch.from_numpy(np.ascontiguousarray(rows))
+
+    def _move(self, to: Array, source: Array) -> None:
+        """Copy rows of every table over others."""
+        for table in self.device.values():
+            if self._is_cpu:
+                rows = table.numpy()
+                rows[to] = rows[source]
+            else:
+                table[torch.from_numpy(to)] = table[torch.from_numpy(source)]
 
     def release(self, boundary: int) -> None:
         """Free the slots from `boundary` on."""
@@ -154,7 +169,7 @@ class Slots:
         self.release(self.move_to_tail(mine))
         return steps
 
-    def by_request(self, slots: NDArray[Any]) -> Sequence[tuple[Request, NDArray[Any]]]:
+    def by_request(self, slots: Array) -> Sequence[tuple[Request, Array]]:
         """Group slots by the request that owns their rows: positions within `slots`."""
         owners = self._owner[slots]
         if len(self._requests) == 1:
@@ -164,18 +179,18 @@ class Slots:
         return [(self._requests[int(owners[group[0]])], group) for group in np.split(order, ends)]
 
 
-def _column(values: Sequence[Any], counts: Sequence[int], dtype: type) -> NDArray[Any]:
+def _column(values: Sequence[Any], counts: Sequence[int], dtype: type) -> Array:
     """What is said of each request, for each of its rows."""
-    column: NDArray[Any] = np.array(values, dtype)
+    column: Array = np.array(values, dtype)
     return column if max(counts) == 1 else np.repeat(column, counts, axis=0)
 
 
-def _offsets(counts: Sequence[int]) -> NDArray[Any] | int:
+def _offsets(counts: Sequence[int]) -> Array | int:
     """The place of each row in its request's part of the arrivals."""
     return 0 if max(counts) == 1 else np.concatenate([np.arange(count) for count in counts])
 
 
-def _part(array: NDArray[Any], first: int, count: int) -> NDArray[Any]:
+def _part(array: Array, first: int, count: int) -> Array:
     """The rows of an input that is given for every row, or once for all."""
     if len(array) == count:
         return array
