@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from export.graph import Call
 from export.program import program_name
@@ -65,19 +66,25 @@ class Player:
         """The program `sample` or `sample:inpaint`, say; KeyError when the model lacks it."""
         return {program_name(each.operation, each.method): each for each in self.manifest.programs}[name]
 
-    def play(self, name: str, rows: Rows) -> Tensors:
-        """Run every row of a program to its end; returns the outputs by name, [B, *shape]."""
+    def play(self, name: str, rows: Rows, title: str = "") -> Tensors:
+        """Run every row of a program to its end; returns the outputs by name, [B, *shape].
+
+        With a title, under a progress bar of steps.
+        """
         program = self.program(name)
         total, done = num_steps(program, rows), np.zeros(len(rows), np.int64)
         state = self._initial_state(program, rows, total)
         active = np.flatnonzero(done < total)
-        while active.size:
-            context = _Context(program, rows[active], _take(state, active), done[active], total[active])
-            for name, array in self._call(program.step, context).items():
-                state[name][active] = array
-            done[active] += 1
-            ended = state[program.steps.done] if program.steps.done else np.zeros(len(rows), bool)
-            active = np.flatnonzero((done < total) & ~ended)
+        longest = int(total.max(initial=0))
+        with tqdm(desc=title, total=longest, unit="step", dynamic_ncols=True, disable=not title) as bar:
+            while active.size:
+                context = _Context(program, rows[active], _take(state, active), done[active], total[active])
+                for name, array in self._call(program.step, context).items():
+                    state[name][active] = array
+                done[active] += 1
+                ended = state[program.steps.done] if program.steps.done else np.zeros(len(rows), bool)
+                active = np.flatnonzero((done < total) & ~ended)
+                bar.update()
         return self._call(program.readout, _Context(program, rows, state, done, total))
 
     def _initial_state(self, program: manifest_pb2.Program, rows: Rows, total: NDArray[np.int64]) -> Tensors:

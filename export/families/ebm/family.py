@@ -158,7 +158,7 @@ def _chains(
     seed: int = SETS,
 ) -> replay.Tensors:
     rows = replay.request(player.program("sample"), seed, range(count), parameters, inputs)
-    return player.play("sample", rows)
+    return player.play("sample", rows, f"  {count} chains")
 
 
 def _sampler(player: Player) -> Callable[[int, int], NDArray[np.generic]]:
