@@ -55,7 +55,7 @@ CHANNEL_SHARE = 16
 # Of leaky rectifiers, below 0.
 SLOPE = 0.2
 # gamma, by kind of value.
-PENALTY = {"image": 0.5, "vector": 0.01}
+PENALTY = {"image": 0.5, "vector": 0.001}
 # What the discriminator sees points by: so many random waves, whose frequencies have this spread.
 WAVES, FREQUENCY = 64, 4.0
 # Of the kernels of the MMD, as shares of the median distance between training rows.
@@ -285,7 +285,7 @@ class Decode(_Part):
         return self.value(latent, label, label_noise)
 
 
-def _settings(steps: int, batch_rows: int, learning_rate: float) -> Settings:
+def _settings(steps: int, batch_rows: int, learning_rate: float, ema_decay: float = 0.999) -> Settings:
     """No momentum and no decay, as the game is not a descent; the penalties do what clipping would."""
     return Settings(
         steps=steps,
@@ -293,7 +293,7 @@ def _settings(steps: int, batch_rows: int, learning_rate: float) -> Settings:
         learning_rate=learning_rate,
         weight_decay=0,
         betas=(0.0, 0.99),
-        ema_decay=0.999,
+        ema_decay=ema_decay,
         clip=math.inf,
     )
 
@@ -326,7 +326,7 @@ class Family:
                 "vector": Preset(
                     width=128,
                     depth=3,
-                    training=_settings(steps=4500, batch_rows=256, learning_rate=1e-3),
+                    training=_settings(steps=4000, batch_rows=256, learning_rate=2e-3, ema_decay=0.995),
                     measured_rows=10_000,
                 )
             },
