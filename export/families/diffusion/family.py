@@ -55,7 +55,8 @@ class Family:
         "score:ode",
     )
     refusals: Mapping[str, str] = {
-        "energy": "score estimates the log-density itself, normalised",
+        "energy": "score bounds the normalised log-density and score:ode estimates it, so nothing is left "
+        "unnormalised",
         "classify": "it learns rows given their class; what that says of a row's class is not measured",
     }
     presets: Mapping[str, Preset] = {

@@ -126,8 +126,9 @@ def _score_image(model: EnergyModel, value: Value) -> Program:
         ),
         doc="Log-density, among noisy images, of an image as it is or of one with noise on it. "
         f"log Z = {known.log_z:.3f} +- {known.standard_error:.3f} by annealed importance sampling, which "
-        f"errs downwards, and {known.reverse:.3f} +- {known.reverse_standard_error:.3f} on the way back, which "
-        f"errs upwards if those chains had settled ({model.chains} chains, {TEMPERATURES} temperatures).",
+        f"errs downwards, and {known.reverse:.3f} +- {known.reverse_standard_error:.3f} on the way back, "
+        f"which errs upwards if those chains had settled ({model.chains} chains, {TEMPERATURES} "
+        "temperatures).",
         parameters=(
             Parameter.choice(
                 "blur",
