@@ -165,10 +165,9 @@ class Family:
                 Heatmap("density", density(player, "score:ode", LIMIT, CELLS), LIMIT),
             ]
         classes = min(10, len(data.value.class_labels))
-        labels = np.repeat(np.arange(classes), 10)
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
-        images, made = data.test.rows[order], {"label": labels}
-        turned = {"image": images, "label": np.roll(labels, -10)}
+        images, labels = data.test.rows[order], data.test.labels[order]
+        made, turned = {"label": labels}, {"image": images, "label": (labels + 1) % classes}
         halves = {"image": images, "known": first_half(images)}
         return [
             Panel("test images", images),

@@ -189,13 +189,16 @@ def _log_normaliser(
         value=float(-energy - weighed[f"log_density{way}"][0]),
         unit="nats",
         standard_error=float(weighed[f"standard_error{way}"][0]),
-        doc=player.program("score").doc,
+        doc=f"Estimate, of the model by itself. {player.program('score').doc}",
     )
 
 
 def _acceptance(player: Player) -> manifest_pb2.Quality:
     shares = _chains(player, PICTURED)["acceptance"]
-    doc = f"Share of MALA proposals that are accepted at the default step size, over {len(shares)} chains."
+    doc = (
+        "Of the model by itself: the share of MALA proposals that are accepted at the default step size, "
+        f"over {len(shares)} chains."
+    )
     return mean("acceptance", shares, "", doc)
 
 
