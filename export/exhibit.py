@@ -41,13 +41,14 @@ _DRAWN = {IMAGE: 100, VECTOR: 2000, TOKENS: 3}
 _ELEMENTS_AT_ONCE = 15_000
 # Of the points' extent.
 _MARGIN = 1.1
-# Of a figure that is the mean of a score with its sign changed.
+# Of a score, and of a figure that is the mean of one with its sign changed.
 KINDS = {
     manifest_pb2.Score.KIND_EXACT: "exact",
-    manifest_pb2.Score.KIND_LOWER_BOUND: "upper bound",
+    manifest_pb2.Score.KIND_LOWER_BOUND: "lower bound",
     manifest_pb2.Score.KIND_ESTIMATE: "estimate",
     manifest_pb2.Score.KIND_UNNORMALIZED: "up to a constant",
 }
+NEGATED_KINDS = {**KINDS, manifest_pb2.Score.KIND_LOWER_BOUND: "upper bound"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,14 @@ class Subject:
         return self.draw("sample") if usual and not required(usual) else None
 
     @cached_property
+    def shown(self) -> Part | None:
+        """As many test rows as are shown, the classes in turn where there are classes."""
+        return None if self.test is None else _by_class(self.test, self.value)
+
+    @property
     def real(self) -> Rows | None:
-        """Rows to show and to work on: test rows, by class where there are classes, else samples."""
-        return self.samples if self.test is None else _by_class(self.test, self.value)
+        """Rows to show and to work on: test rows, else samples."""
+        return self.samples if self.shown is None else self.shown.rows
 
     @property
     def origin(self) -> str:
@@ -152,9 +158,7 @@ def _samples(subject: Subject) -> Iterator[Exhibit]:
             assert rows is not None
             settings = f", {_settings(program)}" if program.parameters else ""
             title = "Samples" if name == "sample" else f"Samples, {program.method}"
-            columns = (
-                " One class a column." if subject.has_labels(name) and subject.value.kind == IMAGE else ""
-            )
+            columns = " One class a column." if _has_column_a_class(subject, name) else ""
             caption = f"Seed {SEED}{settings}. {program.doc}{columns}"
             yield Exhibit(title, caption, _shown(subject, rows, title), is_wide)
 
@@ -180,16 +184,16 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
 
 def _edits(subject: Subject) -> Iterator[Exhibit]:
     """Rows made into rows of the next class, where a program takes a row and a label."""
-    classes = len(subject.value.class_labels)
-    if subject.value.kind != IMAGE or subject.real is None or subject.test is None:
+    if subject.value.kind != IMAGE or subject.shown is None:
         return
+    shown = subject.shown[: 3 * COLUMNS]
+    labels = (shown.labels + 1) % max(len(subject.value.class_labels), 1)
     for name, program in subject.programs.items():
         if program.operation == "sample" and subject.only_input(name) and subject.has_labels(name):
-            real = subject.real[: 3 * COLUMNS]
-            labels = (np.arange(len(real)) % _columns(subject.value) + 1) % classes
-            made = subject.play(name, {subject.only_input(name): real, "label": labels})
+            made = subject.play(name, {subject.only_input(name): shown.rows, "label": labels})
             caption = f"Each line of test rows above what they become as the next class. {program.doc}"
-            yield Exhibit(f"Changed by {name}", caption, _pairs(subject, real, made, f"Changed by {name}"))
+            figure = _pairs(subject, shown.rows, made, f"Changed by {name}")
+            yield Exhibit(f"Changed by {name}", caption, figure)
 
 
 def _reconstructions(subject: Subject) -> Iterator[Exhibit]:
@@ -275,8 +279,8 @@ def _arc(a: Rows, b: Rows) -> Rows:
 
 
 def _density(subject: Subject) -> Iterator[Exhibit]:
-    """Of points in the plane, on a grid, by a score that draws no noise: exp of a noisy one is too large."""
-    scores = (name for name, each in subject.programs.items() if each.operation == "score" and not each.noise)
+    """Of points in the plane, on a grid, by a normalised score that draws no noise."""
+    scores = (name for name, each in subject.programs.items() if _is_density(each))
     name = next(filter(subject.only_input, scores), "")
     if not name or tuple(subject.value.tensor.shape) != (2,):
         return
@@ -284,8 +288,14 @@ def _density(subject: Subject) -> Iterator[Exhibit]:
     nats = subject.outputs(name, {subject.only_input(name): cells(limit, CELLS)})[program.score.nats]
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
     mass = density.sum() * (2 * limit / CELLS) ** 2
-    caption = f"By {name}, {_kind(program)}. It adds up to {mass:.3f} within these bounds."
+    caption = f"By {name}, {_kind(program, KINDS)}. It adds up to {mass:.3f} within these bounds."
     yield Exhibit("Density", caption, chart.field(density, subject.limits, "Density"))
+
+
+def _is_density(program: Program) -> bool:
+    """Whether exp of what it answers is a density; of a noisy score it would be too large."""
+    is_normalised = program.score.kind != manifest_pb2.Score.KIND_UNNORMALIZED
+    return program.operation == "score" and is_normalised and not program.noise
 
 
 def _scores(subject: Subject) -> Iterator[Exhibit]:
@@ -322,11 +332,11 @@ def _label(subject: Subject, program: Program) -> str:
     if program.operation == "energy":
         return program.outputs[0].name
     unit = {VECTOR: "nats", TOKENS: "bits/token"}.get(subject.value.kind, "bits/dim")
-    return f"negative log-density, {_kind(program)}, {unit}"
+    return f"negative log-density, {_kind(program, NEGATED_KINDS)}, {unit}"
 
 
-def _kind(program: Program) -> str:
-    return KINDS.get(program.score.kind, "of a kind that is not stated")
+def _kind(program: Program, kinds: Mapping[manifest_pb2.Score.Kind.ValueType, str]) -> str:
+    return kinds.get(program.score.kind, "of a kind that is not stated")
 
 
 def _mean(numbers: NDArray[np.float64]) -> str:
@@ -398,14 +408,20 @@ def _columns(value: manifest_pb2.Value) -> int:
     return classes if 2 <= classes <= COLUMNS else COLUMNS
 
 
-def _by_class(part: Part, value: manifest_pb2.Value) -> Rows:
-    """As many rows as are shown, the classes in turn as far as there are enough of each."""
-    count, classes = _DRAWN[value.kind], len(value.class_labels)
-    if value.kind != IMAGE or not classes:
-        return part.rows[:count]
-    groups = [part.rows[part.labels == label][: -(-count // classes)] for label in range(classes)]
+def _has_column_a_class(subject: Subject, name: str) -> bool:
+    value = subject.value
+    return value.kind == IMAGE and subject.has_labels(name) and _columns(value) == len(value.class_labels)
+
+
+def _by_class(part: Part, value: manifest_pb2.Value) -> Part:
+    """As many rows as are shown, the classes that there are in turn, as far as there are enough of each."""
+    count = _DRAWN[value.kind]
+    if value.kind != IMAGE or not value.class_labels:
+        return part[:count]
+    groups = [np.flatnonzero(part.labels == label) for label in np.unique(part.labels)]
     shortest = min(map(len, groups))
-    return np.stack([group[:shortest] for group in groups], 1).reshape(-1, *part.rows.shape[1:])
+    turns = np.stack([group[:shortest] for group in groups], 1).reshape(-1)
+    return part[turns[:count]]
 
 
 def _input_like(program: Program, spec: manifest_pb2.TensorSpec) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from export import anchors, chart, layout, quality, usage, verify
 from export.data import DATASETS, DataError, Dataset, Part
-from export.exhibit import EXHIBITS, KINDS, Exhibit, Subject
+from export.exhibit import EXHIBITS, NEGATED_KINDS, Exhibit, Subject
 from export.formats import FORMATS
 from export.program import program_name
 from samovar.v1 import manifest_pb2
@@ -247,8 +247,8 @@ def _value(figure: manifest_pb2.Quality) -> str:
 
 def _kind(figure: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> str:
     """What the figure's doc says, else what the model's scores are, when it is the mean of one."""
-    stated = [kind for kind in KINDS.values() if kind.capitalize() in figure.doc]
-    scores = {KINDS[each.score.kind] for each in manifest.programs if each.operation == "score"}
+    stated = [kind for kind in NEGATED_KINDS.values() if kind.capitalize() in figure.doc]
+    scores = {NEGATED_KINDS[each.score.kind] for each in manifest.programs if each.operation == "score"}
     if stated:
         return stated[0]
     if not figure.name.startswith(_SCORED):

@@ -1,5 +1,6 @@
 """How a program is asked for: its settings in words, and the client's lines to copy. Light: no torch."""
 
+from samovar import midi
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
 
@@ -67,9 +68,13 @@ def command(program: Program, manifest: Manifest) -> str:
     for name in needed:
         words += ["--input", f"{name}.npy" if len(needed) == 1 else f"{name}={name}.npy"]
     if program.operation not in _PRINTING:
-        ending = _ENDINGS[manifest.value.kind] if program.operation in _MAKING else "npy"
+        ending = _ending(manifest.value) if program.operation in _MAKING else "npy"
         words += ["-o", f"{manifest.name}.{ending}"]
     return " ".join(words)
+
+
+def _ending(value: manifest_pb2.Value) -> str:
+    return "mid" if midi.is_music(value.vocabulary) else _ENDINGS[value.kind]
 
 
 def call(program: Program, manifest: Manifest) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export import artifact, data, replay
-from export.families.diffusion import FAMILY
+from export.families.diffusion import FAMILY, flow
 from export.families.diffusion.bound import LastLevel
 from export.families.diffusion.denoiser import Denoiser, Perceptron
 from export.families.diffusion.flow import PROBES, StepOfImage
@@ -121,6 +121,14 @@ def test_scores_of_integers_are_of_their_probability() -> None:
         mean, error = many.mean(0), many.std(0) / math.sqrt(40)
         assert (mean < np.log(shares) + 4 * error).all()
         assert np.exp(mean).sum() == pytest.approx(1, abs=0.1)
+
+
+def test_the_ode_claims_no_standard_error_for_its_one_draw_of_noise(digits: data.Dataset) -> None:
+    """That of the divergence is an output, but it is not the score's."""
+    by_ode = flow.program(FAMILY.network(digits, toys.PRESET), digits.value)
+    assert by_ode.score is not None
+    assert by_ode.score.standard_error is None
+    assert [output.name for output in by_ode.outputs] == ["log_likelihood", "divergence_error"]
 
 
 def test_pixels_have_one_of_their_levels(digits: data.Dataset) -> None:

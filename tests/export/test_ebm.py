@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from export import artifact, data, graph, langevin, replay
 from export.families.base import Preset
-from export.families.ebm import FAMILY
+from export.families.ebm import FAMILY, family
 from export.families.ebm.chains import GIVEN, AdjustedStep, UnadjustedStep
 from export.families.ebm.model import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
 from export.families.ebm.normaliser import normaliser
@@ -327,6 +327,23 @@ def test_the_score_is_minus_the_energy_minus_log_z(
     assert semantics.kind == manifest_pb2.Score.KIND_ESTIMATE
     assert player.program("energy").score.kind == manifest_pb2.Score.KIND_UNNORMALIZED
     assert semantics.dimensions == dataset.test.rows[0].size
+
+
+def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
+    digits: data.Dataset, players: dict[str, replay.Player]
+) -> None:
+    player, known, rows = players["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
+    weighed = play(player, "score", {"image": rows})
+    forwards, backwards = (
+        family._log_normaliser(player, rows, weighed, "log Z", way) for way in ("", "_reverse")
+    )
+    assert known.standard_error != pytest.approx(known.reverse_standard_error, rel=0.01)
+    for figure, value, error in (
+        (forwards, known.log_z, known.standard_error),
+        (backwards, known.reverse, known.reverse_standard_error),
+    ):
+        assert figure.value == pytest.approx(value, rel=1e-4, abs=1e-3)
+        assert figure.standard_error == pytest.approx(error, rel=1e-5)
 
 
 def test_a_drawn_blur_is_the_documented_noise(

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import anchors, chart, chorales, data, exhibit, importance, layout, own, recipe, report
+from export import anchors, chart, chorales, data, exhibit, importance, layout, own, recipe, report, usage
 from export.__main__ import main
 from export.families import FAMILIES
 from samovar.v1 import manifest_pb2
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-SHARED = ("digits-vae", "digits-pixelcnn", "digits-gan", "text-lstm")
+SHARED = (
+    *("digits-vae", "digits-pixelcnn", "digits-gan", "digits-diffusion", "digits-realnvp", "digits-ebm"),
+    "text-lstm",
+)
 _VOID = {"meta", "img", "br", "path", "use", "input"}
 
 
@@ -127,6 +130,12 @@ def test_every_figure_of_quality_is_there_with_all_that_it_is_read_beside(
         ("digits-vae", {"Samples", "Completed by sample:inpaint", "Reconstructions", "Between two"}),
         ("digits-pixelcnn", {"Completed by sample", "Distribution of the score", "Calibration"}),
         ("digits-gan", {"Samples", "Between two"}),
+        (
+            "digits-diffusion",
+            {"Samples, guided", "Completed by sample:inpaint", "Changed by sample:edit", "Between two"},
+        ),
+        ("digits-realnvp", {"Samples", "Reconstructions", "Between two", "Distribution of the score"}),
+        ("digits-ebm", {"Samples, langevin", "Completed by sample", "Distribution of the score"}),
         ("text-lstm", {"Test rows", "Samples", "Distribution of the score"}),
         ("galaxy", {"Samples", "Between two", "Density", "Distribution of the score"}),
     ],
@@ -178,9 +187,7 @@ def test_a_manifest_that_was_changed_is_told_of(shelf: Path, tmp_path: Path) -> 
 
 def test_a_name_that_there_is_not_is_one_line(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "nothing", "--models", str(shelf)]) == 1
-    assert (
-        "digits-mlp, digits-pixelcnn, digits-vae, galaxy, text-lstm; got 'nothing'" in capsys.readouterr().err
-    )
+    assert "digits-realnvp, digits-vae, galaxy, text-lstm; got 'nothing'" in capsys.readouterr().err
 
 
 def test_no_artifacts_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +229,50 @@ def test_a_figure_says_of_what_kind_it_is(name: str, doc: str, kinds: list[str],
     programs = [manifest_pb2.Program(operation="score", score=score) for score in scores]
     figure = manifest_pb2.Quality(name=name, doc=doc)
     assert report._kind(figure, manifest_pb2.Manifest(programs=programs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "drawn", "caption"),
+    [
+        ("EXACT", False, "By score, exact."),
+        ("LOWER_BOUND", False, "By score, lower bound."),
+        ("EXACT", True, None),
+        ("UNNORMALIZED", False, None),
+    ],
+)
+def test_a_density_is_drawn_of_what_is_one(shelf: Path, kind: str, drawn: bool, caption: str | None) -> None:
+    manifest = layout.read(shelf / "galaxy" / "1")
+    score = next(each for each in manifest.programs if each.operation == "score")
+    score.score.kind = manifest_pb2.Score.Kind.Value(f"KIND_{kind}")
+    if drawn:
+        score.noise.add()
+    subject = exhibit.Subject(layout.load(shelf / "galaxy" / "1", manifest, "torchscript"), None)
+    captions = [each.caption for each in exhibit._density(subject)]
+    assert [each.partition(".")[0] + "." for each in captions] == ([caption] if caption else [])
+
+
+@pytest.mark.parametrize(("classes", "missing"), [(10, 4), (3, 0), (120, 7), (15, 14)])
+def test_test_rows_are_shown_class_by_class(classes: int, missing: int) -> None:
+    """Of a set where a class has no test rows; a row tells its class."""
+    value = manifest_pb2.Value(
+        kind=manifest_pb2.Value.KIND_IMAGE, class_labels=[str(label) for label in range(classes)]
+    )
+    labels = np.repeat(np.delete(np.arange(classes), missing), 40)
+    part = exhibit._by_class(data.Part(labels.reshape(-1, 1, 1), labels), value)
+    assert len(part) == min(100, 40 * (classes - 1))
+    np.testing.assert_array_equal(part.rows[:, 0, 0], part.labels)
+    turn = [label for label in range(classes) if label != missing]
+    np.testing.assert_array_equal(part.labels, np.resize(turn, len(part)))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "ending"), [(chorales.VOCABULARY, "mid"), (("", "a"), "txt"), ((), "png")]
+)
+def test_lines_to_copy_name_a_file_that_suits(vocabulary: tuple[str, ...], ending: str) -> None:
+    kind = manifest_pb2.Value.KIND_TOKENS if vocabulary else manifest_pb2.Value.KIND_IMAGE
+    value = manifest_pb2.Value(kind=kind, vocabulary=vocabulary)
+    manifest, program = manifest_pb2.Manifest(name="m", value=value), manifest_pb2.Program(operation="sample")
+    assert usage.command(program, manifest).endswith(f"-o m.{ending}")
 
 
 def test_ways_begin_and_end_at_their_ends() -> None:

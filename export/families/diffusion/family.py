@@ -55,7 +55,8 @@ class Family:
         "score:ode",
     )
     refusals: Mapping[str, str] = {
-        "energy": "score estimates the log-density itself, normalised",
+        "energy": "score bounds the normalised log-density and score:ode estimates it, so nothing is left "
+        "unnormalised",
         "classify": "it learns rows given their class; what that says of a row's class is not measured",
     }
     presets: Mapping[str, Preset] = {
@@ -164,10 +165,9 @@ class Family:
                 Heatmap("density", density(player, "score:ode", LIMIT, CELLS), LIMIT),
             ]
         classes = min(10, len(data.value.class_labels))
-        labels = np.repeat(np.arange(classes), 10)
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
-        images, made = data.test.rows[order], {"label": labels}
-        turned = {"image": images, "label": np.roll(labels, -10)}
+        images, labels = data.test.rows[order], data.test.labels[order]
+        made, turned = {"label": labels}, {"image": images, "label": (labels + 1) % classes}
         halves = {"image": images, "known": first_half(images)}
         return [
             Panel("test images", images),

@@ -220,12 +220,16 @@ def _of_image(denoiser: Denoiser, value: Value) -> Program:
         readout=ReadoutOfImage(),
         outputs=(
             TensorSpec("log_likelihood", doc="of the image, in nats, given the label if there is one"),
-            TensorSpec("standard_error", minimum=0, doc="of the divergence's share of it, in nats"),
+            TensorSpec(
+                "divergence_error",
+                minimum=0,
+                doc="standard error of the divergence along the way, in nats; the noise's own is not in it",
+            ),
         ),
         doc="Log-mass of an image by the probability-flow ODE, from one draw of noise of the level "
         f"{LastLevel(denoiser).sigma:.4f} (of pixels scaled to -1..1) that makes integers continuous. An "
         "estimate: the solver errs, the divergence is estimated along random directions, and a draw of the "
-        "noise is in expectation below the log-mass.",
+        "noise is in expectation below the log-mass. Of one draw no standard error can be told.",
         state=(
             *_state(value),
             TensorSpec("variance", doc="of the divergence's share of it, by pairs of directions"),
@@ -237,7 +241,7 @@ def _of_image(denoiser: Denoiser, value: Value) -> Program:
             Noise("last_noise", "normal", shape, 0, "makes the integers continuous"),
             Noise("probe_noise", "uniform", (PROBES, *shape), 1, "signs: the directions of the divergence"),
         ),
-        score=Score("estimate", denoiser.dimensions, space(value), "log_likelihood", "standard_error"),
+        score=Score("estimate", denoiser.dimensions, space(value), "log_likelihood"),
     )
 
 

@@ -114,7 +114,7 @@ class Family:
             doc = f"Estimate, with Z by quadrature. In {data.value.tensor.doc}."
             return [
                 negative_log_density(weighed["log_density"], doc),
-                _log_normaliser(player, rows, weighed, "log_density", "log Z"),
+                _log_normaliser(player, rows, weighed, "log Z"),
                 two_sample_test(data, _sampler(player), min(CHAINS, preset.measured_rows)),
                 _acceptance(player),
             ]
@@ -123,8 +123,8 @@ class Family:
         still = _scores(player, rows)
         return [
             negative_log_density(weighed["log_density"], doc),
-            _log_normaliser(player, rows, still, "log_density", "log Z, forwards"),
-            _log_normaliser(player, rows, still, "log_density_reverse", "log Z, backwards"),
+            _log_normaliser(player, rows, still, "log Z, forwards"),
+            _log_normaliser(player, rows, still, "log Z, backwards", "_reverse"),
             *Judge.train(data, preset.judge).similarity(_sampler(player), preset.measured_rows),
             _acceptance(player),
         ]
@@ -179,23 +179,26 @@ def _scores(
 
 
 def _log_normaliser(
-    player: Player, rows: NDArray[np.generic], weighed: replay.Tensors, output: str, name: str
+    player: Player, rows: NDArray[np.generic], weighed: replay.Tensors, name: str, way: str = ""
 ) -> manifest_pb2.Quality:
     given = {player.manifest.value.tensor.name: rows[:1]}
     asked = replay.request(player.program("energy"), 0, range(1), inputs=given)
     energy = player.play("energy", asked)["energy"][0]
     return manifest_pb2.Quality(
         name=name,
-        value=float(-energy - weighed[output][0]),
+        value=float(-energy - weighed[f"log_density{way}"][0]),
         unit="nats",
-        standard_error=float(weighed["standard_error"][0]),
-        doc=player.program("score").doc,
+        standard_error=float(weighed[f"standard_error{way}"][0]),
+        doc=f"Estimate, of the model by itself. {player.program('score').doc}",
     )
 
 
 def _acceptance(player: Player) -> manifest_pb2.Quality:
     shares = _chains(player, PICTURED)["acceptance"]
-    doc = f"Share of MALA proposals that are accepted at the default step size, over {len(shares)} chains."
+    doc = (
+        "Of the model by itself: the share of MALA proposals that are accepted at the default step size, "
+        f"over {len(shares)} chains."
+    )
     return mean("acceptance", shares, "", doc)
 
 

@@ -20,11 +20,12 @@ GRID_LIMIT, GRID_CELLS = 6.0, 400
 
 @dataclass(frozen=True)
 class Normaliser:
-    """An estimate of log Z in nats with its standard error, and one that errs to the other side."""
+    """Estimates of log Z in nats that err to either side, each with its standard error."""
 
     log_z: float
     standard_error: float
     reverse: float
+    reverse_standard_error: float
 
 
 def normaliser(model: EnergyModel) -> Normaliser:
@@ -40,7 +41,8 @@ def normaliser(model: EnergyModel) -> Normaliser:
 def _quadrature(model: EnergyModel) -> Normaliser:
     """Midpoint sums over a square; their error is taken from a grid of half as many lines."""
     fine, coarse = (_log_sum(model, cells) for cells in (GRID_CELLS, GRID_CELLS // 2))
-    return Normaliser(fine, abs(fine - coarse), fine)
+    error = abs(fine - coarse)
+    return Normaliser(fine, error, fine, error)
 
 
 def _log_sum(model: EnergyModel, cells: int) -> float:
@@ -60,4 +62,5 @@ def _annealed(model: EnergyModel) -> Normaliser:
     likely = ends[torch.multinomial(shares, model.chains, replacement=True)]
     settled, _ = path.walk(likely, torch.ones(TEMPERATURES + 1), eta, "  annealing: settling")
     _, back = path.walk(settled, times.flip(0), eta, "  annealing: backwards")
-    return Normaliser(log_z, standard_error, -langevin.log_mean(back)[0])
+    log_inverse, reverse_standard_error = langevin.log_mean(back)
+    return Normaliser(log_z, standard_error, -log_inverse, reverse_standard_error)

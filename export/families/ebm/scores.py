@@ -47,17 +47,18 @@ class ScorePoint(Part):
 
 
 class ScoreImage(Part):
-    """image, or a draw around it -> -E - log Z, its standard error, and what the way back makes of it."""
+    """image, or a draw around it -> -E - log Z and its standard error, by the way there and the way back."""
 
     def __init__(self, model: EnergyModel, known: Normaliser) -> None:
         super().__init__(model)
         self.known = known
 
-    def forward(self, image: Tensor, blur: Tensor, blur_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, blur: Tensor, blur_noise: Tensor) -> tuple[Tensor, ...]:
         drawn = self.model.smoothing * (blur == DRAW).to(blur_noise.dtype).unsqueeze(1) * blur_noise
         energy, _ = self.model.energy(self.model.coordinates(image) + drawn)
-        error = torch.zeros_like(energy) + self.known.standard_error
-        return -energy - self.known.log_z, error, -energy - self.known.reverse
+        zero, known = torch.zeros_like(energy), self.known
+        there = -energy - known.log_z, zero + known.standard_error
+        return *there, -energy - known.reverse, zero + known.reverse_standard_error
 
 
 def programs(model: EnergyModel, value: Value) -> tuple[Program, Program]:
@@ -119,11 +120,15 @@ def _score_image(model: EnergyModel, value: Value) -> Program:
             TensorSpec(
                 "log_density_reverse", doc="the same with log Z from chains that walk back to the base"
             ),
+            TensorSpec(
+                "standard_error_reverse", minimum=0, doc="of that log Z, as if its chains were independent"
+            ),
         ),
         doc="Log-density, among noisy images, of an image as it is or of one with noise on it. "
         f"log Z = {known.log_z:.3f} +- {known.standard_error:.3f} by annealed importance sampling, which "
-        f"errs downwards, and {known.reverse:.3f} on the way back, which errs upwards if those chains had "
-        f"settled ({model.chains} chains, {TEMPERATURES} temperatures).",
+        f"errs downwards, and {known.reverse:.3f} +- {known.reverse_standard_error:.3f} on the way back, "
+        f"which errs upwards if those chains had settled ({model.chains} chains, {TEMPERATURES} "
+        "temperatures).",
         parameters=(
             Parameter.choice(
                 "blur",
