@@ -139,6 +139,28 @@ def test_a_class_is_turned_into_another_step_by_step(
     assert tiles(picture) == (4, 3)
 
 
+def test_too_few_images_are_refused(server: RunningServer, tmp_path: Path) -> None:
+    test = data.load("digits").test
+    np.savez(tmp_path / "few.npz", image=test.rows[:5], label=test.labels[:5])
+    ended = run("augment", "--address", server.address, "--images", tmp_path / "few.npz")
+    assert ended.returncode == 1
+    assert "few.npz: expected 600 images at least, got 5; " in ended.stderr
+
+
+def test_images_are_edited_as_far_as_asked(server: RunningServer, digits: Path, tmp_path: Path) -> None:
+    """By the diffusion model: hardly at all, they are the images themselves, and teach what those teach."""
+    words = ("--method", "edit", "--strength", 0.01, "--images", digits, "--real", 60, "--test", 100)
+    made = tmp_path / "made.png"
+    said = cook(server, "augment", "digits-diffusion", *words, "--generated", 60, "-o", made)
+    lines = {line[:16].strip(): line.partition("accuracy ")[2] for line in said.splitlines()}
+    assert lines["generated only"] == lines["real only"]
+    restyled = tmp_path / "restyled.png"
+    words = ("--from", 3, "--to", 8, "--count", 2, "--amounts", 0.01, 1, "--images", digits, "-o", restyled)
+    said = cook(server, "restyle", "digits-diffusion", *words)
+    assert said.startswith("digits-diffusion, changed by 0:")
+    assert tiles(restyled) == (2, 3)
+
+
 def test_a_class_that_there_is_not_is_one_line(server: RunningServer) -> None:
     ended = run("restyle", "--address", server.address, "--from", "3", "--to", "ten")
     assert ended.returncode == 1

@@ -298,6 +298,15 @@ def _settings(steps: int, batch_rows: int, learning_rate: float, ema_decay: floa
     )
 
 
+# Of the starter and of medium.
+POINTS = Preset(
+    width=128,
+    depth=3,
+    training=_settings(steps=4000, batch_rows=256, learning_rate=2e-3, ema_decay=0.995),
+    measured_rows=10_000,
+)
+
+
 class Family:
     """The GAN as the exporter sees it."""
 
@@ -322,20 +331,14 @@ class Family:
             width=256,
             depth=3,
             training=_settings(steps=3200, batch_rows=128, learning_rate=5e-4),
-            kinds={
-                "vector": Preset(
-                    width=128,
-                    depth=3,
-                    training=_settings(steps=4000, batch_rows=256, learning_rate=2e-3, ema_decay=0.995),
-                    measured_rows=10_000,
-                )
-            },
+            kinds={"vector": POINTS},
         ),
         "medium": Preset(
             width=256,
             depth=2,
-            training=_settings(steps=8000, batch_rows=64, learning_rate=5e-4),
+            training=_settings(steps=10_000, batch_rows=64, learning_rate=5e-4),
             measured_rows=5000,
+            kinds={"vector": POINTS},
         ),
         "full": Preset(
             width=1024,

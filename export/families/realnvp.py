@@ -352,6 +352,15 @@ class ScoreImageStep(_Part):
         return importance.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
 
 
+# Of the starter and of medium.
+POINTS = Preset(
+    width=64,
+    depth=12,
+    training=Settings(steps=8000, batch_rows=256),
+    measured_rows=10_000,
+)
+
+
 class Family:
     """The flow as the exporter sees it."""
 
@@ -371,20 +380,14 @@ class Family:
             depth=12,
             dropout=0.25,
             training=Settings(steps=1600),
-            kinds={
-                "vector": Preset(
-                    width=64,
-                    depth=12,
-                    training=Settings(steps=8000, batch_rows=256),
-                    measured_rows=10_000,
-                )
-            },
+            kinds={"vector": POINTS},
         ),
         "medium": Preset(
-            width=640,
-            depth=12,
+            width=384,
+            depth=8,
             dropout=0.05,
-            training=Settings(steps=12_000, learning_rate=1e-3),
+            training=Settings(steps=4000, learning_rate=1e-3),
+            kinds={"vector": POINTS},
         ),
         "full": Preset(
             width=1024,

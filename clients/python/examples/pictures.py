@@ -123,9 +123,12 @@ def _read(model: samovar.Model, options: argparse.Namespace, count: int, labelle
     rows, shape = named.get("image", np.zeros(0)), model.value.tensor.shape
     if rows.shape[1:] != shape or not len(rows):
         _end(f"{options.images}: expected images [N, {', '.join(map(str, shape))}], got {list(rows.shape)}")
-    chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
     if labelled and "label" not in named:
         _end(f"{options.images}: expected .npz with image and label, for classes are needed")
+    if len(rows) < count:
+        asked = f"expected {count} images at least, got {len(rows)}"
+        _end(f"{options.images}: {asked}; --help says what asks for fewer")
+    chosen = np.random.default_rng(options.seed).permutation(len(rows))[:count]
     labels = np.asarray(named.get("label", np.full(len(rows), -1)))
     return Images(rows[chosen], labels[chosen], str(options.images))
 

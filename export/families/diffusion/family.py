@@ -36,6 +36,21 @@ MEASURED_DRAWS, MEASURED_BY_ODE, ROUND_TRIPS = 20, 200, 200
 LIMIT, CELLS = 2.5, 150
 
 
+# Of the starter and of medium.
+POINTS = Preset(
+    width=128,
+    depth=4,
+    training=Settings(
+        steps=7000,
+        batch_rows=512,
+        learning_rate=1.5e-3,
+        weight_decay=0,
+        ema_decay=0.999,
+    ),
+    measured_rows=10_000,
+)
+
+
 class Family:
     """The diffusion model as the exporter sees it."""
 
@@ -67,25 +82,13 @@ class Family:
             width=32,
             depth=1,
             training=Settings(steps=1000, batch_rows=128),
-            kinds={
-                "vector": Preset(
-                    width=128,
-                    depth=4,
-                    training=Settings(
-                        steps=7000,
-                        batch_rows=512,
-                        learning_rate=1.5e-3,
-                        weight_decay=0,
-                        ema_decay=0.999,
-                    ),
-                    measured_rows=10_000,
-                )
-            },
+            kinds={"vector": POINTS},
         ),
         "medium": Preset(
             width=24,
             depth=1,
             training=Settings(steps=2500, seconds=900),
+            kinds={"vector": POINTS},
         ),
         "full": Preset(
             width=96,

@@ -27,6 +27,15 @@ PROGRESS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 300)
 LIMIT, CELLS = 2.5, 200
 
 
+# Of the starter and of medium.
+POINTS = Preset(
+    width=128,
+    depth=3,
+    training=Settings(steps=7500, batch_rows=256, weight_decay=0, ema_decay=0.999),
+    measured_rows=10_000,
+)
+
+
 class Family:
     """The energy-based model as the exporter sees it."""
 
@@ -50,19 +59,13 @@ class Family:
             width=32,
             depth=2,
             training=Settings(steps=2400, weight_decay=0.1),
-            kinds={
-                "vector": Preset(
-                    width=128,
-                    depth=3,
-                    training=Settings(steps=7500, batch_rows=256, weight_decay=0, ema_decay=0.999),
-                    measured_rows=10_000,
-                )
-            },
+            kinds={"vector": POINTS},
         ),
         "medium": Preset(
             width=24,
             depth=3,
             training=Settings(steps=6000, seconds=900, learning_rate=1e-3),
+            kinds={"vector": POINTS},
         ),
         "full": Preset(
             width=64,
