@@ -155,8 +155,8 @@ def test_images_are_edited_as_far_as_asked(server: RunningServer, digits: Path, 
     lines = {line[:16].strip(): line.partition("accuracy ")[2] for line in said.splitlines()}
     assert lines["generated only"] == lines["real only"]
     restyled = tmp_path / "restyled.png"
-    words = ("--from", 3, "--to", 8, "--count", 2, "--amounts", 0.01, 1, "--images", digits, "-o", restyled)
-    said = cook(server, "restyle", "digits-diffusion", *words)
+    turn = ("--from", 3, "--to", 8, "--count", 2, "--amounts", 0.01, 1, "--images", digits)
+    said = cook(server, "restyle", "digits-diffusion", *turn, "-o", restyled)
     assert said.startswith("digits-diffusion, changed by 0:")
     assert tiles(restyled) == (2, 3)
 
