@@ -313,12 +313,15 @@ class ReconstructPoint(_Part):
 
 
 class ReconstructImage(_Part):
-    """image -> the image after a round trip, and how far its pixels came from their mid-points."""
+    """image -> the image after a round trip, and how far its pixels came from their mid-points.
+
+    As a share of all levels, for it is the rounding of numbers of their size.
+    """
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         middle = image.flatten(1).to(torch.float32) + 0.5
         again = self.flow.decode(self.flow.encode(middle)[0])
-        return self.flow.value(again), (again - middle).abs().amax(1)
+        return self.flow.value(again), (again - middle).abs().amax(1) / self.flow.levels
 
 
 class ScorePoint(_Part):
@@ -523,7 +526,10 @@ def _reconstruct_image(flow: RealNVP, value: Value) -> Program:
     return Program(
         operation="reconstruct",
         readout=ReconstructImage(flow),
-        outputs=(value.tensor, _largest_error("largest difference of a pixel from its mid-point, in levels")),
+        outputs=(
+            value.tensor,
+            _largest_error("largest difference of a pixel from its mid-point, as a share of all levels"),
+        ),
         doc="Encode the mid-points of an image's pixels and decode the latent, which gives the image back.",
         inputs=(Input(value.tensor),),
     )

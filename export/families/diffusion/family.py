@@ -87,7 +87,7 @@ class Family:
         "medium": Preset(
             width=24,
             depth=1,
-            training=Settings(steps=2500, seconds=900),
+            training=Settings(steps=2500, seconds=1200),
             kinds={"vector": POINTS},
         ),
         "full": Preset(
