@@ -1,9 +1,10 @@
 """Several commands at a time: whatever becomes of one, the others go on, and nobody is left behind."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from export.workers import Crew, Result
 
 
 class Recorded:
-    """What a display is told, and an event for the first update that says so."""
+    """What a display is told."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -24,8 +25,6 @@ class Recorded:
 
     def update(self, name: str, line: str) -> None:
         self.lines.append(f"{name}: {line}")
-        if line == "interrupt me":
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def end(self, result: Result) -> None:
         self.results.append(result)
@@ -62,27 +61,47 @@ def stop(*_):
     open({path!r}, "w").write("saved")
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
-print({line!r}, os.getpid(), sep="\\n", flush=True)
+print("ready", os.getpid(), flush=True)
 time.sleep(60)
+"""
+
+_CREW = """
+import json, sys
+from export.workers import Crew
+
+class Told:
+    def begin(self, name):
+        print("begun", name, flush=True)
+
+    def update(self, name, line):
+        print(line, flush=True)
+
+    def end(self, result):
+        pass
+
+try:
+    Crew(2, Told()).run(json.loads(sys.argv[1]))
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 
 def test_an_interrupt_stops_all_and_waits_for_them(tmp_path: Path) -> None:
-    display = Recorded()
     saved = [tmp_path / "first", tmp_path / "second"]
-    ready = _PATIENT.format(path=str(saved[0]), line="ready")
-    # The second one gives the sign, when the first one is ready too.
-    asking = f"import time; time.sleep(1)\n{_PATIENT.format(path=str(saved[1]), line='interrupt me')}"
-    crew = Crew(2, display)
-    with pytest.raises(KeyboardInterrupt):
-        crew.run({"first": python(ready), "second": python(asking), "third": python("")})
+    first, second = (python(_PATIENT.format(path=str(path))) for path in saved)
+    commands = json.dumps({"first": first, "second": second, "third": python("")})
+    # A crew in a process of its own: in this one whoever is running would get the interrupt.
+    with subprocess.Popen([*python(_CREW), commands], stdout=subprocess.PIPE, text=True) as crew:
+        assert crew.stdout is not None
+        lines = [crew.stdout.readline().split() for _ in range(4)]
+        crew.send_signal(signal.SIGINT)
+        assert crew.stdout.read() == ""
+        assert crew.wait(30) == 130
+    assert sorted(line[1] for line in lines if line[0] == "begun") == ["first", "second"]
     assert [path.read_text() for path in saved] == ["saved", "saved"]
-    assert sorted(display.begun) == ["first", "second"]
-    for line in display.lines:
-        number = line.split(": ")[1]
-        if number.isdecimal():
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(number), 0)
+    for number in (int(line[1]) for line in lines if line[0] == "ready"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
 
 
 def test_workers_have_one_thread_and_no_input() -> None:
