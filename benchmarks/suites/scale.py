@@ -44,7 +44,8 @@ def run(bench: Bench) -> Section:
     micro = [1e6 * turn for turn in turns]
     lines = (Line("next_turn + charge + finish", numbers, micro),)
     plot = Plot("scale", "Scheduling cost", "rows waiting", "microseconds a turn", lines, is_log_y=False)
-    return Section("Scale", TEXT, (scheduler, _waiting(bench, numbers), _loaded(bench)), (plot,))
+    servers = () if bench.is_quick else (_waiting(bench, numbers), _loaded(bench))
+    return Section("Scale", TEXT, (scheduler, *servers), (plot,))
 
 
 def row_bytes(count: int) -> float:
@@ -97,16 +98,14 @@ def _ignore(events: Sequence[object]) -> None:
 def _waiting(bench: Bench, numbers: Sequence[int]) -> Table:
     """Memory and step time of a server while rows of long chains wait."""
     models, rows = bench.models(artifacts.EBM), []
-    for count in numbers[2:3] if bench.is_quick else numbers[2:]:
+    for count in numbers[2:]:
         with samovar_server(models, "--threads", "1") as server:
             bench.callers.run(hold, server.address, 1, 0.5)
             before = server.resident_bytes
-            holding = bench.callers.begin(
-                hold, server.address, count // ROWS_A_REQUEST, bench.either(2.0, 6.0)
-            )
+            holding = bench.callers.begin(hold, server.address, count // ROWS_A_REQUEST, 6.0)
             _until_waiting(server, round(0.9 * (count - CAPACITY)))
             began = _steps(server)
-            time.sleep(bench.either(0.5, 2.0))
+            time.sleep(2.0)
             seconds, steps = (now - then for now, then in zip(_steps(server), began, strict=True))
             grown = server.resident_bytes - before
             holding.result()
@@ -147,7 +146,7 @@ def _until_waiting(server: Server, rows: int, seconds: float = 30.0) -> None:
 def _loaded(bench: Bench) -> Table:
     """Start-up time, memory and call latency by the number of models."""
     rows = []
-    for count in MODELS[:1] if bench.is_quick else MODELS:
+    for count in MODELS:
         models = artifacts.copies(count, bench.directory / "copies" / str(count))
         start = time.perf_counter()
         with samovar_server(models) as server:
