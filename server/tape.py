@@ -48,9 +48,12 @@ class Rows:
         return Rows(self.seed.copy(), self.row.copy(), self.step.copy(), self.num_steps.copy())
 
     def same(self, other: "Rows") -> Array:
-        """Where two sets of rows hold the same row at the same step, bool [B]."""
+        """Where two sets of rows hold the same row at the same step with as many to go, bool [B].
+
+        A shorter twin's numbers end with its steps.
+        """
         same: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
-        return same
+        return same & (self.num_steps == other.num_steps)
 
 
 def draw(item: NoiseSpec, rows: Rows) -> Array:

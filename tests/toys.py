@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
@@ -65,9 +66,12 @@ GRAPHS: Mapping[str, Graph] = {"begin": identity, "walk": walk, "end": identity}
 
 
 def program(
-    spec: ProgramSpec = WALK, graphs: Mapping[str, Graph] = GRAPHS, buckets: Sequence[int] = (1, 2, 4, 8)
+    spec: ProgramSpec = WALK,
+    graphs: Mapping[str, Graph] = GRAPHS,
+    buckets: Sequence[int] = (1, 2, 4, 8),
+    ahead: Executor | None = None,
 ) -> Program:
-    return Program(spec, graphs, buckets, torch.device("cpu"))
+    return Program(spec, graphs, buckets, torch.device("cpu"), ahead)
 
 
 @dataclass
