@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 
-from server import config
+from server import config, logs, memory
 from server.app import App
 
 # The device thread waits so long for the interpreter at most; Python's own 5 ms are longer than most steps.
@@ -19,13 +19,8 @@ def main() -> int:
     """Serve until told to stop: 0 after an orderly stop, 1 without a start, 130 when interrupted twice."""
     settings = config.parse()
     sys.setswitchinterval(SWITCH_SECONDS)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        stream=sys.stderr,
-    )
-    # Its only news is of clients that left; what goes wrong in a call is logged by the interceptor.
-    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    memory.keep()
+    logs.configure(settings.log_level)
     try:
         asyncio.run(_serve(settings))
     except (OSError, RuntimeError) as error:

@@ -13,30 +13,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
 import onnxruntime
 import prometheus_client
 import torch
-from grpc_reflection.v1alpha import reflection
 
 from samovar.v1 import inference_pb2 as pb
-from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
 from server import __version__
+from server.catalogue import Model
 from server.config import Config
+from server.edge import Edge, binding
 from server.engine import Engine
 from server.errors import ArtifactRefused
-from server.health import Health
-from server.interceptors import ObservedMethods
+from server.front_end import FrontEnds
 from server.metrics import Metrics
-from server.repository import Model, Repository
+from server.repository import Repository
 from server.runtime import Device
 from server.scheduler import Limits, Scheduler
-from server.service import InferenceService, ServiceLimits, library_versions
+from server.service import library_versions
 
 log = logging.getLogger("samovar")
-
-DRAIN_NOTICE_SECONDS = 0.2
 
 
 class App:
@@ -57,31 +53,13 @@ class App:
         )
         self.repository = Repository(self.device, config.formats, config.max_batch_rows)
         self.engine = Engine(scheduler, self.metrics, renew=self.repository.renew, on_death=self._end)
-        self.health = Health()
-        max_rows = min(config.max_rows_per_request, config.max_waiting_rows)
-        limits = ServiceLimits(config.max_message_mib << 20, max_rows)
-        info = pb.ServerInfo(
-            version=__version__,
-            device=self.device.name,
-            library_versions=library_versions(),
-            max_message_bytes=limits.max_message_bytes,
-            max_rows_per_request=limits.max_rows,
-            max_waiting_rows=config.max_waiting_rows,
-            max_held_bytes=config.max_held_mib << 20,
-            max_batch_rows=config.max_batch_rows,
-            max_concurrent_calls=config.max_concurrent_calls,
-            quantum_rows=config.quantum_rows,
-            scheduling=config.scheduling,
-            threads=config.threads,
-        )
-        self.service = InferenceService(self.repository, self.engine, self.metrics, limits, info)
+        self.edge = self._made_edge()
         self.port = 0
         self.metrics_port = 0
         self.num_refused = 0
         self.has_failed = False
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._server: grpc.aio.Server | None = None
         self._metrics_server: Any = None
 
     async def run(self) -> None:
@@ -108,35 +86,18 @@ class App:
         if not config.models.is_dir():
             raise RuntimeError(f"--models {config.models}: there is no such directory")
         torch.set_num_threads(self.device.threads)
-        limit = config.max_message_mib << 20
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ],
-            maximum_concurrent_rpcs=config.max_concurrent_calls,
-        )
-        methods = ObservedMethods(self.metrics, self.repository.is_known)
-        pb_grpc.add_InferenceServicer_to_server(self.service, methods)  # type: ignore[arg-type]
-        self._server.add_generic_rpc_handlers((methods,))
-        await self.health.add_to(self._server)
-        reflection.enable_server_reflection(_reflected(), self._server)
-        with _binding(config.host, config.port, "--port"):
-            self.port = self._server.add_insecure_port(f"{config.host}:{config.port}")
-        with _binding(config.host, config.metrics_port, "--metrics-port"):
+        with binding(config.host, config.metrics_port, "--metrics-port"):
             self._metrics_server, _ = prometheus_client.start_http_server(
                 config.metrics_port, config.host, self.metrics.registry
             )
         self.metrics_port = self._metrics_server.server_port
+        self.port = await self.edge.listen(config.port)
         self.metrics.build.info(
             {"version": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
             | {"device": self.device.name}
         )
         self.metrics.rows_waiting.set_function(lambda: self.engine.num_waiting)
         self.metrics.rows_active.set_function(lambda: self.engine.num_active)
-        await self._server.start()
         log.info("listening on %s:%d; metrics on port %d", config.host, self.port, self.metrics_port)
         log.info("graphs run on %s with %d CPU thread(s)", self.device.name, self.device.threads)
 
@@ -146,23 +107,18 @@ class App:
         if self._stop.is_set():
             return
         self.engine.start()
-        self.service.is_ready = True
-        await self.health.set_serving(True)
+        await self.edge.open()
 
     async def shutdown(self) -> None:
         """Stop in order: refuse new calls, let those in flight finish, stop the engine."""
-        assert self._server is not None, "shut down before it was started. This is a bug."
-        await self.health.shut_down()
-        if self.service.is_ready:
-            await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        await self._server.stop(self.config.grace_seconds)
+        await self.edge.close()
         await asyncio.to_thread(self.engine.stop)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
 
     def greeting(self) -> str:
         """What is being served, and one line to try next."""
-        models = list(self.repository)
+        models = list(self.repository.catalogue)
         if not models and self.num_refused:
             return f"Serving nothing: all {self.num_refused} artifacts were refused, for the reasons above."
         if not models:
@@ -175,8 +131,30 @@ class App:
         lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{_to_try(models)}", ""]
         return "\n".join(lines)
 
+    def _made_edge(self) -> Edge | FrontEnds:
+        """Who speaks gRPC: this process, or others for it."""
+        parts = self.config, self.repository.catalogue, self.engine, self.metrics, self._info()
+        return FrontEnds(*parts, on_death=self._end) if self.config.front_ends else Edge(*parts)
+
+    def _info(self) -> pb.ServerInfo:
+        config = self.config
+        return pb.ServerInfo(
+            version=__version__,
+            device=self.device.name,
+            library_versions=library_versions(),
+            max_message_bytes=config.max_message_mib << 20,
+            max_rows_per_request=min(config.max_rows_per_request, config.max_waiting_rows),
+            max_waiting_rows=config.max_waiting_rows,
+            max_held_bytes=config.max_held_mib << 20,
+            max_batch_rows=config.max_batch_rows,
+            max_concurrent_calls=config.max_concurrent_calls,
+            quantum_rows=config.quantum_rows,
+            scheduling=config.scheduling,
+            threads=config.threads,
+        )
+
     def _end(self) -> None:
-        """The device thread died: nothing can be served any more."""
+        """The device thread or the front ends died: nothing can be served any more."""
         self.has_failed = True
         self._loop.call_soon_threadsafe(self._stop.set)
 
@@ -201,11 +179,12 @@ class App:
 
     def _admit(self, model: Model, seconds: float) -> None:
         for loaded in model.programs.values():
-            self.engine.add(loaded.key, loaded.program)
+            program = self.repository.programs[loaded.key]
+            self.engine.add(loaded.key, program)
             self.metrics.expect(loaded.key)
             if not loaded.is_bitwise:
                 log.warning("%s is SEEDED, not BITWISE: its rows' low bits depend on their slot", loaded.key)
-            log.debug("%s runs in batches of %s", loaded.key, loaded.program.buckets)
+            log.debug("%s runs in batches of %s", loaded.key, program.buckets)
         self.metrics.model_load_seconds.labels(model.spec.name, model.spec.version).set(seconds)
         for format_ in model.formats:
             labels = model.spec.name, model.spec.version, format_, model.manifest.family, model.spec.digest
@@ -227,15 +206,6 @@ def _artifact_directories(root: Path) -> Iterator[Path]:
     yield from (path for path in root.glob("[!.]*/[!.]*") if path.is_dir())
 
 
-@contextlib.contextmanager
-def _binding(host: str, port: int, flag: str) -> Iterator[None]:
-    """Say which port could not be had, and which flag asks for another."""
-    try:
-        yield
-    except (OSError, RuntimeError):
-        raise RuntimeError(f"{host}:{port} cannot be listened on; ask for another with {flag}") from None
-
-
 def _device_name(asked: str) -> str:
     num_gpus = torch.cuda.device_count()
     if asked == "auto":
@@ -249,11 +219,6 @@ def _device_name(asked: str) -> str:
             f"--device {asked}: expected cpu, or one of the {num_gpus} GPUs that PyTorch finds"
         )
     return asked
-
-
-def _reflected() -> list[str]:
-    ours = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-    return [ours, "grpc.health.v1.Health", reflection.SERVICE_NAME]
 
 
 @contextlib.contextmanager

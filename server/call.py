@@ -1,16 +1,47 @@
-"""One call's side of a request: where the device thread's events reach the event loop."""
+"""One call's side of a request: where the engine's events reach the event loop."""
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
-from server.engine import Engine
 from server.request import Completed, Event, Failed, Preview, Request, Rows
+from server.spec import ProgramKey
 
 MAX_PREVIEWS = 16
 
 # While other calls are open, so many rounds of the event loop may bring their next requests.
 ROUNDS = 128
+
+
+class Backend(Protocol):
+    """Who computes requests: the engine, or a link to the process that it runs in."""
+
+    def submit(self, request: Request, wakes: bool = True) -> None:
+        """Queue a request, whose events go to its `deliver`; refused, it raises or delivers the error."""
+        ...
+
+    def wake(self) -> None:
+        """See to what was submitted."""
+        ...
+
+    def acknowledge(self, request: Request, rows: int) -> None:
+        """The reader of a request has taken so many of its rows."""
+        ...
+
+    def leave(self, request: Request) -> None:
+        """Nobody reads a request any more, whether or not it has ended."""
+        ...
+
+
+class CallObserver(Protocol):
+    """Whom the edge tells of calls; called on the event loop."""
+
+    def began(self) -> None: ...
+
+    def ended(self, method: str, model: str, code: str, seconds: float) -> None: ...
+
+    def queued(self, program: ProgramKey, seconds: float) -> None: ...
 
 
 class Exchange:
@@ -21,7 +52,7 @@ class Exchange:
     microseconds where there is nothing else to do; and one wake-up tells all calls what a turn had for them.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: Backend, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
         self._loop = loop
         self._requests: dict[Request, Call] = {}
@@ -35,10 +66,10 @@ class Exchange:
             self._hand_over(ROUNDS if self.num_open else 0)
         self._requests[request] = call
 
-    def cancel(self, request: Request) -> None:
-        """Stop a request, whether or not it has been handed over."""
+    def leave(self, request: Request) -> None:
+        """Nobody reads a request any more, whether or not it has been handed over."""
         if self._requests.pop(request, None) is None:
-            self._engine.cancel(request)
+            self._engine.leave(request)
 
     def put(self, call: "Call", events: Sequence[Event]) -> None:
         """Leave events for a call, on any thread."""
@@ -70,16 +101,18 @@ class Exchange:
 
 
 class Call:
-    """The events of one request, in order. As a context manager it cancels what is unfinished.
+    """The events of one request, in order. As a context manager it leaves the request at the end.
 
     Rows that have been read are acknowledged to the engine: it computes no more
     rows ahead of a slow reader than the request's window. Of previews such a reader
-    gets the newest.
+    gets the newest. One who wants the `whole` answer is not woken before its end.
     """
 
-    def __init__(self, engine: Engine, exchange: Exchange) -> None:
+    def __init__(self, engine: Backend, exchange: Exchange, whole: bool = False) -> None:
         self._engine = engine
         self._exchange = exchange
+        self._whole = whole
+        self._withheld: list[Event] = []
         self._previews: deque[Event] = deque(maxlen=MAX_PREVIEWS)
         self._results: list[Event] = []
         self._read: list[Event] = []
@@ -87,7 +120,12 @@ class Call:
         self._request: Request | None = None
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Take events, on any thread."""
+        """Take events, on the thread that computes."""
+        if self._whole:
+            self._withheld += events
+            if not isinstance(events[-1], Completed | Failed):
+                return
+            events = self._withheld
         self._exchange.put(self, events)
 
     def take(self, events: Sequence[Event]) -> None:
@@ -110,8 +148,8 @@ class Call:
 
     def __exit__(self, *exception: object) -> None:
         self._exchange.num_open -= 1
-        if self._request is not None and not self._request.is_closed:
-            self._exchange.cancel(self._request)
+        if self._request is not None:
+            self._exchange.leave(self._request)
 
     async def next(self) -> list[Event]:
         """What has arrived since it was last asked, once there is any; nothing after the request's end.

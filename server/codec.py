@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from samovar import tensors
 from samovar.noise import MAX_ROW_INDEX
 from samovar.v1 import inference_pb2 as pb
+from server.catalogue import LoadedProgram, Model
+from server.defaults import default_inputs
 from server.errors import InvalidRequest, Violation
-from server.program import default_inputs
-from server.repository import LoadedProgram, Model
 from server.request import Preview, Rows, Timings, Work
 from server.spec import ParameterSpec, ProgramSpec, TensorSpec
 

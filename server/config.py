@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from server.runtime import RUNTIMES
 from server.scheduler import Batching
+from server.spec import FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_ROWS = 2**32 - 1
@@ -37,8 +37,9 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8001
     metrics_port: int = 8002
+    front_ends: int = 0
     device: str = "auto"
-    formats: tuple[str, ...] = tuple(RUNTIMES)
+    formats: tuple[str, ...] = FORMATS
     threads: int = 1
     cuda_graphs: bool = False
     max_batch_rows: int = 64
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("host", str, "address to listen on; 0.0.0.0 for every interface")
     flag("port", _integer(0, 65_535), "gRPC port; 0 for any free one")
     flag("metrics-port", _integer(0, 65_535), "Prometheus port; 0 for any free one")
+    flag(
+        "front-ends",
+        _integer(0, 64),
+        "processes that speak gRPC on the one port for the engine in this one; 0 to speak it here",
+    )
     flag("device", str, "cpu, cuda, cuda:1, …; auto takes a GPU when there is one")
     flag("formats", _formats, "formats to load, the preferred one first")
     flag("threads", _integer(1, 1024), "CPU threads of one graph call; leave a core to the network")
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "max-concurrent-calls",
         _integer(1, MAX_ROWS),
-        "calls in flight; more are refused with RESOURCE_EXHAUSTED",
+        "calls in flight, at each front end; more are refused with RESOURCE_EXHAUSTED",
     )
     flag("grace-seconds", _seconds, "time that calls in flight have to finish on SIGTERM")
     flag("log-level", _log_level, f"one of {', '.join(LOG_LEVELS)}")
@@ -164,8 +170,8 @@ def _log_level(text: str) -> str:
 
 def _formats(text: str) -> tuple[str, ...]:
     formats = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in formats if name not in RUNTIMES]:
+    if unknown := [name for name in formats if name not in FORMATS]:
         raise argparse.ArgumentTypeError(
-            f"no runtime for {', '.join(unknown)}; there are {', '.join(RUNTIMES)}"
+            f"no runtime for {', '.join(unknown)}; there are {', '.join(FORMATS)}"
         )
     return formats

@@ -1,7 +1,7 @@
 """The engine: one loop, schedule -> run -> deliver, on a thread of its own.
 
 Runs the programs of every model, whatever their family. Reached through submit,
-cancel and acknowledge, which never wait for a graph. Knows no transport.
+acknowledge and leave, which never wait for a graph. Knows no transport.
 """
 
 import logging
@@ -118,11 +118,12 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def cancel(self, request: Request) -> None:
-        """Stop a request at the next step boundary; nothing is delivered any more."""
+    def leave(self, request: Request) -> None:
+        """Nobody reads a request any more: what it holds is free, and what is unfinished stops."""
         with self._changed:
-            self._scheduler.close(request, "cancelled")
-            self._changed.notify()
+            self._scheduler.release(request)
+            if self._scheduler.close(request, "cancelled"):
+                self._changed.notify()
 
     def acknowledge(self, request: Request, rows: int) -> None:
         """The reader of a request has taken so many of its rows."""

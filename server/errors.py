@@ -1,4 +1,6 @@
-"""Everything that can be refused or go wrong, as exceptions. Knows no status codes.
+"""Everything that can be refused or go wrong, as exceptions, which may travel between processes.
+
+Knows no status codes.
 
 SamovarError
 ├── RequestError                 the caller can do something about it
@@ -15,6 +17,10 @@ SamovarError
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+# How an exception is made again in another process; by itself it would be from its message alone.
+Reduced = tuple[type, tuple[Any, ...]]
 
 
 class SamovarError(Exception):
@@ -45,6 +51,9 @@ class InvalidRequest(RequestError):
         listed = "; ".join(f"{violation.field}: {violation.description}" for violation in self.violations)
         super().__init__(f"invalid request: {listed}")
 
+    def __reduce__(self) -> Reduced:
+        return type(self), (self.violations,)
+
 
 class ModelNotFound(RequestError):
     """No such model, version or format is served; the message names those that are."""
@@ -60,6 +69,9 @@ class OperationNotSupported(RequestError):
             f"{model} has no operation {operation!r}{because}; it has {', '.join(self.supported)}"
         )
 
+    def __reduce__(self) -> Reduced:
+        return type(self), (self.model, self.operation, self.supported, self.reason)
+
 
 class Overloaded(RequestError):
     """Too many rows wait already; try again after `retry_after` seconds."""
@@ -67,6 +79,9 @@ class Overloaded(RequestError):
     def __init__(self, message: str, retry_after: float) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+    def __reduce__(self) -> Reduced:
+        return type(self), (str(self), self.retry_after)
 
 
 class DeadlineExceeded(RequestError):

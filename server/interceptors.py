@@ -13,6 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
+from server.call import CallObserver
 from server.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -24,7 +25,6 @@ from server.errors import (
     ServerUnavailable,
     Violation,
 )
-from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ UNEXPECTED = "the server met an error that it did not expect"
 MAX_MESSAGE = 1000
 MAX_TEXT = 200
 MAX_VIOLATIONS = 12
+
+# A call takes milliseconds at the least; one that found no room need not wait longer to look again.
+RETRY_SECONDS = 0.1
 
 CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
@@ -137,15 +140,18 @@ def _read(request: Message | Unreadable) -> Message:
 
 
 class ObservedMethods(grpc.GenericRpcHandler):
-    """Counts, times and logs the calls of a service, and answers their errors.
+    """Counts, times, limits and logs the calls of a service, and answers their errors.
 
     A service is added to it as to a server, and it to the server. gRPC would ask an interceptor
-    anew at each call, which costs a tenth of a small one: here every method is wrapped once.
+    anew at each call, which costs a tenth of a small one: here every method is wrapped once. gRPC's own
+    limit on calls would shut out health as well, and say nothing to metrics.
     """
 
-    def __init__(self, metrics: Metrics, is_known_model: Callable[[str], bool]) -> None:
-        self._metrics = metrics
+    def __init__(self, observer: CallObserver, is_known_model: Callable[[str], bool], max_calls: int) -> None:
+        self._observer = observer
         self._is_known_model = is_known_model
+        self._max_calls = max_calls
+        self._num_calls = 0
         self._handlers: dict[str, Any] = {}
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
@@ -176,7 +182,7 @@ class ObservedMethods(grpc.GenericRpcHandler):
         async def call(request: Message | Unreadable, context: Context) -> Message:
             with self._observed(method, request, context) as outcome:
                 try:
-                    response: Message = await behaviour(_read(request), context)
+                    response: Message = await behaviour(self._admitted(request), context)
                 except Exception as error:
                     await _abort(error, method, context, outcome)
                 return response
@@ -187,7 +193,7 @@ class ObservedMethods(grpc.GenericRpcHandler):
         async def call(request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
             with self._observed(method, request, context) as outcome:
                 try:
-                    async with aclosing(behaviour(_read(request), context)) as responses:
+                    async with aclosing(behaviour(self._admitted(request), context)) as responses:
                         async for response in responses:
                             yield response
                 except Exception as error:
@@ -199,7 +205,8 @@ class ObservedMethods(grpc.GenericRpcHandler):
     def _observed(self, method: str, request: Message | Unreadable, context: Context) -> Iterator[Outcome]:
         outcome, start = Outcome(), time.monotonic()
         model = self._model_label(request)
-        self._metrics.calls_in_flight.inc()
+        self._num_calls += 1
+        self._observer.began()
         try:
             yield outcome
         except (asyncio.CancelledError, GeneratorExit):
@@ -210,9 +217,16 @@ class ObservedMethods(grpc.GenericRpcHandler):
             raise
         finally:
             seconds = time.monotonic() - start
-            self._metrics.calls_in_flight.dec()
-            self._metrics.ended(method, model, outcome.code.name, seconds)
+            self._num_calls -= 1
+            self._observer.ended(method, model, outcome.code.name, seconds)
             log.debug("%s %s %s %.1f ms", method, model, outcome.code.name, 1000 * seconds)
+
+    def _admitted(self, request: Message | Unreadable) -> Message:
+        """The message of a call that there is room for."""
+        if self._num_calls > self._max_calls:
+            reason = f"{self._max_calls} calls are in flight, which is the limit"
+            raise Overloaded(f"{reason}; try again in {RETRY_SECONDS:g} s", RETRY_SECONDS)
+        return _read(request)
 
     def _model_label(self, request: Any) -> str:
         name: str = getattr(getattr(request, "model", None), "name", "")

@@ -61,6 +61,9 @@ class Metrics:
             "kind",
         )
         self.restarts = self._counter("engine_restarts", "Times that the device thread was struck down.")
+        self.front_end_restarts = self._counter(
+            "front_end_restarts", "Front ends that ended by themselves and were started again."
+        )
         self.rows_waiting = self._gauge("rows_waiting", "Rows that wait for a slot.")
         self.rows_active = self._gauge("rows_active", "Rows in a batch.")
 
@@ -126,11 +129,24 @@ class Metrics:
         """A request that has ended had waited so long for its first step."""
         self._queue_series(program).observe(seconds)
 
+    def began(self) -> None:
+        """A call has come in."""
+        self.calls_in_flight.inc()
+
     def ended(self, method: str, model: str, code: str, seconds: float) -> None:
         """A call has ended; `model` is one that is known, or empty."""
+        self.calls_in_flight.dec()
         requests, request_seconds = self._call_series(method, model, code)
         requests.inc()
         request_seconds.observe(seconds)
+
+    def lost(self, calls: int) -> None:
+        """So many calls ended with their front end, who knows how."""
+        self.calls_in_flight.dec(calls)
+
+    def replaced(self) -> None:
+        """A front end ended by itself, and another was started."""
+        self.front_end_restarts.inc()
 
     @cache  # noqa: B019
     def _delivery_series(self, program: ProgramKey) -> Counter:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from server.defaults import default_inputs
 from server.errors import ArtifactRefused
-from server.program import Program, default_inputs
+from server.program import Program
 from server.request import Request, Work
 from server.runtime import Graph
 from server.spec import GoldenRows, ProgramKey, ProgramSpec

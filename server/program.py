@@ -264,12 +264,3 @@ class Program:
         padded = np.zeros((end - start, *self._noise[name].tensor.shape), np.float32)
         padded[:count] = tape.draw(self._noise[name], rows)
         return torch.from_numpy(padded).to(self._device)
-
-
-def default_inputs(spec: ProgramSpec) -> dict[str, NDArray[Any]]:
-    """What stands for the inputs that a request may leave out: one row each, for every row."""
-    return {
-        item.tensor.name: np.full((1, *item.tensor.shape), item.default, item.tensor.dtype)
-        for item in spec.inputs
-        if item.optional
-    }

@@ -3,112 +3,32 @@
 Knows every format that a runtime exists for, and no family.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from samovar.v1 import manifest_pb2
 from server import artifact
-from server.errors import (
-    ArtifactRefused,
-    InvalidRequest,
-    ModelNotFound,
-    OperationNotSupported,
-    Violation,
-)
+from server.catalogue import Catalogue, LoadedProgram, Model
+from server.errors import ArtifactRefused
 from server.lane import RESERVED_SHARE
 from server.probe import Probe
 from server.program import Program
 from server.runtime import RUNTIMES, Device, Graph
-from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
+from server.spec import ModelSpec, ProgramKey
 
 SMALLEST_BUCKET = 4
 
 
-@dataclass(frozen=True)
-class LoadedProgram:
-    """A program that is ready to run, and whether its rows' bits depend on their company."""
-
-    key: ProgramKey
-    program: Program
-    is_bitwise: bool
-
-    @property
-    def spec(self) -> ProgramSpec:
-        return self.program.spec
-
-
-@dataclass(frozen=True)
-class Model:
-    """An artifact whose every program is ready, in every format that is served."""
-
-    spec: ModelSpec
-    manifest: manifest_pb2.Manifest
-    formats: tuple[str, ...]
-    programs: Mapping[tuple[str, str], LoadedProgram]
-
-    @property
-    def name(self) -> str:
-        return f"{self.spec.name}/{self.spec.version}"
-
-    def program(self, operation: str, method: str = "", format_: str = "") -> LoadedProgram:
-        """The program that a request means.
-
-        OperationNotSupported, InvalidRequest or ModelNotFound when there is no such operation, method
-        or format.
-        """
-        if operation not in self.spec.programs:
-            supported = sorted({program.operation for program in self.spec.programs.values()})
-            raise OperationNotSupported(
-                self.name, operation, supported, self.spec.refusals.get(operation, "")
-            )
-        methods = self.spec.methods(operation)
-        if method not in methods:
-            known = ", ".join(sorted(filter(None, methods))) or "none besides the usual way"
-            raise InvalidRequest(
-                [Violation("method", f"expected one of {operation}: {known}; got {method!r}")]
-            )
-        self.check_format(format_)
-        return self.programs[format_ or self.formats[0], program_name(operation, method)]
-
-    def check_format(self, format_: str) -> None:
-        """ModelNotFound when the model is not served in a format that was asked for."""
-        if format_ and format_ not in self.formats:
-            raise ModelNotFound(f"{self.name} is served as {', '.join(self.formats)}, not as {format_!r}")
-
-
 class Repository:
-    """Finds and loads artifacts; answers which model a request means."""
+    """Loads artifacts into the catalogue, and holds their programs."""
 
     def __init__(self, device: Device, formats: Sequence[str], max_batch_rows: int) -> None:
         self._device = device
         self._formats = tuple(formats)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
-        self._models: dict[str, dict[str, Model]] = {}
-
-    def __iter__(self) -> Iterator[Model]:
-        """Models by name, newest version first."""
-        for name in sorted(self._models):
-            yield from self._versions(name)
-
-    def default(self, name: str) -> Model:
-        """The newest version of a model that is known."""
-        return self._versions(name)[0]
-
-    def select(self, name: str, version: str = "") -> Model:
-        """The model that a request means; ModelNotFound names what there is."""
-        if name not in self._models:
-            known = ", ".join(sorted(self._models)) or "none yet"
-            raise ModelNotFound(f"there is no model {name!r}; there are: {known}")
-        if version and version not in self._models[name]:
-            known = ", ".join(model.spec.version for model in self._versions(name))
-            raise ModelNotFound(f"{name} has no version {version!r}; it has: {known}")
-        return self._models[name][version] if version else self.default(name)
-
-    def is_known(self, name: str) -> bool:
-        return name in self._models
+        self.catalogue = Catalogue()
+        self.programs: dict[ProgramKey, Program] = {}
 
     def load(self, directory: Path) -> Model:
         """Load models/<name>/<version>; ArtifactRefused when it must not be served."""
@@ -123,19 +43,16 @@ class Repository:
             for loaded in self._prepare(spec, format_):
                 programs[format_, loaded.key.name] = loaded
         model = Model(spec, manifest, formats, programs)
-        self._models.setdefault(spec.name, {})[spec.version] = model
+        self.catalogue.add(model)
         return model
 
     def renew(self) -> None:
         """Open every graph anew, after a fault that may have left the old ones unusable."""
-        for model in self:
+        for model in self.catalogue:
             for format_ in model.formats:
                 graphs = self._open(model.spec, format_)
                 for name in model.spec.programs:
-                    model.programs[format_, name].program.reopen(graphs)
-
-    def _versions(self, name: str) -> list[Model]:
-        return sorted(self._models[name].values(), key=lambda model: -int(model.spec.version))
+                    self.programs[model.programs[format_, name].key].reopen(graphs)
 
     def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
         files = spec.files[format_]
@@ -155,7 +72,8 @@ class Repository:
             buckets = sorted(common) if is_bitwise else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
             ready = Program(program, graphs, buckets, self._device.torch, self._ahead)
-            loaded.append(LoadedProgram(key, ready, is_bitwise))
+            self.programs[key] = ready
+            loaded.append(LoadedProgram(key, program, ready.capacity, is_bitwise))
         return loaded
 
     def _prove(self, spec: ModelSpec, format_: str, graphs: Mapping[str, Graph]) -> dict[str, set[int]]:

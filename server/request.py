@@ -71,7 +71,7 @@ class Request:
     """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times.
 
     At most `window` rows are on the way that the reader has not taken; inputs and those rows hold
-    `held_bytes` until the request ends. A batch request lets interactive ones go first.
+    `held_bytes` until the reader leaves. A batch request lets interactive ones go first.
     """
 
     program: ProgramKey
@@ -91,6 +91,7 @@ class Request:
     admitted: int = 0
     finished: int = 0
     acknowledged: int = 0
+    is_held: bool = False
     closed_because: str = ""
     submitted_at: float = 0.0
     started_at: float = 0.0

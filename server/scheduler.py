@@ -88,6 +88,7 @@ class Scheduler:
         _refuse_hopeless(request, lane, now)
         self.num_waiting += request.rows
         self.held_bytes += request.held_bytes
+        request.is_held = True
         lane.num_waiting_steps += request.rows * request.row_cost
         lane.join(request)
         self._wake(lane)
@@ -106,7 +107,6 @@ class Scheduler:
         lane = self._lanes[request.program]
         self.num_waiting -= request.num_waiting
         self.num_active -= request.num_active
-        self.held_bytes -= request.held_bytes
         lane.remove(request)
         self._wake(lane)
         return True
@@ -165,6 +165,11 @@ class Scheduler:
         self._lanes[request.program].finish(request, rows)
         if request.is_complete:
             request.closed_because = "completed"
+
+    def release(self, request: Request) -> None:
+        """What a request holds is held no longer: its reader has all that it wants. Once is enough."""
+        if request.is_held:
+            request.is_held = False
             self.held_bytes -= request.held_bytes
 
     def forget_dropped(self) -> None:

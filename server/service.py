@@ -19,13 +19,11 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
 from server import codec
-from server.call import Call, Exchange
+from server.call import MAX_PREVIEWS, Backend, Call, CallObserver, Exchange
+from server.catalogue import Catalogue, LoadedProgram, Model
 from server.codec import Job
-from server.engine import Engine
 from server.errors import InvalidRequest, ServerUnavailable, Violation
 from server.manifest import name_of, public
-from server.metrics import Metrics
-from server.repository import LoadedProgram, Model, Repository
 from server.request import Completed, Preview, Request, Rows, Timings
 from server.spec import ProgramSpec
 
@@ -35,6 +33,8 @@ Arrays = dict[str, NDArray[Any]]
 PAGE_SIZE = 100
 # Headroom for what a message holds besides its tensors.
 MESSAGE_OVERHEAD_BYTES = 4096
+# The window of a call that is answered with one message: it holds what there is.
+ALL = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ class Target:
 
 
 class InferenceService(pb_grpc.InferenceServicer):
-    """Serves the repository's models through the engine."""
+    """Serves the catalogue's models through the engine, wherever that runs."""
 
     def __init__(
         self,
-        repository: Repository,
-        engine: Engine,
-        metrics: Metrics,
+        catalogue: Catalogue,
+        engine: Backend,
+        observer: CallObserver,
         limits: ServiceLimits,
         info: pb.ServerInfo,
     ) -> None:
-        self._repository = repository
+        self._catalogue = catalogue
         self._engine = engine
-        self._metrics = metrics
+        self._observer = observer
         self._limits = limits
         self._info = info
         self._exchange = Exchange(engine, asyncio.get_running_loop())
@@ -85,7 +85,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         target = self._target(request, "sample")
         job = codec.sample_job(request, target.loaded.spec, self._limits.max_rows)
         first = pb.SampleResponse(run=codec.run(job, target.model, target.loaded))
-        with self._submit(job, target, context, preview_every=request.preview_every) as call:
+        with self._submit(job, target, context, self._window(target), request.preview_every) as call:
             while batch := await call.next():
                 for message in self._messages(batch, target):
                     first.MergeFrom(message)
@@ -118,7 +118,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         self._check_ready()
-        models = list(self._repository)
+        models = list(self._catalogue)
         start = _page_start(request, len(models))
         end = start + (min(request.page_size, PAGE_SIZE) or PAGE_SIZE)
         return pb.ListModelsResponse(
@@ -128,7 +128,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         self._check_ready()
-        model = self._repository.select(request.model.name, request.model.version)
+        model = self._catalogue.select(request.model.name, request.model.version)
         model.check_format(request.model.format)
         return self._describe(model)
 
@@ -143,7 +143,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     def _target(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> Target:
         self._check_ready()
-        model = self._repository.select(request.model.name, request.model.version)
+        model = self._catalogue.select(request.model.name, request.model.version)
         return Target(model, model.program(operation, request.method, request.model.format))
 
     def _describe(self, model: Model) -> pb.Model:
@@ -151,15 +151,22 @@ class InferenceService(pb_grpc.InferenceServicer):
             manifest=public(model.manifest),
             artifact_sha256=model.spec.digest,
             formats=model.formats,
-            is_default=model is self._repository.default(model.spec.name),
+            is_default=model is self._catalogue.default(model.spec.name),
         )
 
-    def _submit(self, job: Job, target: Target, context: Context, preview_every: int = 0) -> Call:
-        call = Call(self._engine, self._exchange)
-        remaining = context.time_remaining()
+    def _window(self, target: Target) -> int:
+        """How many rows of a stream are computed ahead of its reader."""
         row_bytes = max(1, target.loaded.spec.output_row_bytes)
-        capacity = target.loaded.program.capacity
-        window = max(2 * capacity, self._limits.window_bytes // row_bytes)
+        return max(2 * target.loaded.capacity, self._limits.window_bytes // row_bytes)
+
+    def _submit(
+        self, job: Job, target: Target, context: Context, window: int = ALL, preview_every: int = 0
+    ) -> Call:
+        spec, capacity = target.loaded.spec, target.loaded.capacity
+        previews = MAX_PREVIEWS * min(capacity, job.rows) if preview_every else 0
+        unread = min(window, job.rows) + previews
+        call = Call(self._engine, self._exchange, whole=window == ALL)
+        remaining = context.time_remaining()
         call.submit(
             Request(
                 program=target.loaded.key,
@@ -173,8 +180,8 @@ class InferenceService(pb_grpc.InferenceServicer):
                 preview_every=preview_every,
                 window=window,
                 is_batch=job.is_batch(capacity),
-                may_end_early=bool(target.loaded.spec.steps.done),
-                held_bytes=job.work.num_bytes + min(window, job.rows) * row_bytes,
+                may_end_early=bool(spec.steps.done),
+                held_bytes=job.work.num_bytes + unread * spec.output_row_bytes,
             )
         )
         return call
@@ -203,7 +210,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 finished += [event for event in batch if isinstance(event, Rows)]
                 last = batch[-1]
         assert isinstance(last, Completed), "a request ended without its timings. This is a bug."
-        self._metrics.queued(target.loaded.key, last.timings.queue)
+        self._observer.queued(target.loaded.key, last.timings.queue)
         return job, _in_order(finished, program, job), last.timings
 
     def _check_fits(self, job: Job, target: Target) -> None:
@@ -231,7 +238,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         messages += [pb.SampleResponse(rows=codec.rows(chunk)) for chunk in _chunks(finished, size)]
         if isinstance(batch[-1], Completed):
             messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
-            self._metrics.queued(target.loaded.key, batch[-1].timings.queue)
+            self._observer.queued(target.loaded.key, batch[-1].timings.queue)
         return messages
 
 

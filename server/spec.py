@@ -15,6 +15,9 @@ NUM_STEPS = "num_steps"
 
 ITEM_SIZES = {"bool": 1, "uint8": 1, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
 
+# Of graphs, the one that a server prefers first; runtime/ has a way to run each.
+FORMATS = ("onnx", "torchscript", "torch_export")
+
 ParameterKind = Literal["float", "integer", "boolean", "choice"]
 PARAMETER_DTYPES: dict[ParameterKind, str] = {
     "float": "float32",

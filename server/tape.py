@@ -53,7 +53,8 @@ class Rows:
         A shorter twin's numbers end with its steps.
         """
         same: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
-        return same & (self.num_steps == other.num_steps)
+        same &= self.num_steps == other.num_steps
+        return same
 
 
 def draw(item: NoiseSpec, rows: Rows) -> Array:

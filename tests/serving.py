@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ class RunningServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def await_true(condition: Callable[[], bool], complaint: str) -> None:
+    """Wait until something holds that soon must."""
+    patience = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < patience, complaint
+        time.sleep(0.01)
+
+
+def assert_idle(server: RunningServer) -> None:
+    """Soon no row is left in the engine."""
+    engine = server.app.engine
+    await_true(lambda: engine.num_active == engine.num_waiting == 0, "rows were left in the engine")
 
 
 async def _make(config: Config) -> App:

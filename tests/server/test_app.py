@@ -21,7 +21,7 @@ import samovar
 from server import health
 from server.config import parse
 from server.runtime import RUNTIMES
-from tests.serving import RunningServer, listening, serving
+from tests.serving import RunningServer, await_true, listening, serving
 
 ROOT = Path(__file__).parents[2]
 DIFFUSION = "digits-diffusion"
@@ -86,6 +86,21 @@ def test_metrics_count_what_happened(models: Path) -> None:
     infos = [value for (name, _), value in metrics.items() if name == "samovar_model_info"]
     assert infos == [1.0] * len(RUNTIMES) * len(list(models.iterdir()))
     assert any(name == "samovar_build_info" for name, _ in metrics)
+
+
+def test_calls_beyond_the_limit_are_refused_and_counted_while_health_answers(models: Path) -> None:
+    with serving(models, max_concurrent_calls=1) as server, samovar.Client(server.address) as client:
+        with client.stream(DIFFUSION, 500, preview_every=1, parameters={"steps": 200}) as stream:
+            next(iter(stream))
+            with pytest.raises(samovar.Overloaded, match="1 calls are in flight") as refused:
+                client.models()
+            assert refused.value.retry_delay
+            assert is_serving(server)
+        await_true(lambda: server.app.engine.num_active == 0, "rows were left in the engine")
+        assert client.models()
+        metrics = scrape(server)
+    assert metrics["samovar_requests_total", ("", "ListModels", "RESOURCE_EXHAUSTED")] == 1
+    assert metrics["samovar_requests_in_flight", ()] == 0
 
 
 def test_metric_names_carry_their_units(server: RunningServer) -> None:

@@ -194,7 +194,7 @@ def test_cancelled_rows_leave_at_the_next_step(gated: Bench, gate: Gate) -> None
     cancelled, reader = gated.submit(rows=3, steps=100)
     gate.await_call()
     _, other = gated.submit(rows=1, steps=3)
-    gated.engine.cancel(cancelled)
+    gated.engine.leave(cancelled)
     gate.open(1000)
     other.wait()
     assert gated.ledger.turns == [3, 1, 1, 1]
@@ -296,7 +296,7 @@ def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
     slow, _ = bench.submit(rows=20, steps=1, window=4, deadline=1e12)
     _, quick = bench.submit(rows=20, steps=1)
     assert len(quick.rows()) == 20
-    bench.engine.cancel(slow)
+    bench.engine.leave(slow)
 
 
 def submit_when_up(engine: Engine, asked: Request) -> None:

@@ -332,6 +332,10 @@ def test_requests_that_hold_too_many_bytes_are_refused() -> None:
     with pytest.raises(Overloaded, match="80 bytes"):
         policy.submit(request(1, held_bytes=21))
     policy.close(first, "cancelled")
+    with pytest.raises(Overloaded, match="80 bytes"):
+        policy.submit(request(1, held_bytes=21))
+    policy.release(first)
+    policy.release(first)
     policy.submit(request(1, held_bytes=100))
 
 
@@ -408,6 +412,13 @@ class Traffic(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.policy.close(data.draw(st.sampled_from(self.requests)), "cancelled")
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.requests))
+        self.policy.release(one)
+        self.policy.close(one, "cancelled")
+
     @invariant()
     def counts_agree(self) -> None:
         open_requests = [one for one in self.requests if not one.is_closed]
@@ -417,7 +428,7 @@ class Traffic(RuleBasedStateMachine):
             mine = [one for one in open_requests if one.program == program]
             assert sum(one.num_active for one in mine) <= CAPACITY
             assert all(one.admitted - one.acknowledged <= one.window for one in mine)
-        assert self.policy.held_bytes == sum(one.held_bytes for one in open_requests)
+        assert self.policy.held_bytes == sum(one.held_bytes for one in self.requests if one.is_held)
         assert set(self.policy.open_requests()) == set(open_requests)
 
     def teardown(self) -> None:

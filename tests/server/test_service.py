@@ -1,7 +1,6 @@
 """The wire, through a real server: answers, violations, errors, limits, chunks, cancellation."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,7 +16,7 @@ from samovar import tensors
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from tests.serving import RunningServer, serving
+from tests.serving import RunningServer, assert_idle, await_true, serving
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 IMAGES = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8) % 17
@@ -356,19 +355,6 @@ def test_a_slow_reader_is_not_computed_for_without_bound(server: RunningServer) 
         await_true(lambda: engine.num_waiting > 0 and engine.num_active == 0, "the engine did not pause")
         assert sum(len(message.rows.indices) for message in call) > 50_000
     assert_idle(server)
-
-
-def await_true(condition: Callable[[], bool], complaint: str) -> None:
-    patience = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < patience, complaint
-        time.sleep(0.01)
-
-
-def assert_idle(server: RunningServer) -> None:
-    """Soon no row is left in the engine."""
-    engine = server.app.engine
-    await_true(lambda: engine.num_active == engine.num_waiting == 0, "rows were left in the engine")
 
 
 def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed(models: Path) -> None:

@@ -44,9 +44,7 @@ def _values(program: Program, asked: list[tuple[int, Request]]) -> dict[Request,
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=24))
 def test_rows_have_the_bytes_that_they_have_alone(ahead: Executor, rows: list[tuple[int, ...]]) -> None:
-    asked = [
-        (joins, request(seed=seed, first_row=index, steps=steps)) for seed, index, steps, joins in rows
-    ]
+    asked = [(joins, request(seed=seed, first_row=index, steps=steps)) for seed, index, steps, joins in rows]
     together = _values(toys.program(buckets=(CAPACITY,), ahead=ahead), asked)
     for _, one in asked:
         alone = _values(toys.program(buckets=(CAPACITY,)), [(0, one)])
