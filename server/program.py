@@ -234,19 +234,19 @@ class Program:
             try:
                 results.append(call(first, rows))
             except Exception as error:  # each runtime has its own
-                if not is_out_of_memory(error) or not self._shrink():
+                if not is_out_of_memory(error) or not self._shrink(self.bucket(rows)):
                     raise
             else:
                 first += rows
         return results
 
-    def _shrink(self) -> bool:
-        """Make batches smaller from now on; False when they cannot be."""
-        smaller = [bucket for bucket in self.buckets if bucket < self._largest]
-        if not smaller:
+    def _shrink(self, failed: int) -> bool:
+        """From now on call with half of a batch that did not fit; False when there is nothing less."""
+        largest = max((bucket for bucket in self.buckets if bucket <= failed // 2), default=self.buckets[0])
+        if largest >= failed:
             return False
-        log.warning("out of memory with batches of %d rows; going on with %d", self._largest, smaller[-1])
-        self._largest = smaller[-1]
+        log.warning("out of memory with batches of %d rows; going on with %d", failed, largest)
+        self._largest = largest
         self._steps.clear()
         self._num_shortages += 1
         if self._device.type == "cuda":

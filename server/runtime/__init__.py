@@ -11,4 +11,13 @@ RUNTIMES: dict[str, OpenGraph] = {
     "torch_export": TorchExportGraph,
 }
 
-__all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph", "Tensors", "bound", "is_out_of_memory"]
+__all__ = [
+    "RUNTIMES",
+    "Device",
+    "Graph",
+    "OnnxGraph",
+    "OpenGraph",
+    "Tensors",
+    "bound",
+    "is_out_of_memory",
+]

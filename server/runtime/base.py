@@ -108,4 +108,4 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a graph failed for want of memory, in the words of any runtime."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    return any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from samovar import noise
 from server.program import Program, Readout
 from server.request import Request, Work
+from server.runtime import Device, OnnxGraph
 from server.spec import GraphSpec, StepCount, TensorSpec
 from tests import toys
 from tests.toys import request
@@ -164,3 +167,34 @@ def test_more_rows_than_slots_is_a_bug() -> None:
     program = toys.program(buckets=(4,))
     with pytest.raises(AssertionError, match="This is a bug"):
         program.slots.admit(request(rows=5), 0, 5)
+
+
+def greedy(path: Path, spec: GraphSpec) -> OnnxGraph:
+    """A graph that leaves its input as it is, but needs rows ** 23 floats of memory for it."""
+    total = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", 2]) for name in "xy"]
+    nodes = [
+        onnx.helper.make_node("Shape", ["x"], ["shape"], end=1),
+        onnx.helper.make_node("Pow", ["shape", "power"], ["size"]),
+        onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        onnx.helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
+        onnx.helper.make_node("Add", ["x", "zero"], ["y"]),
+    ]
+    power = onnx.helper.make_tensor("power", onnx.TensorProto.INT64, [1], [23])
+    graph = onnx.helper.make_graph(nodes, "greedy", total[:1], total[1:], [power])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
+    return OnnxGraph(path, spec, Device())
+
+
+def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Path) -> None:
+    x = dataclasses.replace(toys.TOTAL, name="x")
+    grow = GraphSpec("grow", (x,), (x,))
+    start = GraphSpec("begin", (toys.START.tensor,), (x,))
+    end = GraphSpec("end", (x,), toys.WALK.readout.outputs)
+    spec = dataclasses.replace(toys.WALK, init=start, step=grow, readout=end, state=(x,), noise=())
+    program = toys.program(spec, {**toys.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4))
+    starts = np.arange(8, dtype=np.float32).reshape(4, 2)
+    program.slots.admit(request(rows=4, steps=2, work=Work({"steps": 2}, {"start": starts})), 0, 4)
+    (finished,) = run(program)
+    assert np.array_equal(finished.rows.outputs["value"], starts)
+    assert program.take_shortages() == 1
