@@ -169,6 +169,15 @@ class Slots:
         self.release(self.move_to_tail(mine))
         return steps
 
+    def empty(self) -> dict[Request, int]:
+        """Free every slot without the device's help; returns how many steps each request's rows had taken."""
+        written = self.num_active - sum(count for _, _, count in self._arriving)
+        owner, steps_done = self._owner[:written], self.steps_done[:written]
+        steps = {request: int(steps_done[owner == id(request)].sum()) for request in self.requests}
+        self._arriving.clear()
+        self.release(0)
+        return steps
+
     def by_request(self, slots: Array) -> Sequence[tuple[Request, Array]]:
         """Group slots by the request that owns their rows: positions within `slots`."""
         owners = self._owner[slots]
