@@ -150,6 +150,28 @@ def test_calls_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
     assert sizes == [2, 2, 8, 8]
 
 
+def test_a_preview_reads_out_the_rows_that_are_due_and_changes_none() -> None:
+    sizes = []
+
+    def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        sizes.append(len(inputs[0]))
+        return toys.identity(inputs)
+
+    program = toys.program(graphs={**toys.GRAPHS, "end": watched})
+    seen = request(rows=2, steps=5, seed=1, preview_every=2)
+    others = [request(rows=2, steps=steps, seed=seed) for seed, steps in ((2, 6), (3, 3), (4, 6))]
+    for one in (others[0], seen, *others[1:]):
+        program.slots.admit(one, 0, 2)
+    readouts = [readout for _ in range(6) for readout in program.advance()]
+    previews = [readout for readout in readouts if not readout.is_finished]
+    assert [(readout.request, readout.steps_done) for readout in previews] == [(seen, [2, 2]), (seen, [4, 4])]
+    assert sizes == [2, 2, 2, 2, 4]
+    for readout in readouts:
+        so_far = dataclasses.replace(readout.request, steps=readout.steps_done[0])
+        for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
+            assert np.allclose(value, walked(so_far, index), atol=1e-5)
+
+
 def test_padding_never_reaches_anybody() -> None:
     def poisons_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = toys.walk(inputs)
