@@ -20,7 +20,7 @@ from server.errors import (
 from server.lane import RESERVED_SHARE
 from server.probe import Probe
 from server.program import Program
-from server.runtime import RUNTIMES, Device, Graph
+from server.runtime import RUNTIMES, Device, Graph, OpenGraph
 from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 SMALLEST_BUCKET = 4
@@ -81,9 +81,16 @@ class Model:
 class Repository:
     """Finds and loads artifacts; answers which model a request means."""
 
-    def __init__(self, device: Device, formats: Sequence[str], max_batch_rows: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        formats: Sequence[str],
+        max_batch_rows: int,
+        runtimes: Mapping[str, OpenGraph] = RUNTIMES,
+    ) -> None:
         self._device = device
         self._formats = tuple(formats)
+        self._runtimes = runtimes
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
         self._models: dict[str, dict[str, Model]] = {}
@@ -138,10 +145,8 @@ class Repository:
         return sorted(self._models[name].values(), key=lambda model: -int(model.spec.version))
 
     def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
-        files = spec.files[format_]
-        return {
-            name: RUNTIMES[format_](files[name], graph, self._device) for name, graph in spec.graphs().items()
-        }
+        files, open_graph = spec.files[format_], self._runtimes[format_]
+        return {name: open_graph(files[name], graph, self._device) for name, graph in spec.graphs().items()}
 
     def _prepare(self, spec: ModelSpec, format_: str) -> list[LoadedProgram]:
         """Every program of a model in one format, proven and warm."""

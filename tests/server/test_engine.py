@@ -217,6 +217,20 @@ def test_a_passed_deadline_drops_what_is_unfinished(gated: Bench, gate: Gate) ->
     assert gated.ledger.wasted_steps == {"deadline": 2}
 
 
+def test_after_a_cancelled_neighbour_rows_have_the_bytes_that_they_have_alone(
+    gated: Bench, gate: Gate
+) -> None:
+    cancelled, _ = gated.submit(rows=3, steps=100, seed=1)
+    gate.await_call()
+    _, other = gated.submit(rows=4, steps=40, seed=2)
+    gate.open(19)
+    for _ in range(19):
+        gate.await_call()
+    gated.engine.cancel(cancelled)
+    gate.open(1000)
+    assert other.rows() == {index: alone(2, index, 40, 1.0) for index in range(4)}
+
+
 def test_rows_that_leave_in_the_step_in_which_they_are_cancelled_are_wasted(gated: Bench, gate: Gate) -> None:
     cancelled, _ = gated.submit(rows=3, steps=2)
     gate.open(1)
