@@ -198,7 +198,7 @@ class Program:
         return readouts
 
     def _finite(self, outputs: Mapping[str, NDArray[Any]], start: int) -> NDArray[np.bool_]:
-        """Which rows have finite outputs and no NaN in their state (quantised outputs would hide one)."""
+        """Which rows have finite outputs and a finite state (quantised outputs would hide what is wrong)."""
         count = self.slots.num_active - start
         finite = np.ones(count, np.bool_)
         for array in outputs.values():
@@ -207,7 +207,7 @@ class Program:
         for tensor in self.spec.state:
             rows = self.slots.device[tensor.name][start : start + count]
             if rows.is_floating_point():
-                finite &= ~torch.isnan(rows).reshape(count, -1).any(1).cpu().numpy()
+                finite &= torch.isfinite(rows).reshape(count, -1).all(1).cpu().numpy()
         return finite
 
     def _call(self, graph: GraphSpec, start: int, count: int) -> Tensors:

@@ -185,6 +185,22 @@ def test_padding_never_reaches_anybody() -> None:
     assert all(readout.is_finite for readout in run(program))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
+    def level(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [inputs[0].nan_to_num().clamp(-9, 9).to(torch.int64)]
+
+    end = dataclasses.replace(toys.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
+    program = toys.program(dataclasses.replace(toys.WALK, readout=end), {**toys.GRAPHS, "end": level})
+    fine, broken = (
+        request(steps=2, work=Work({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}))
+        for start in (0.0, number)
+    )
+    program.slots.admit(fine, 0, 1)
+    program.slots.admit(broken, 0, 1)
+    assert {readout.request: readout.is_finite for readout in run(program)} == {fine: True, broken: False}
+
+
 def test_more_rows_than_slots_is_a_bug() -> None:
     program = toys.program(buckets=(4,))
     with pytest.raises(AssertionError, match="This is a bug"):
