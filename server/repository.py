@@ -3,6 +3,7 @@
 Knows every format that a runtime exists for, and no family.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from server.errors import (
     InvalidRequest,
     ModelNotFound,
     OperationNotSupported,
+    RuntimeMissing,
     Violation,
 )
 from server.lane import RESERVED_SHARE
@@ -22,6 +24,8 @@ from server.probe import Probe
 from server.program import Program
 from server.runtime import RUNTIMES, Device, Graph, OpenGraph
 from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
+
+log = logging.getLogger(__name__)
 
 SMALLEST_BUCKET = 4
 
@@ -125,11 +129,9 @@ class Repository:
             raise ArtifactRefused(
                 f"it comes as {', '.join(spec.files)}; this server runs {', '.join(self._formats)}"
             )
-        programs = {}
-        for format_ in formats:
-            for loaded in self._prepare(spec, format_):
-                programs[format_, loaded.key.name] = loaded
-        model = Model(spec, manifest, formats, programs)
+        programs = self._prepare_all(spec, formats)
+        served = tuple(dict.fromkeys(format_ for format_, _ in programs))
+        model = Model(spec, manifest, served, programs)
         self._models.setdefault(spec.name, {})[spec.version] = model
         return model
 
@@ -147,6 +149,22 @@ class Repository:
     def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
         files, open_graph = spec.files[format_], self._runtimes[format_]
         return {name: open_graph(files[name], graph, self._device) for name, graph in spec.graphs().items()}
+
+    def _prepare_all(self, spec: ModelSpec, formats: Sequence[str]) -> dict[tuple[str, str], LoadedProgram]:
+        """Every program in every format that can be run on this device; ArtifactRefused when none can."""
+        programs: dict[tuple[str, str], LoadedProgram] = {}
+        reasons = list[str]()
+        for format_ in formats:
+            try:
+                loaded = self._prepare(spec, format_)
+            except RuntimeMissing as reason:
+                log.warning("%s/%s is not served as %s: %s", spec.name, spec.version, format_, reason)
+                reasons.append(f"{format_}: {reason}")
+            else:
+                programs |= {(format_, each.key.name): each for each in loaded}
+        if not programs:
+            raise ArtifactRefused("; ".join(reasons))
+        return programs
 
     def _prepare(self, spec: ModelSpec, format_: str) -> list[LoadedProgram]:
         """Every program of a model in one format, proven and warm."""
