@@ -14,6 +14,7 @@ from typing import Protocol
 from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
 from server.program import Program, Readout
 from server.request import Completed, Event, Failed, Preview, Request, Timings
+from server.runtime import is_device_lost
 from server.scheduler import Scheduler, Turn
 from server.spec import ProgramKey
 
@@ -187,6 +188,8 @@ class Engine:
         try:
             readouts = self._run(program, turn)
         except Exception as error:
+            if is_device_lost(error):
+                raise
             log.exception("%s failed; its rows are dropped", turn.program)
             self._observer.faulted(turn.program, "graph")
             held = self._held.pop(turn.program, [])

@@ -1,6 +1,6 @@
 """One graph, many ways to execute it: a runtime per file format."""
 
-from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_out_of_memory
+from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_device_lost, is_out_of_memory
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
 from server.runtime.torchscript import TorchScriptGraph
@@ -19,5 +19,6 @@ __all__ = [
     "OpenGraph",
     "Tensors",
     "bound",
+    "is_device_lost",
     "is_out_of_memory",
 ]

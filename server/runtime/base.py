@@ -109,3 +109,23 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+# CUDA's errors that are there to stay: whatever this process asks of the device next fails as well.
+_DEVICE_LOST = (
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "device-side assert",
+    "launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ecc error",
+)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether it is the device that failed, and not a graph on it."""
+    text = str(error).lower()
+    return "cuda" in text and any(words in text for words in _DEVICE_LOST)

@@ -357,20 +357,30 @@ class Strike(BaseException):
 class Struck:
     """A graph that strikes the device thread down, once, in its third call."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
         self._calls = itertools.count(1)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if next(self._calls) == 3:
-            raise Strike
+            raise self._error
         return toys.walk(inputs)
 
 
-def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        Strike(),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA failure 710: device-side assert triggered ; GPU=0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(error: BaseException) -> None:
     renewed = threading.Event()
     ledger = Ledger()
     engine = Engine(Scheduler(), ledger, renew=renewed.set)
-    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck()}))
+    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(error)}))
     readers = [Reader(), Reader()]
     for reader in readers:
         engine.submit(request(reader, rows=4, steps=50))
@@ -382,6 +392,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on() ->
     submit_when_up(engine, request(later, rows=3, steps=2, seed=1))
     assert later.rows() == {index: alone(1, index, 2, 1.0) for index in range(3)}
     assert ledger.restarts == 1
+    assert ledger.faults == []
     assert ledger.wasted_steps == {"failed": 2 * 8}
     engine.stop()
 

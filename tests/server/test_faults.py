@@ -113,12 +113,13 @@ def test_short_memory_is_nothing_that_a_client_notices(
     assert faults(server) == before | {"out_of_memory": before["out_of_memory"] + 1}
 
 
+@pytest.mark.parametrize("error", [Strike(), RuntimeError("CUDA error: device-side assert triggered")])
 def test_a_device_thread_that_is_struck_down_reloads_and_answers_the_same(
-    server: RunningServer, runtime: FaultyRuntime, client: samovar.Client
+    server: RunningServer, runtime: FaultyRuntime, client: samovar.Client, models: Path, error: BaseException
 ) -> None:
     expected, before = sample(client), num_restarts(server)
-    num_graphs, runtime.num_opened = runtime.num_opened, 0
-    runtime.errors.append(Strike())
+    runtime.num_opened, num_graphs = 0, len(list((models / MODEL / "1").glob("*.onnx")))
+    runtime.errors.append(error)
     with pytest.raises(samovar.Unavailable, match="try again"):
         sample(client)
     with samovar.Client(server.address) as patient:
