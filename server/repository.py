@@ -20,7 +20,7 @@ from server.errors import (
     Violation,
 )
 from server.lane import RESERVED_SHARE
-from server.probe import Probe
+from server.probe import Probe, is_steady
 from server.program import Program
 from server.runtime import RUNTIMES, Device, Graph, OpenGraph
 from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
@@ -172,12 +172,16 @@ class Repository:
         stable = self._prove(spec, format_, graphs)
         # One set for the whole model: a readout that quantises hides what its kernels do.
         common = set(self._buckets).intersection(*filter(None, stable.values()))
+        golden = {rows.program: rows for rows in spec.golden}
         loaded = []
-        for program in spec.programs.values():
-            is_bitwise = all(stable[graph.name] for graph in program.graphs)
-            buckets = sorted(common) if is_bitwise else self._buckets
+        for name, program in spec.programs.items():
+            is_stable = all(stable[graph.name] for graph in program.graphs)
+            buckets = sorted(common) if is_stable else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
             ready = Program(program, graphs, buckets, self._device.torch, self._ahead)
+            # On a CPU little is prepared, and one step shows as much as two.
+            steps = 2 if self._device.is_cuda else 1
+            is_bitwise = is_steady(ready, golden[name], steps) and is_stable
             loaded.append(LoadedProgram(key, ready, is_bitwise))
         return loaded
 

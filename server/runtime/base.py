@@ -1,13 +1,17 @@
 """What the engine asks of a runtime: open a graph file, then call it with tensors."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from server.spec import GraphSpec
+
+log = logging.getLogger(__name__)
 
 Tensors = Sequence[torch.Tensor]
 
@@ -63,20 +67,36 @@ def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], N
     """Capture the kernels of a call as a CUDA graph, which is launched as one."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
+    # Around the capture as well: one that fails leaves its stream the current one.
     with torch.cuda.stream(stream):
         for _ in range(warm_up_calls):
             call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
+            call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
 
 
+@cache
+def _pool() -> Any:
+    """Captured graphs are replayed one after the other, and may use the same memory for it."""
+    return torch.cuda.graph_pool_handle()
+
+
 def replayable(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
-    """The plain way; on CUDA one that replays a graph of its kernels, when asked to."""
+    """The plain way; on CUDA one that replays a graph of its kernels, when asked to and where it can be."""
     call = copying(graph, inputs, outputs)
-    return captured(call) if device.is_cuda and device.cuda_graphs else call
+    if not (device.is_cuda and device.cuda_graphs):
+        return call
+    try:
+        return captured(call)
+    except RuntimeError as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        log.warning("a graph cannot be captured and is called kernel by kernel: %s", reason)
+        return call
 
 
 def fresh(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
