@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from server import tape
 from server.request import Request, Rows
-from server.runtime import Graph, Tensors, bound, is_out_of_memory
+from server.runtime import Graph, Tensors, bound, current, is_out_of_memory
 from server.slots import Slots
 from server.spec import GraphSpec, ProgramSpec
 
@@ -94,10 +94,11 @@ class Program:
 
         A step is padded to `width` rows at least.
         """
-        self._start()
-        if self.spec.step is not None and self.slots.num_active:
-            self._step(self.spec.step, width)
-        return self._preview() + self._finish()
+        with current(self._device):
+            self._start()
+            if self.spec.step is not None and self.slots.num_active:
+                self._step(self.spec.step, width)
+            return self._preview() + self._finish()
 
     def _start(self) -> None:
         slots = self.slots

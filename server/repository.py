@@ -22,7 +22,7 @@ from server.errors import (
 from server.lane import RESERVED_SHARE
 from server.probe import Probe, is_steady
 from server.program import Program
-from server.runtime import RUNTIMES, Device, Graph, OpenGraph
+from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current
 from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ class Repository:
             raise ArtifactRefused(
                 f"it comes as {', '.join(spec.files)}; this server runs {', '.join(self._formats)}"
             )
-        programs = self._prepare_all(spec, formats)
+        with current(self._device.torch):
+            programs = self._prepare_all(spec, formats)
         served = tuple(dict.fromkeys(format_ for format_, _ in programs))
         model = Model(spec, manifest, served, programs)
         self._models.setdefault(spec.name, {})[spec.version] = model

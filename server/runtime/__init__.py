@@ -1,6 +1,15 @@
 """One graph, many ways to execute it: a runtime per file format."""
 
-from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_device_lost, is_out_of_memory
+from server.runtime.base import (
+    Device,
+    Graph,
+    OpenGraph,
+    Tensors,
+    bound,
+    current,
+    is_device_lost,
+    is_out_of_memory,
+)
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
 from server.runtime.torchscript import TorchScriptGraph
@@ -19,6 +28,7 @@ __all__ = [
     "OpenGraph",
     "Tensors",
     "bound",
+    "current",
     "is_device_lost",
     "is_out_of_memory",
 ]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,11 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.name.startswith("cuda")
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """While it lasts, a GPU is the one that events, streams and captures belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Graph(Protocol):
