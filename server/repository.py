@@ -22,7 +22,7 @@ from server.errors import (
 from server.lane import RESERVED_SHARE
 from server.probe import Probe, is_steady
 from server.program import Program
-from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current
+from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current, prefer_same_bits
 from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Repository:
         max_batch_rows: int,
         runtimes: Mapping[str, OpenGraph] = RUNTIMES,
     ) -> None:
+        prefer_same_bits()
         self._device = device
         self._formats = tuple(formats)
         self._runtimes = runtimes

@@ -9,6 +9,7 @@ from server.runtime.base import (
     current,
     is_device_lost,
     is_out_of_memory,
+    prefer_same_bits,
 )
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
@@ -31,4 +32,5 @@ __all__ = [
     "current",
     "is_device_lost",
     "is_out_of_memory",
+    "prefer_same_bits",
 ]

@@ -39,6 +39,13 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def prefer_same_bits() -> None:
+    """Have torch choose kernels by what is computed, not by the clock, and round float32 as float32."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class Graph(Protocol):
     """A pure function over rows: tensors [B, *row shape] in and out, in the order of its spec."""
 

@@ -25,6 +25,10 @@ _ELEMENT_TYPES = {
 }
 
 
+# Convolutions by what is computed, not by the clock; float32 as float32.
+_SAME_BITS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+
+
 class OnnxGraph:
     """An ONNX Runtime session, fed by name or bound to memory."""
 
@@ -102,7 +106,8 @@ def _providers(device: Device) -> list[Any]:
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
         )
     onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
-    return [("CUDAExecutionProvider", {"device_id": device.torch.index or 0}), "CPUExecutionProvider"]
+    options = {"device_id": device.torch.index or 0, **_SAME_BITS}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def _check_types(path: Path, side: str, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
