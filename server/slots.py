@@ -110,8 +110,10 @@ class Slots:
         self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
         if STEP_INDEX in self.device:
-            active = slice(0, self.num_active)
-            self._put(STEP_INDEX, active, self.steps_done[active])
+            index = self.device[STEP_INDEX]
+            # In place, and on a GPU without a copy from the host, which would wait for the step.
+            counts: Any = index.numpy() if self._is_cpu else index
+            counts[: self.num_active] += 1
 
     @property
     def rows(self) -> Rows:
