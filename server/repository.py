@@ -93,6 +93,8 @@ class Repository:
         runtimes: Mapping[str, OpenGraph] = RUNTIMES,
     ) -> None:
         prefer_same_bits()
+        if device.cuda_graphs and formats[0] == "onnx":
+            log.warning("--cuda-graphs has no effect on ONNX, the first of --formats; name another before it")
         self._device = device
         self._formats = tuple(formats)
         self._runtimes = runtimes

@@ -223,6 +223,14 @@ def test_a_format_that_this_device_cannot_run_is_left_out(
         Repository(Device(), formats, 8, dict.fromkeys(formats, absent)).load(artifact)
 
 
+def test_cuda_graphs_that_would_have_no_effect_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(cuda_graphs=True)
+    Repository(device, ("torchscript", "onnx"), 8)
+    assert not caplog.messages
+    Repository(device, ("onnx", "torchscript"), 8)
+    assert "--cuda-graphs has no effect on ONNX" in caplog.text
+
+
 def test_a_bad_artifact_is_named_and_the_others_are_served(
     models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
