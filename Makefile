@@ -6,6 +6,8 @@ STUBS   := clients/python
 PROTOC  := .venv-proto/bin/python -m grpc_tools.protoc -I proto
 PORT    ?= 8001
 METRICS ?= 8002
+# onnxruntime or onnxruntime-gpu
+DEVICE  := $(if $(shell command -v nvidia-smi),gpu,cpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup models serve test bench check fmt proto stale-stubs image clean
@@ -16,7 +18,7 @@ help: ## List these commands
 $(VENV)/.ready: pyproject.toml clients/python/pyproject.toml
 	@echo "Making the environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e clients/python -e ".[cpu,export,dev]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e clients/python -e ".[$(DEVICE),export,dev]"
 	@touch $@
 
 setup: $(VENV)/.ready ## Make the environment

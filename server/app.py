@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from server.errors import ArtifactRefused
 from server.front_end import FrontEnds
 from server.metrics import Metrics
 from server.repository import Repository
-from server.runtime import Device
+from server.runtime import RUNTIMES, Device, OpenGraph
 from server.scheduler import Limits, Scheduler
 from server.service import library_versions
 
@@ -38,7 +38,7 @@ log = logging.getLogger("samovar")
 class App:
     """One server process: everything wired together, and started and stopped in order."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, runtimes: Mapping[str, OpenGraph] = RUNTIMES) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
         self.device = Device(_device_name(config.device), config.threads, config.cuda_graphs)
@@ -51,7 +51,7 @@ class App:
                 batching=config.scheduling,
             )
         )
-        self.repository = Repository(self.device, config.formats, config.max_batch_rows)
+        self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes)
         self.engine = Engine(scheduler, self.metrics, renew=self.repository.renew, on_death=self._end)
         self.edge = self._made_edge()
         self.port = 0

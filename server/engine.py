@@ -14,6 +14,7 @@ from typing import Protocol
 from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
 from server.program import Program, Readout
 from server.request import Completed, Event, Failed, Preview, Request, Timings
+from server.runtime import is_device_lost
 from server.scheduler import Scheduler, Turn
 from server.spec import ProgramKey
 
@@ -95,7 +96,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._fail(self._scheduler.open_requests(), ServerUnavailable("the server is stopping"))
+        self._abandon(ServerUnavailable("the server is stopping"))
 
     def submit(self, request: Request, wakes: bool = True) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread, which it `wakes`.
@@ -122,7 +123,9 @@ class Engine:
         """Nobody reads a request any more: what it holds is free, and what is unfinished stops."""
         with self._changed:
             self._scheduler.release(request)
-            if self._scheduler.close(request, "cancelled"):
+            # A call ends at its deadline for whatever reason; the transport may be the first to notice.
+            is_late = request.deadline is not None and request.deadline <= self._clock()
+            if self._scheduler.close(request, "deadline" if is_late else "cancelled"):
                 self._changed.notify()
 
     def acknowledge(self, request: Request, rows: int) -> None:
@@ -151,11 +154,10 @@ class Engine:
         with self._changed:
             self._is_down = True
         self._observer.restarted()
-        self._fail(self._scheduler.open_requests(), ServerUnavailable("the engine failed; try again"))
+        self._abandon(ServerUnavailable("the engine failed; try again"))
         try:
             if not is_hopeless:
                 self._renew()
-                self._held.clear()
                 for program in self._programs.values():
                     program.clear()
         except BaseException:
@@ -187,12 +189,15 @@ class Engine:
         try:
             readouts = self._run(program, turn)
         except Exception as error:
+            if is_device_lost(error):
+                raise
             log.exception("%s failed; its rows are dropped", turn.program)
             self._observer.faulted(turn.program, "graph")
-            held = (readout.request for readout in self._held.pop(turn.program, ()))
+            held = self._held.pop(turn.program, [])
             joining = (admission.request for admission in turn.admissions)
-            taking_part = {*program.slots.requests, *joining, *held}
+            taking_part = {*program.slots.requests, *joining, *(readout.request for readout in held)}
             self._fail(taking_part, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
+            self._waste(held)
             return
         self._deliver(self._hold(program, turn, readouts) if turn.width else readouts)
 
@@ -239,12 +244,14 @@ class Engine:
         """Count a readout; what its reader is to be told."""
         request, count = readout.request, len(readout.rows.indices)
         if request.is_closed:
+            self._waste([readout])
             return []
         if not readout.is_finished:
             return [Preview(readout.rows, readout.steps_done)]
         if not readout.is_finite:
             self._observer.faulted(request.program, "non_finite")
             self._close(request, ModelFailed(f"{request.program}: a row came out non-finite"), "failed")
+            self._waste([readout])
             return []
         self._scheduler.finish(request, count)
         self._observer.delivered(request.program, count)
@@ -264,6 +271,21 @@ class Engine:
             what = "passed" if has_passed else "cannot be met by the rows that wait, at the measured pace,"
             done = f"{request.finished} of {request.rows} rows were done"
             self._close(request, DeadlineExceeded(f"the deadline {what} when {done}"), "deadline")
+
+    def _abandon(self, error: Exception) -> None:
+        """Fail every open request and empty the slots."""
+        self._fail(self._scheduler.open_requests(), error)
+        for key, program in self._programs.items():
+            self._waste(self._held.pop(key, ()))
+            for request, steps in program.slots.empty().items():
+                self._observer.wasted(key, steps, request.closed_because)
+
+    def _waste(self, readouts: Iterable[Readout]) -> None:
+        """Count the steps of rows that were read out for requests that are closed."""
+        for readout in readouts:
+            if readout.is_finished:
+                request = readout.request
+                self._observer.wasted(request.program, sum(readout.steps_done), request.closed_because)
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._changed:

@@ -13,6 +13,7 @@ SamovarError
 │   ├── ModelFailed              a graph raised, or a row came out non-finite
 │   └── ServerUnavailable        starting or stopping: another replica may answer
 └── ArtifactRefused              an artifact that must not be served, and why
+    └── RuntimeMissing           a format that cannot be run on this device, whatever the artifact
 """
 
 from collections.abc import Sequence
@@ -98,3 +99,7 @@ class ServerUnavailable(ServerError):
 
 class ArtifactRefused(SamovarError):
     """An artifact that must not be served; the message is one line that says why."""
+
+
+class RuntimeMissing(ArtifactRefused):
+    """A format's runtime cannot run on this device; another format may."""

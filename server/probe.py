@@ -2,10 +2,10 @@
 
 Compares golden rows with what the exporter measured, and finds the batch sizes in
 which every graph gives a row the same bits whatever its slot and company. Doing so
-warms each of them. Runs outside of the engine.
+warms each of them, called in the ways in which the engine calls them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from server.defaults import default_inputs
 from server.errors import ArtifactRefused
 from server.program import Program
 from server.request import Request, Work
-from server.runtime import Graph
+from server.runtime import Graph, bound
 from server.spec import GoldenRows, ProgramKey, ProgramSpec
 
 # Of a graph that is called in every step, as many batches are compared with what they are elsewhere.
@@ -38,12 +38,25 @@ class Recorder:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         outputs = self.graph(inputs)
+        self._record(inputs, outputs)
+        return outputs
+
+    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+        """A step, called as it is while serving."""
+        step = bound(self.graph, inputs, outputs)
+
+        def call() -> None:
+            step()
+            self._record(inputs, outputs)
+
+        return call
+
+    def _record(self, inputs: Tensors, outputs: Tensors) -> None:
         if len(inputs[0]) < self.full or len(self.calls) == MAX_RECORDED:
-            return outputs
+            return
         self.num_calls += 1
         if self.num_calls.bit_count() == 1:
             self.calls.append(([tensor.clone() for tensor in inputs], [tensor.clone() for tensor in outputs]))
-        return outputs
 
 
 class Probe:
@@ -95,29 +108,63 @@ class Probe:
     def _run(self, spec: ProgramSpec, golden: GoldenRows, start: int, size: int) -> dict[str, Array]:
         """Outputs of the golden rows from `start` on and their successors, `size` rows in order."""
         program = Program(spec, self._recorders, (size,), self._device)
-        parameters = {**spec.defaults(), **golden.parameters}
-        indices = range(golden.first_row + start, golden.first_row + start + program.capacity)
-        for index in indices:
-            position = (index - golden.first_row) % golden.rows
-            inputs = default_inputs(spec) | {
-                name: array[position : position + 1] for name, array in golden.inputs.items()
-            }
-            request = Request(
-                program=ProgramKey("probe", "", "", spec.operation, spec.method),
-                rows=1,
-                steps=spec.steps.of(parameters),
-                deliver=lambda events: None,
-                seed=golden.seed,
-                first_row=index,
-                work=Work(parameters, inputs),
-            )
-            program.slots.admit(request, 0, 1)
+        indices = range(golden.first_row + start, golden.first_row + start + size)
+        _admit(program, golden, indices)
         finished = {}
         while program.slots.num_active:
             for readout in program.advance():
                 finished[readout.rows.indices[0]] = readout.rows.outputs
         rows = [finished[index] for index in indices]
         return {tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.outputs}
+
+
+def is_steady(program: Program, golden: GoldenRows, steps: int = 2) -> bool:
+    """Take some steps in every bucket; whether rows have the same bits in all.
+
+    What a runtime prepares for a step it has after two, one for either side of the state, for the very
+    tables that are used while serving.
+    """
+    if program.spec.step is None:
+        return True
+    largest, *others = (
+        _first_states(program, golden, bucket) for bucket in reversed(program.buckets) for _ in range(steps)
+    )
+    return all(
+        state.tobytes() == expected[: len(state)].tobytes()
+        for states in others
+        for state, expected in zip(states, largest, strict=True)
+    )
+
+
+def _first_states(program: Program, golden: GoldenRows, rows: int) -> list[Array]:
+    """The state of so many rows after their first step, by row index."""
+    _admit(program, golden, range(golden.first_row, golden.first_row + rows))
+    program.advance()
+    order = np.argsort(program.slots.row[:rows])
+    states = [program.slots.device[tensor.name][:rows].cpu().numpy()[order] for tensor in program.spec.state]
+    program.slots.empty()
+    return states
+
+
+def _admit(program: Program, golden: GoldenRows, indices: Iterable[int]) -> None:
+    """Let golden rows and their successors enter, whose inputs are those of the golden rows again."""
+    spec = program.spec
+    parameters = {**spec.defaults(), **golden.parameters}
+    for index in indices:
+        position = (index - golden.first_row) % golden.rows
+        inputs = default_inputs(spec) | {
+            name: array[position : position + 1] for name, array in golden.inputs.items()
+        }
+        request = Request(
+            program=ProgramKey("probe", "", "", spec.operation, spec.method),
+            rows=1,
+            steps=spec.steps.of(parameters),
+            deliver=lambda events: None,
+            seed=golden.seed,
+            first_row=index,
+            work=Work(parameters, inputs),
+        )
+        program.slots.admit(request, 0, 1)
 
 
 def _compare(name: str, given: Array, expected: Array, tolerance: float) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from server import tape
 from server.request import Request, Rows
-from server.runtime import Graph, Tensors, bound, is_out_of_memory
+from server.runtime import Graph, Tensors, bound, current, is_out_of_memory
 from server.slots import Slots
 from server.spec import GraphSpec, ProgramSpec
 
@@ -94,10 +94,11 @@ class Program:
 
         A step is padded to `width` rows at least.
         """
-        self._start()
-        if self.spec.step is not None and self.slots.num_active:
-            self._step(self.spec.step, width)
-        return self._finish() + self._preview()
+        with current(self._device):
+            self._start()
+            if self.spec.step is not None and self.slots.num_active:
+                self._step(self.spec.step, width)
+            return self._preview() + self._finish()
 
     def _start(self) -> None:
         slots = self.slots
@@ -149,14 +150,19 @@ class Program:
             )
         return self._steps[key]
 
+    def _preview(self) -> list[Readout]:
+        slots = self.slots
+        active = slice(0, slots.num_active)
+        every = slots.preview_every[active]
+        if not every.any():
+            return []
+        is_due = (every > 0) & (slots.steps_done[active] % np.maximum(every, 1) == 0)
+        return self._read_out(is_due & ~self._done(), is_finished=False)
+
     def _finish(self) -> list[Readout]:
         done = self._done()
-        if not done.any():
-            return []
-        start = self.slots.move_to_tail(done)
-        outputs = self._call(self.spec.readout, start, self.slots.num_active - start)
-        readouts = self._group(outputs, np.arange(start, self.slots.num_active), start, is_finished=True)
-        self.slots.release(start)
+        if readouts := self._read_out(done, is_finished=True):
+            self.slots.release(self.slots.num_active - int(done.sum()))
         return readouts
 
     def _done(self) -> NDArray[np.bool_]:
@@ -166,40 +172,34 @@ class Program:
             done |= self.slots.device[self.spec.steps.done].cpu().numpy()[active]
         return done
 
-    def _preview(self) -> list[Readout]:
-        slots = self.slots
-        active = slice(0, slots.num_active)
-        every = slots.preview_every[active]
-        if not every.any():
+    def _read_out(self, chosen: NDArray[np.bool_], *, is_finished: bool) -> list[Readout]:
+        """What the chosen ones of the active rows have come to, by request; they are the last ones then."""
+        if not chosen.any():
             return []
-        due = np.flatnonzero((every > 0) & (slots.steps_done[active] % np.maximum(every, 1) == 0))
-        if not len(due):
-            return []
-        outputs = self._call(self.spec.readout, 0, slots.num_active)
-        return self._group(outputs, due, 0, is_finished=False)
+        start = self.slots.move_to_tail(chosen)
+        outputs = self._call(self.spec.readout, start, self.slots.num_active - start)
+        return self._group(outputs, start, is_finished)
 
-    def _group(
-        self, outputs: Sequence[torch.Tensor], chosen: NDArray[Any], start: int, *, is_finished: bool
-    ) -> list[Readout]:
-        """Outputs of a readout call that began at slot `start`, by request, for the chosen slots."""
+    def _group(self, outputs: Tensors, start: int, is_finished: bool) -> list[Readout]:
+        """Outputs of a readout of the active rows from slot `start` on, by request."""
         arrays = {
             tensor.name: output.cpu().numpy()
             for tensor, output in zip(self.spec.outputs, outputs, strict=True)
         }
-        finite = self._finite(arrays, start)[chosen - start]
+        finite = self._finite(arrays, start)
+        slots = np.arange(start, self.slots.num_active)
         readouts = []
-        for request, members in self.slots.by_request(chosen):
-            of_request = chosen[members]
+        for request, members in self.slots.by_request(slots):
             rows = Rows(
-                indices=self.slots.row[of_request].tolist(),
-                outputs={name: array[of_request - start] for name, array in arrays.items()},
+                indices=self.slots.row[slots[members]].tolist(),
+                outputs={name: array[members] for name, array in arrays.items()},
             )
-            steps_done = self.slots.steps_done[of_request].tolist()
+            steps_done = self.slots.steps_done[slots[members]].tolist()
             readouts.append(Readout(request, rows, steps_done, is_finished, bool(finite[members].all())))
         return readouts
 
     def _finite(self, outputs: Mapping[str, NDArray[Any]], start: int) -> NDArray[np.bool_]:
-        """Which rows have finite outputs and no NaN in their state (quantised outputs would hide one)."""
+        """Which rows have finite outputs and a finite state (quantised outputs would hide what is wrong)."""
         count = self.slots.num_active - start
         finite = np.ones(count, np.bool_)
         for array in outputs.values():
@@ -208,7 +208,7 @@ class Program:
         for tensor in self.spec.state:
             rows = self.slots.device[tensor.name][start : start + count]
             if rows.is_floating_point():
-                finite &= ~torch.isnan(rows).reshape(count, -1).any(1).cpu().numpy()
+                finite &= torch.isfinite(rows).reshape(count, -1).all(1).cpu().numpy()
         return finite
 
     def _call(self, graph: GraphSpec, start: int, count: int) -> Tensors:
@@ -234,19 +234,19 @@ class Program:
             try:
                 results.append(call(first, rows))
             except Exception as error:  # each runtime has its own
-                if not is_out_of_memory(error) or not self._shrink():
+                if not is_out_of_memory(error) or not self._shrink(self.bucket(rows)):
                     raise
             else:
                 first += rows
         return results
 
-    def _shrink(self) -> bool:
-        """Make batches smaller from now on; False when they cannot be."""
-        smaller = [bucket for bucket in self.buckets if bucket < self._largest]
-        if not smaller:
+    def _shrink(self, failed: int) -> bool:
+        """From now on call with half of a batch that did not fit; False when there is nothing less."""
+        largest = max((bucket for bucket in self.buckets if bucket <= failed // 2), default=self.buckets[0])
+        if largest >= failed:
             return False
-        log.warning("out of memory with batches of %d rows; going on with %d", self._largest, smaller[-1])
-        self._largest = smaller[-1]
+        log.warning("out of memory with batches of %d rows; going on with %d", failed, largest)
+        self._largest = largest
         self._steps.clear()
         self._num_shortages += 1
         if self._device.type == "cuda":

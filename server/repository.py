@@ -3,18 +3,21 @@
 Knows every format that a runtime exists for, and no family.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from server import artifact
 from server.catalogue import Catalogue, LoadedProgram, Model
-from server.errors import ArtifactRefused
+from server.errors import ArtifactRefused, RuntimeMissing
 from server.lane import RESERVED_SHARE
-from server.probe import Probe
+from server.probe import Probe, is_steady
 from server.program import Program
-from server.runtime import RUNTIMES, Device, Graph
+from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current, prefer_same_bits
 from server.spec import ModelSpec, ProgramKey
+
+log = logging.getLogger(__name__)
 
 SMALLEST_BUCKET = 4
 
@@ -22,9 +25,19 @@ SMALLEST_BUCKET = 4
 class Repository:
     """Loads artifacts into the catalogue, and holds their programs."""
 
-    def __init__(self, device: Device, formats: Sequence[str], max_batch_rows: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        formats: Sequence[str],
+        max_batch_rows: int,
+        runtimes: Mapping[str, OpenGraph] = RUNTIMES,
+    ) -> None:
+        prefer_same_bits()
+        if device.cuda_graphs and formats[0] == "onnx":
+            log.warning("--cuda-graphs has no effect on ONNX, the first of --formats; name another before it")
         self._device = device
         self._formats = tuple(formats)
+        self._runtimes = runtimes
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
         self.catalogue = Catalogue()
@@ -38,11 +51,10 @@ class Repository:
             raise ArtifactRefused(
                 f"it comes as {', '.join(spec.files)}; this server runs {', '.join(self._formats)}"
             )
-        programs = {}
-        for format_ in formats:
-            for loaded in self._prepare(spec, format_):
-                programs[format_, loaded.key.name] = loaded
-        model = Model(spec, manifest, formats, programs)
+        with current(self._device.torch):
+            programs = self._prepare_all(spec, formats)
+        served = tuple(dict.fromkeys(format_ for format_, _ in programs))
+        model = Model(spec, manifest, served, programs)
         self.catalogue.add(model)
         return model
 
@@ -55,10 +67,24 @@ class Repository:
                     self.programs[model.programs[format_, name].key].reopen(graphs)
 
     def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
-        files = spec.files[format_]
-        return {
-            name: RUNTIMES[format_](files[name], graph, self._device) for name, graph in spec.graphs().items()
-        }
+        files, open_graph = spec.files[format_], self._runtimes[format_]
+        return {name: open_graph(files[name], graph, self._device) for name, graph in spec.graphs().items()}
+
+    def _prepare_all(self, spec: ModelSpec, formats: Sequence[str]) -> dict[tuple[str, str], LoadedProgram]:
+        """Every program in every format that can be run on this device; ArtifactRefused when none can."""
+        programs: dict[tuple[str, str], LoadedProgram] = {}
+        reasons = list[str]()
+        for format_ in formats:
+            try:
+                loaded = self._prepare(spec, format_)
+            except RuntimeMissing as reason:
+                log.warning("%s/%s is not served as %s: %s", spec.name, spec.version, format_, reason)
+                reasons.append(f"{format_}: {reason}")
+            else:
+                programs |= {(format_, each.key.name): each for each in loaded}
+        if not programs:
+            raise ArtifactRefused("; ".join(reasons))
+        return programs
 
     def _prepare(self, spec: ModelSpec, format_: str) -> list[LoadedProgram]:
         """Every program of a model in one format, proven and warm."""
@@ -66,12 +92,16 @@ class Repository:
         stable = self._prove(spec, format_, graphs)
         # One set for the whole model: a readout that quantises hides what its kernels do.
         common = set(self._buckets).intersection(*filter(None, stable.values()))
+        golden = {rows.program: rows for rows in spec.golden}
         loaded = []
-        for program in spec.programs.values():
-            is_bitwise = all(stable[graph.name] for graph in program.graphs)
-            buckets = sorted(common) if is_bitwise else self._buckets
+        for name, program in spec.programs.items():
+            is_stable = all(stable[graph.name] for graph in program.graphs)
+            buckets = sorted(common) if is_stable else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
             ready = Program(program, graphs, buckets, self._device.torch, self._ahead)
+            # On a CPU little is prepared, and one step shows as much as two.
+            steps = 2 if self._device.is_cuda else 1
+            is_bitwise = is_steady(ready, golden[name], steps) and is_stable
             self.programs[key] = ready
             loaded.append(LoadedProgram(key, program, ready.capacity, is_bitwise))
         return loaded

@@ -110,8 +110,10 @@ class Slots:
         self.side = 1 - self.side
         self.steps_done[: self.num_active] += 1
         if STEP_INDEX in self.device:
-            active = slice(0, self.num_active)
-            self._put(STEP_INDEX, active, self.steps_done[active])
+            index = self.device[STEP_INDEX]
+            # In place, and on a GPU without a copy from the host, which would wait for the step.
+            counts: Any = index.numpy() if self._is_cpu else index
+            counts[: self.num_active] += 1
 
     @property
     def rows(self) -> Rows:
@@ -167,6 +169,15 @@ class Slots:
         mine = self._owner[: self.num_active] == id(request)
         steps = int(self.steps_done[: self.num_active][mine].sum())
         self.release(self.move_to_tail(mine))
+        return steps
+
+    def empty(self) -> dict[Request, int]:
+        """Free every slot without the device's help; returns how many steps each request's rows had taken."""
+        written = self.num_active - sum(count for _, _, count in self._arriving)
+        owner, steps_done = self._owner[:written], self.steps_done[:written]
+        steps = {request: int(steps_done[owner == id(request)].sum()) for request in self.requests}
+        self._arriving.clear()
+        self.release(0)
         return steps
 
     def by_request(self, slots: Array) -> Sequence[tuple[Request, Array]]:

@@ -124,8 +124,9 @@ class Tape:
     def _turn_over(self, rows: Rows) -> None:
         """Begin a new stretch: what was drawn ahead for rows that kept their slots, and the rest."""
         lacking = np.ones(len(rows), bool)
-        if self._drawn is not None and self._drawn_for is not None:
-            self._drawn.result()
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and self._drawn_for is not None:
+            drawn.result()
             self._stretch, self._spare = self._spare, self._stretch
             both = min(len(rows), len(self._drawn_for))
             lacking[:both] = ~rows[:both].same(self._drawn_for[:both])

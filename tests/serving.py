@@ -3,24 +3,28 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+import urllib.request
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from server.app import App
 from server.config import Config
+from server.runtime import RUNTIMES, OpenGraph
 
 
 class RunningServer:
     """An App that serves until it is stopped."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, runtimes: Mapping[str, OpenGraph]) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._is_stopped = False
         self._thread.start()
-        self.app = self.call(_make(config))
+        self.app = self.call(_make(config, runtimes))
         self.call(self.app.startup())
 
     @property
@@ -64,15 +68,28 @@ def assert_idle(server: RunningServer) -> None:
     await_true(lambda: engine.num_active == engine.num_waiting == 0, "rows were left in the engine")
 
 
-async def _make(config: Config) -> App:
-    return App(config)
+def scrape(server: RunningServer) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Samples by name and sorted label values."""
+    with urllib.request.urlopen(server.metrics_url) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.values()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def _make(config: Config, runtimes: Mapping[str, OpenGraph]) -> App:
+    return App(config, runtimes)
 
 
 @contextmanager
-def listening(models: Path, **settings: Any) -> Iterator[RunningServer]:
+def listening(
+    models: Path, runtimes: Mapping[str, OpenGraph] = RUNTIMES, **settings: Any
+) -> Iterator[RunningServer]:
     """A server that listens but has not loaded its models."""
     defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "grace_seconds": 5.0}
-    server = RunningServer(Config(models=models, **{**defaults, **settings}))
+    server = RunningServer(Config(models=models, **{**defaults, **settings}), runtimes)
     try:
         yield server
     finally:

@@ -1,6 +1,16 @@
 """One graph, many ways to execute it: a runtime per file format."""
 
-from server.runtime.base import Device, Graph, OpenGraph, Tensors, bound, is_out_of_memory
+from server.runtime.base import (
+    Device,
+    Graph,
+    OpenGraph,
+    Tensors,
+    bound,
+    current,
+    is_device_lost,
+    is_out_of_memory,
+    prefer_same_bits,
+)
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
 from server.runtime.torchscript import TorchScriptGraph
@@ -11,4 +21,16 @@ RUNTIMES: dict[str, OpenGraph] = {
     "torch_export": TorchExportGraph,
 }
 
-__all__ = ["RUNTIMES", "Device", "Graph", "OpenGraph", "Tensors", "bound", "is_out_of_memory"]
+__all__ = [
+    "RUNTIMES",
+    "Device",
+    "Graph",
+    "OnnxGraph",
+    "OpenGraph",
+    "Tensors",
+    "bound",
+    "current",
+    "is_device_lost",
+    "is_out_of_memory",
+    "prefer_same_bits",
+]

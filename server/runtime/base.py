@@ -1,13 +1,18 @@
 """What the engine asks of a runtime: open a graph file, then call it with tensors."""
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from server.spec import GraphSpec
+
+log = logging.getLogger(__name__)
 
 Tensors = Sequence[torch.Tensor]
 
@@ -27,6 +32,18 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.name.startswith("cuda")
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """While it lasts, a GPU is the one that events, streams and captures belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def prefer_same_bits() -> None:
+    """Have torch choose kernels by what is computed, not by the clock, and round float32 as float32."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class Graph(Protocol):
@@ -63,20 +80,36 @@ def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], N
     """Capture the kernels of a call as a CUDA graph, which is launched as one."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
+    # Around the capture as well: one that fails leaves its stream the current one.
     with torch.cuda.stream(stream):
         for _ in range(warm_up_calls):
             call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
+            call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
 
 
+@cache
+def _pool() -> Any:
+    """Captured graphs are replayed one after the other, and may use the same memory for it."""
+    return torch.cuda.graph_pool_handle()
+
+
 def replayable(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
-    """The plain way; on CUDA one that replays a graph of its kernels, when asked to."""
+    """The plain way; on CUDA one that replays a graph of its kernels, when asked to and where it can be."""
     call = copying(graph, inputs, outputs)
-    return captured(call) if device.is_cuda and device.cuda_graphs else call
+    if not (device.is_cuda and device.cuda_graphs):
+        return call
+    try:
+        return captured(call)
+    except RuntimeError as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        log.warning("a graph cannot be captured and is called kernel by kernel: %s", reason)
+        return call
 
 
 def fresh(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
@@ -108,4 +141,24 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a graph failed for want of memory, in the words of any runtime."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+# CUDA's errors that are there to stay: whatever this process asks of the device next fails as well.
+_DEVICE_LOST = (
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "device-side assert",
+    "launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ecc error",
+)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether it is the device that failed, and not a graph on it."""
+    text = str(error).lower()
+    return "cuda" in text and any(words in text for words in _DEVICE_LOST)

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from server.errors import ArtifactRefused
+from server.errors import ArtifactRefused, RuntimeMissing
 from server.runtime.base import Device, Tensors
 from server.spec import GraphSpec, TensorSpec
 
@@ -25,18 +25,25 @@ _ELEMENT_TYPES = {
 }
 
 
+# Convolutions by what is computed, not by the clock; float32 as float32.
+_SAME_BITS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+
+
 class OnnxGraph:
     """An ONNX Runtime session, fed by name or bound to memory."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
         self._spec = spec
         self._device = device
+        providers = _providers(device)
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), _session_options(device), providers=_providers(device)
+                str(path), _session_options(device), providers=providers
             )
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise ArtifactRefused(f"{path.name} is not an ONNX graph: {str(error).splitlines()[0]}") from None
+        if device.is_cuda and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise RuntimeMissing("onnxruntime cannot load its CUDA provider")
         _check_types(path, "inputs", self._session.get_inputs(), spec.inputs)
         # Outputs are positional: a step's outputs bear the names of its inputs, which ONNX forbids.
         _check_types(path, "outputs", self._session.get_outputs(), spec.outputs)
@@ -94,12 +101,13 @@ def _session_options(device: Device) -> onnxruntime.SessionOptions:
 def _providers(device: Device) -> list[Any]:
     if not device.is_cuda:
         return ["CPUExecutionProvider"]
-    onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise ArtifactRefused(
+        raise RuntimeMissing(
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
         )
-    return [("CUDAExecutionProvider", {"device_id": device.torch.index or 0}), "CPUExecutionProvider"]
+    onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
+    options = {"device_id": device.torch.index or 0, **_SAME_BITS}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def _check_types(path: Path, side: str, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:

@@ -8,34 +8,21 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 import samovar
 from server import health
 from server.config import parse
 from server.runtime import RUNTIMES
-from tests.serving import RunningServer, await_true, listening, serving
+from tests.serving import RunningServer, await_true, listening, scrape, serving
 
 ROOT = Path(__file__).parents[2]
 DIFFUSION = "digits-diffusion"
-
-
-def scrape(server: RunningServer) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Samples by name and sorted label values."""
-    with urllib.request.urlopen(server.metrics_url) as response:
-        text = response.read().decode()
-    return {
-        (sample.name, tuple(sorted(sample.labels.values()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def is_serving(server: RunningServer) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import samovar
-from server.errors import ArtifactRefused
+from server.errors import ArtifactRefused, RuntimeMissing
 from server.repository import Repository
-from server.runtime import RUNTIMES, Device
+from server.runtime import RUNTIMES, Device, Graph
+from server.spec import GraphSpec
 from tests.serving import serving
 
 Json = Any
@@ -204,6 +205,30 @@ def test_a_linked_graph_is_refused(artifact: Path) -> None:
 def test_only_formats_that_are_asked_for_are_served(artifact: Path) -> None:
     model = Repository(Device(), ("torchscript",), max_batch_rows=8).load(artifact)
     assert model.formats == ("torchscript",)
+
+
+def absent(path: Path, spec: GraphSpec, device: Device) -> Graph:
+    """A runtime that this machine lacks."""
+    raise RuntimeMissing("there is no such provider")
+
+
+def test_a_format_that_this_device_cannot_run_is_left_out(
+    artifact: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    formats = ("onnx", "torchscript")
+    served = Repository(Device(), formats, 8, {**RUNTIMES, "onnx": absent}).load(artifact)
+    assert served.formats == ("torchscript",)
+    assert caplog.messages == [f"{NAME}/1 is not served as onnx: there is no such provider"]
+    with pytest.raises(ArtifactRefused, match="onnx: there is no such provider; torchscript: there is no"):
+        Repository(Device(), formats, 8, dict.fromkeys(formats, absent)).load(artifact)
+
+
+def test_cuda_graphs_that_would_have_no_effect_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(cuda_graphs=True)
+    Repository(device, ("torchscript", "onnx"), 8)
+    assert not caplog.messages
+    Repository(device, ("onnx", "torchscript"), 8)
+    assert "--cuda-graphs has no effect on ONNX" in caplog.text
 
 
 def test_a_bad_artifact_is_named_and_the_others_are_served(

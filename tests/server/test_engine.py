@@ -1,6 +1,7 @@
 """The loop: every row is delivered once, with the bytes that it would have alone."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +183,7 @@ def test_rows_that_are_done_fail_with_the_whole_batch_that_they_wait_for() -> No
     gate.open(3)
     assert all(isinstance(reader.error(), ModelFailed) for reader in readers)
     bench.engine.stop()
+    assert bench.ledger.wasted_steps == {"failed": 2}
 
 
 def test_previews_come_every_k_steps_and_not_of_finished_rows(bench: Bench) -> None:
@@ -215,6 +217,43 @@ def test_a_passed_deadline_drops_what_is_unfinished(gated: Bench, gate: Gate) ->
     assert gated.ledger.wasted_steps == {"deadline": 2}
 
 
+def test_after_a_cancelled_neighbour_rows_have_the_bytes_that_they_have_alone(
+    gated: Bench, gate: Gate
+) -> None:
+    cancelled, _ = gated.submit(rows=3, steps=100, seed=1)
+    gate.await_call()
+    _, other = gated.submit(rows=4, steps=40, seed=2)
+    gate.open(19)
+    for _ in range(19):
+        gate.await_call()
+    gated.engine.leave(cancelled)
+    gate.open(1000)
+    assert other.rows() == {index: alone(2, index, 40, 1.0) for index in range(4)}
+
+
+def test_rows_that_leave_in_the_step_in_which_they_are_cancelled_are_wasted(gated: Bench, gate: Gate) -> None:
+    cancelled, _ = gated.submit(rows=3, steps=2)
+    gate.open(1)
+    gate.await_call()
+    gate.await_call()
+    gated.engine.leave(cancelled)
+    _, other = gated.submit(rows=1, steps=1)
+    gate.open(2)
+    other.wait()
+    assert gated.ledger.wasted_steps == {"cancelled": 6}
+
+
+def test_what_a_caller_gives_up_after_its_deadline_is_wasted_by_that(gated: Bench, gate: Gate) -> None:
+    late, _ = gated.submit(rows=2, steps=100, deadline=5.0)
+    gate.await_call()
+    _, other = gated.submit(rows=1, steps=1)
+    gated.clock.now = 5.0
+    gated.engine.leave(late)
+    gate.open(2)
+    other.wait()
+    assert gated.ledger.wasted_steps == {"deadline": 2}
+
+
 def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
     calls = iter([True])
 
@@ -240,11 +279,12 @@ def test_a_non_finite_row_fails_alone() -> None:
         return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
 
     bench = Bench({**toys.GRAPHS, "walk": overflows})
-    _, poisoned = bench.submit(rows=2, parameters={"scale": 9.0})
-    _, neighbour = bench.submit(rows=2)
+    _, poisoned = bench.submit(rows=2, steps=5, parameters={"scale": 9.0})
+    _, neighbour = bench.submit(rows=2, steps=7, seed=1)
     assert isinstance(poisoned.error(), ModelFailed)
-    assert len(neighbour.rows()) == 2
-    assert "non_finite" in bench.ledger.faults
+    assert neighbour.rows() == {index: alone(1, index, 7, 1.0) for index in range(2)}
+    assert bench.ledger.faults == ["non_finite"]
+    assert bench.ledger.wasted_steps == {"failed": 10}
     bench.engine.stop()
 
 
@@ -279,6 +319,7 @@ def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
     gate.open(10)
     assert isinstance(reader.error(), ServerUnavailable)
     stopper.join()
+    assert bench.ledger.wasted_steps["failed"] >= 8
     with pytest.raises(ServerUnavailable):
         bench.submit()
 
@@ -314,26 +355,35 @@ class Strike(BaseException):
 
 
 class Struck:
-    """A graph that strikes the device thread down, so many times."""
+    """A graph that strikes the device thread down, once, in its third call."""
 
-    def __init__(self, times: int) -> None:
-        self.times = times
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+        self._calls = itertools.count(1)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if self.times:
-            self.times -= 1
-            raise Strike
+        if next(self._calls) == 3:
+            raise self._error
         return toys.walk(inputs)
 
 
-def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        Strike(),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA failure 710: device-side assert triggered ; GPU=0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(error: BaseException) -> None:
     renewed = threading.Event()
     ledger = Ledger()
     engine = Engine(Scheduler(), ledger, renew=renewed.set)
-    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(1)}))
+    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(error)}))
     readers = [Reader(), Reader()]
     for reader in readers:
-        engine.submit(request(reader, rows=5, steps=50))
+        engine.submit(request(reader, rows=4, steps=50))
     engine.start()
     for reader in readers:
         assert isinstance(reader.error(), ServerUnavailable)
@@ -342,6 +392,8 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on() ->
     submit_when_up(engine, request(later, rows=3, steps=2, seed=1))
     assert later.rows() == {index: alone(1, index, 2, 1.0) for index in range(3)}
     assert ledger.restarts == 1
+    assert ledger.faults == []
+    assert ledger.wasted_steps == {"failed": 2 * 8}
     engine.stop()
 
 

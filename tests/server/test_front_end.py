@@ -17,8 +17,7 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server import health
 from server.front_end import FrontEnds
-from tests.server.test_app import scrape
-from tests.serving import RunningServer, assert_idle, await_true, listening, serving
+from tests.serving import RunningServer, assert_idle, await_true, listening, scrape, serving
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
 

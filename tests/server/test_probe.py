@@ -1,14 +1,15 @@
 """The proof before serving: golden rows, and the batch sizes in which rows keep their bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from server.errors import ArtifactRefused
-from server.probe import Probe
-from server.runtime import Graph
+from server.probe import Probe, is_steady
+from server.runtime import Device, Graph
+from server.runtime.base import copying, replayable
 from server.spec import GoldenRows
 from tests import toys
 from tests.toys import request
@@ -59,12 +60,14 @@ def test_graphs_whose_rows_are_independent_keep_every_bucket() -> None:
     assert stable(toys.walk) == {name: set(BUCKETS) for name in ("begin", "walk", "end")}
 
 
-def test_a_bucket_in_which_rows_differ_is_found() -> None:
-    def small_batches_differ(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        (total,) = toys.walk(inputs)
-        return [total * (1 + 1e-6) if len(total) < 16 else total]
+def bent(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The walk, but for the last bits of small batches."""
+    (total,) = toys.walk(inputs)
+    return [total * (1 + 1e-6) if len(total) < 16 else total]
 
-    found = stable(small_batches_differ)
+
+def test_a_bucket_in_which_rows_differ_is_found() -> None:
+    found = stable(bent)
     assert found["walk"] == {16, 32}
     assert found["end"] == set(BUCKETS)
 
@@ -97,3 +100,49 @@ def test_every_bucket_is_warm_even_where_none_is_stable() -> None:
 
     stable(unstable)
     assert sizes == set(BUCKETS)
+
+
+class Bindable:
+    """The walk, with another way to be called on the same tensors again and again."""
+
+    def __init__(self, step: Graph = toys.walk) -> None:
+        self.num_bound = 0
+        self._step = step
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return toys.walk(inputs)
+
+    def bind(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Callable[[], None]:
+        self.num_bound += 1
+        return copying(self._step, inputs, outputs)
+
+
+def test_steps_are_proven_in_the_way_in_which_they_are_called_while_serving() -> None:
+    graph = Bindable(lambda inputs: [toys.walk(inputs)[0] + 1])
+    with pytest.raises(ArtifactRefused, match="value is off by 3"):
+        probe({**toys.GRAPHS, "walk": graph}).prove(toys.WALK, golden())
+
+
+def test_steps_are_bound_before_they_are_needed() -> None:
+    graph = Bindable()
+    program = toys.program(graphs={**toys.GRAPHS, "walk": graph}, buckets=BUCKETS)
+    assert is_steady(program, golden())
+    assert graph.num_bound == 2 * len(BUCKETS)
+    for rows in (1, 8, 9, 32):
+        program.slots.admit(request(rows=rows, steps=3), 0, rows)
+        while program.slots.num_active:
+            program.advance()
+    assert graph.num_bound == 2 * len(BUCKETS)
+
+
+def test_steps_that_give_other_bits_when_bound_are_found() -> None:
+    program = toys.program(graphs={**toys.GRAPHS, "walk": Bindable(bent)}, buckets=BUCKETS)
+    assert not is_steady(program, golden())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured")
+def test_a_graph_that_cannot_be_captured_is_called_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    given, taken = torch.ones(4, 2), torch.zeros(4, 2)
+    replayable(toys.identity, [given], [taken], Device("cuda", cuda_graphs=True))()
+    assert torch.equal(taken, given)
+    assert "cannot be captured" in caplog.text

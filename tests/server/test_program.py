@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from samovar import noise
 from server.program import Program, Readout
 from server.request import Request, Work
+from server.runtime import Device, OnnxGraph
 from server.spec import GraphSpec, StepCount, TensorSpec
 from tests import toys
 from tests.toys import request
@@ -147,6 +150,28 @@ def test_calls_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
     assert sizes == [2, 2, 8, 8]
 
 
+def test_a_preview_reads_out_the_rows_that_are_due_and_changes_none() -> None:
+    sizes = []
+
+    def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        sizes.append(len(inputs[0]))
+        return toys.identity(inputs)
+
+    program = toys.program(graphs={**toys.GRAPHS, "end": watched})
+    seen = request(rows=2, steps=5, seed=1, preview_every=2)
+    others = [request(rows=2, steps=steps, seed=seed) for seed, steps in ((2, 6), (3, 3), (4, 6))]
+    for one in (others[0], seen, *others[1:]):
+        program.slots.admit(one, 0, 2)
+    readouts = [readout for _ in range(6) for readout in program.advance()]
+    previews = [readout for readout in readouts if not readout.is_finished]
+    assert [(readout.request, readout.steps_done) for readout in previews] == [(seen, [2, 2]), (seen, [4, 4])]
+    assert sizes == [2, 2, 2, 2, 4]
+    for readout in readouts:
+        so_far = dataclasses.replace(readout.request, steps=readout.steps_done[0])
+        for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
+            assert np.allclose(value, walked(so_far, index), atol=1e-5)
+
+
 def test_padding_never_reaches_anybody() -> None:
     def poisons_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = toys.walk(inputs)
@@ -160,7 +185,54 @@ def test_padding_never_reaches_anybody() -> None:
     assert all(readout.is_finite for readout in run(program))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
+    def level(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [inputs[0].nan_to_num().clamp(-9, 9).to(torch.int64)]
+
+    end = dataclasses.replace(toys.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
+    program = toys.program(dataclasses.replace(toys.WALK, readout=end), {**toys.GRAPHS, "end": level})
+    fine, broken = (
+        request(steps=2, work=Work({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}))
+        for start in (0.0, number)
+    )
+    program.slots.admit(fine, 0, 1)
+    program.slots.admit(broken, 0, 1)
+    assert {readout.request: readout.is_finite for readout in run(program)} == {fine: True, broken: False}
+
+
 def test_more_rows_than_slots_is_a_bug() -> None:
     program = toys.program(buckets=(4,))
     with pytest.raises(AssertionError, match="This is a bug"):
         program.slots.admit(request(rows=5), 0, 5)
+
+
+def greedy(path: Path, spec: GraphSpec) -> OnnxGraph:
+    """A graph that leaves its input as it is, but needs rows ** 23 floats of memory for it."""
+    total = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", 2]) for name in "xy"]
+    nodes = [
+        onnx.helper.make_node("Shape", ["x"], ["shape"], end=1),
+        onnx.helper.make_node("Pow", ["shape", "power"], ["size"]),
+        onnx.helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        onnx.helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
+        onnx.helper.make_node("Add", ["x", "zero"], ["y"]),
+    ]
+    power = onnx.helper.make_tensor("power", onnx.TensorProto.INT64, [1], [23])
+    graph = onnx.helper.make_graph(nodes, "greedy", total[:1], total[1:], [power])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
+    return OnnxGraph(path, spec, Device())
+
+
+def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Path) -> None:
+    x = dataclasses.replace(toys.TOTAL, name="x")
+    grow = GraphSpec("grow", (x,), (x,))
+    start = GraphSpec("begin", (toys.START.tensor,), (x,))
+    end = GraphSpec("end", (x,), toys.WALK.readout.outputs)
+    spec = dataclasses.replace(toys.WALK, init=start, step=grow, readout=end, state=(x,), noise=())
+    program = toys.program(spec, {**toys.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4))
+    starts = np.arange(8, dtype=np.float32).reshape(4, 2)
+    program.slots.admit(request(rows=4, steps=2, work=Work({"steps": 2}, {"start": starts})), 0, 4)
+    (finished,) = run(program)
+    assert np.array_equal(finished.rows.outputs["value"], starts)
+    assert program.take_shortages() == 1
