@@ -82,7 +82,7 @@ class Engine:
         """Make a program known, ready to run."""
         with self._changed:
             self._programs[key] = program
-            self._scheduler.open_lane(key, program.capacity)
+            self._scheduler.open_lane(key, program.capacity, program.spec.least_steps)
 
     def start(self) -> None:
         """Start the device thread."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
-from server.lane import Admission, Lane
+from server.lane import RESERVED_SHARE, Admission, Lane, Room
 from server.request import Request
 from server.spec import ProgramKey
 
@@ -71,9 +71,10 @@ class Scheduler:
         self.num_active = 0
         self.held_bytes = 0
 
-    def open_lane(self, program: ProgramKey, capacity: int) -> None:
-        """Make a program known; at most `capacity` of its rows are active at a time."""
-        self._lanes[program] = Lane(program, capacity)
+    def open_lane(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
+        """Make a program known: at most `capacity` of its rows are active, and none takes fewer steps."""
+        reserved = 1 / RESERVED_SHARE if self.limits.batching == "step" else 0.0
+        self._lanes[program] = Lane(program, capacity, least_steps, Room(capacity, reserved))
 
     def submit(self, request: Request, now: float = -math.inf) -> None:
         """Queue a request.
@@ -89,8 +90,7 @@ class Scheduler:
         self.num_waiting += request.rows
         self.held_bytes += request.held_bytes
         request.is_held = True
-        lane.num_waiting_steps += request.rows * request.row_cost
-        lane.join(request)
+        lane.open(request)
         self._wake(lane)
         if request.deadline is not None:
             self._forget_ended()

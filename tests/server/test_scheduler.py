@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
-from server.lane import BATCH_SHARE
+from server.lane import BATCH_SHARE, RESERVED_SHARE
 from server.request import Request
 from server.scheduler import Batching, Limits, Scheduler, Turn
 from server.spec import ProgramKey
@@ -19,10 +19,10 @@ RIGHT = ProgramKey("right", "1", "toy", "sample")
 CAPACITY = 8
 
 
-def scheduler(**limits: int) -> Scheduler:
+def scheduler(capacity: int = CAPACITY, **limits: object) -> Scheduler:
     made = Scheduler(Limits(**{"quantum_rows": 2, **limits}))  # type: ignore[arg-type]
-    made.open_lane(LEFT, CAPACITY)
-    made.open_lane(RIGHT, CAPACITY)
+    made.open_lane(LEFT, capacity)
+    made.open_lane(RIGHT, capacity)
     return made
 
 
@@ -262,6 +262,59 @@ def test_batch_rows_leave_slots_to_others() -> None:
     assert admitted(next_turn(policy)) == {person: 1}
 
 
+def test_a_person_gets_a_slot_at_once_however_long_the_rows_of_batch_jobs() -> None:
+    policy = scheduler(capacity=64)
+    job, person = request(1000, steps=1000, is_batch=True), request(1, steps=1000)
+    policy.submit(job)
+    next_turn(policy)
+    policy.submit(person)
+    assert admitted(next_turn(policy)) == {person: 1}
+
+
+@given(
+    capacity=st.integers(2, 200),
+    chains=st.lists(st.tuples(st.integers(1, 300), st.integers(8, 5000), st.booleans()), min_size=1),
+)
+def test_a_row_enters_at_once_among_rows_eight_times_as_long(
+    capacity: int, chains: list[tuple[int, int, bool]]
+) -> None:
+    policy = scheduler(capacity=capacity)
+    for rows, steps, is_batch in chains:
+        policy.submit(request(rows, steps=steps, is_batch=is_batch))
+    next_turn(policy)
+    # Few slots cannot be kept for every level: then the shortest rows have what there is.
+    short = request(1, steps=min(steps for _, steps, _ in chains) // 8 if capacity >= RESERVED_SHARE else 1)
+    policy.submit(short)
+    assert short in admitted(next_turn(policy))
+
+
+@given(capacity=st.integers(1, 200), steps=st.integers(1, 500), is_batch=st.booleans())
+def test_what_rows_leave_to_shorter_ones_is_little(capacity: int, steps: int, is_batch: bool) -> None:
+    policy = scheduler(capacity=capacity)
+    asked = request(1000, steps=steps, is_batch=is_batch)
+    policy.submit(asked)
+    taken = admitted(next_turn(policy))[asked]
+    assert taken >= max(1, min(capacity - 1, 0.75 * capacity - 1))
+    assert taken == capacity or steps >= 8 or is_batch
+
+
+@given(capacity=st.integers(1, 200), steps=st.integers(1, 500))
+def test_rows_of_a_program_that_has_no_shorter_ones_take_every_slot(capacity: int, steps: int) -> None:
+    policy = Scheduler()
+    policy.open_lane(LEFT, capacity, least_steps=steps)
+    asked = request(1000, steps=steps)
+    policy.submit(asked)
+    assert admitted(next_turn(policy)) == {asked: capacity}
+
+
+@pytest.mark.parametrize("batching", ["request", "none"])
+def test_where_no_row_joins_a_batch_on_its_way_none_leaves_slots(batching: Batching) -> None:
+    policy = scheduler(batching=batching)
+    asked = request(100, steps=500, is_batch=True)
+    policy.submit(asked)
+    assert admitted(next_turn(policy)) == {asked: CAPACITY}
+
+
 def test_batch_jobs_are_not_starved() -> None:
     policy = scheduler()
     people, job = request(10_000), request(10_000, is_batch=True)
@@ -342,7 +395,7 @@ def test_requests_that_hold_too_many_bytes_are_refused() -> None:
 def test_the_time_to_come_back_grows_with_what_waits() -> None:
     def delay(rows: int) -> float:
         policy = scheduler(max_waiting_rows=rows)
-        policy.submit(request(CAPACITY, steps=10))
+        policy.submit(request(1, steps=10))
         next_turn(policy, seconds=0.01)
         policy.submit(request(rows, steps=10))
         with pytest.raises(Overloaded) as refusal:
