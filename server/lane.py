@@ -25,6 +25,8 @@ BATCH_VISIT = 8
 RESERVED_SHARE = 16
 # A program that only batch jobs use is due so much of the device time of one that somebody waits for.
 BATCH_SHARE = 0.25
+# A program that somebody waits for is due at least so much of the device time of the one with most requests.
+LEAST_PART = 1 / 8
 _SMOOTHING = 0.2
 
 
@@ -175,6 +177,10 @@ class Lane:
         """
         is_awaited = any(queue for queue in self.queues.values() if not queue.is_batch)
         return max(self.num_served, 1 if is_awaited else BATCH_SHARE)
+
+    def part(self, largest: float) -> float:
+        """Its device time over that of the program with the largest share."""
+        return max(self.share / largest, LEAST_PART * min(1, self.share))
 
     @property
     def backlog_seconds(self) -> float:

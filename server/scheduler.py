@@ -211,7 +211,7 @@ class Scheduler:
         if self._granted is not lane:
             self._granted = lane
             dearest = max(each.pace.latest for each in self._ring)
-            lane.credit += dearest * lane.share / max(each.share for each in self._ring)
+            lane.credit += dearest * lane.part(max(each.share for each in self._ring))
         return lane.credit >= 0
 
     def _admit(self, lane: Lane) -> list[Admission]:
