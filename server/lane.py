@@ -44,7 +44,7 @@ class Queue:
     """Requests of one priority and level that wait for slots, the one to be visited next in front.
 
     Each has its number in the order of visits, so that the queues of a priority are visited as one; `costs`
-    counts what a row of each takes in all of them.
+    counts what a row takes, over all queues.
     """
 
     is_batch: bool
@@ -159,7 +159,7 @@ class Lane:
     is_ringed: bool = False
     _visits: int = 0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _costs: tuple[Counter[int], Counter[int]] = field(default_factory=lambda: (Counter(), Counter()))
+    _costs: Counter[int] = field(default_factory=Counter)
 
     @property
     def num_active(self) -> int:
@@ -257,7 +257,7 @@ class Lane:
     def _queue(self, request: Request) -> Queue:
         key = request.is_batch, request.level
         if key not in self.queues:
-            self.queues[key] = Queue(*key, self._costs[request.is_batch], self._numbers)
+            self.queues[key] = Queue(*key, self._costs, self._numbers)
         return self.queues[key]
 
     def _next_queue(self) -> Queue | None:
