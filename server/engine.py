@@ -100,8 +100,8 @@ class Engine:
     def submit(self, request: Request, wakes: bool = True) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread, which it `wakes`.
 
-        Raises Overloaded when too much waits, DeadlineExceeded when it cannot be done in time,
-        ServerUnavailable when stopping.
+        Raises InvalidRequest when it is larger than all that may wait, Overloaded when too much waits,
+        DeadlineExceeded when it cannot be done in time, ServerUnavailable when stopping.
         """
         with self._changed:
             if self._is_stopping:

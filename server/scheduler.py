@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
+from server.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
 from server.lane import RESERVED_SHARE, Admission, Lane, Room
 from server.request import Request
 from server.spec import ProgramKey
@@ -79,12 +79,13 @@ class Scheduler:
     def submit(self, request: Request, now: float = -math.inf) -> None:
         """Queue a request.
 
-        Overloaded when too much waits already; DeadlineExceeded when even an idle device could
+        InvalidRequest when it could never be taken; Overloaded when too much waits already; DeadlineExceeded when even an idle device could
         not finish in time, by the pace that was measured.
         """
         lane = self._lanes.get(request.program)
         if lane is None:
             raise ServerUnavailable(f"{request.program} is not loaded")
+        self._refuse_too_large(request)
         self._refuse_overload(request)
         _refuse_hopeless(request, lane, now)
         self.num_waiting += request.rows
@@ -224,6 +225,14 @@ class Scheduler:
         self.num_active += count
         lane.width = 0 if self.limits.batching == "step" else lane.num_active
         return admissions
+
+    def _refuse_too_large(self, request: Request) -> None:
+        """InvalidRequest when it would not fit even if nothing else were open."""
+        most, given = self.limits.max_held_bytes, request.held_bytes
+        if given > most:
+            where = "inputs" if request.work.inputs else "rows"
+            expected = f"expected at most {most} bytes of inputs and unread answers, got {given}"
+            raise InvalidRequest([Violation(where, expected)])
 
     def _refuse_overload(self, request: Request) -> None:
         limits = self.limits
