@@ -25,9 +25,10 @@ BATCH_VISIT = 8
 RESERVED_SHARE = 16
 # A program that only batch jobs use is due so much of the device time of one that somebody waits for.
 BATCH_SHARE = 0.25
-# A program that somebody waits for is due at least so much of the device time of the one with most requests.
+# A program that somebody waits for is due at least so much of the device time of one that serves many more.
 LEAST_PART = 1 / 8
-_SMOOTHING = 0.2
+# A turn counts for at most so many of the fastest at its batch size: it may have been held up by others.
+SLOWEST = 4
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,33 @@ class Room:
 
 @dataclass
 class Pace:
-    """How long a program's turns take, by bucket, as moving averages in seconds."""
+    """The least that a program's turns have taken, by bucket, in seconds, and what the latest counts for."""
 
-    seconds: dict[int, float] = field(default_factory=dict)
+    least: dict[int, float] = field(default_factory=dict)
     latest: float = 0.0
+    is_proven: bool = False
 
     def learn(self, bucket: int, seconds: float) -> None:
-        known = self.seconds.get(bucket, seconds)
-        self.latest = self.seconds[bucket] = known + _SMOOTHING * (seconds - known)
+        """A turn took so long. A bucket's first, which may have warmed something up, is not charged."""
+        is_first = bucket not in self.least
+        least = self.least[bucket] = min(seconds, self.least.get(bucket, seconds))
+        self.latest = 0.0 if is_first else min(seconds, SLOWEST * least)
+        self.is_proven |= not is_first
+
+    def forget(self) -> None:
+        """Trust no time that was measured before."""
+        self.least.clear()
+        self.is_proven = False
 
     @property
     def fastest(self) -> float:
-        """No turn is expected to take less; 0 before the first."""
-        return min(self.seconds.values(), default=0.0)
+        """No turn has taken less; 0 while there were only first ones, which prove nothing."""
+        return min(self.least.values()) if self.is_proven else 0.0
+
+    @property
+    def full(self) -> float:
+        """What a turn of the largest batch takes at least, as far as is known."""
+        return self.least[max(self.least)] if self.least else 0.0
 
 
 @dataclass(eq=False)
@@ -185,7 +200,7 @@ class Lane:
     @property
     def backlog_seconds(self) -> float:
         """How long what waits would take in full batches."""
-        return self.num_waiting_steps * self.pace.latest / self.capacity
+        return self.num_waiting_steps * self.pace.full / self.capacity
 
     @property
     def requests(self) -> list[Request]:

@@ -79,8 +79,8 @@ class Scheduler:
     def submit(self, request: Request, now: float = -math.inf) -> None:
         """Queue a request.
 
-        InvalidRequest when it could never be taken; Overloaded when too much waits already; DeadlineExceeded when even an idle device could
-        not finish in time, by the pace that was measured.
+        InvalidRequest when it could never be taken; Overloaded when too much waits already;
+        DeadlineExceeded when even an idle device could not finish in time, at the fastest pace measured.
         """
         lane = self._lanes.get(request.program)
         if lane is None:
@@ -155,7 +155,7 @@ class Scheduler:
         """The turn that was taken last, of this program, took so long in a batch of this size."""
         lane = self._lanes[program]
         lane.pace.learn(bucket, seconds)
-        lane.credit -= seconds
+        lane.credit -= lane.pace.latest
         if lane.credit <= 0:
             self._pass_on()
 
@@ -206,12 +206,12 @@ class Scheduler:
     def _can_pay(self, lane: Lane) -> bool:
         """Whether a lane may run, once it has had its quantum of this round.
 
-        The lane of the largest share gets a turn of the dearest one, the others their part of that: small
-        quanta, so that one which has just woken waits for a turn of each at most.
+        The lane of the largest share gets the dearest turn or debt of any, the others their part of that:
+        small quanta, so that one which has just woken waits for little, and yet a few rounds pay any debt.
         """
         if self._granted is not lane:
             self._granted = lane
-            dearest = max(each.pace.latest for each in self._ring)
+            dearest = max(max(each.pace.latest, -each.credit) for each in self._ring)
             lane.credit += dearest * lane.part(max(each.share for each in self._ring))
         return lane.credit >= 0
 
@@ -277,12 +277,16 @@ def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
     if request.deadline is None:
         return
     waves = math.ceil(request.rows / lane.capacity)
-    needed = waves * _steps_ahead(request) * lane.pace.fastest
-    if now + needed > request.deadline:
-        raise DeadlineExceeded(
-            f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the measured pace of "
-            f"{lane.pace.fastest:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
-        )
+    pace = lane.pace.fastest
+    needed = waves * _steps_ahead(request) * pace
+    if now + needed <= request.deadline:
+        return
+    if not lane.has_work:  # nothing runs that could prove the pace wrong, so the next one may try
+        lane.pace.forget()
+    raise DeadlineExceeded(
+        f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the fastest pace measured, "
+        f"{pace:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
+    )
 
 
 def _steps_ahead(request: Request) -> int:
