@@ -83,7 +83,7 @@ class Engine:
         """Make a program known, ready to run."""
         with self._changed:
             self._programs[key] = program
-            self._scheduler.open_lane(key, program.capacity)
+            self._scheduler.open_lane(key, program.capacity, program.spec.least_steps)
 
     def start(self) -> None:
         """Start the device thread."""
@@ -101,8 +101,8 @@ class Engine:
     def submit(self, request: Request, wakes: bool = True) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread, which it `wakes`.
 
-        Raises Overloaded when too much waits, DeadlineExceeded when it cannot be done in time,
-        ServerUnavailable when stopping.
+        Raises InvalidRequest when it is larger than all that may wait, Overloaded when too much waits,
+        DeadlineExceeded when it cannot be done in time, ServerUnavailable when stopping.
         """
         with self._changed:
             if self._is_stopping:

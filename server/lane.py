@@ -4,9 +4,16 @@ Pure policy, like scheduler.py: no tensors, no clock. Free slots go to waiting
 requests by deficit round robin (Shreedhar & Varghese, 1995): at each visit a request
 earns a quantum of row-steps, and a row costs its steps, so that requests share the
 slots' time whatever the length of their rows.
+
+A row keeps its slot to its end, so a short one would have to wait for a long one. Rows
+have levels therefore, one for each factor of eight in their length and one for low
+priority, and each level leaves some slots to those below it.
 """
 
+import itertools
+import math
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server.request import Request
@@ -14,11 +21,14 @@ from server.spec import ProgramKey
 
 # Of this many visits one is paid to requests of low priority while others wait as well.
 BATCH_VISIT = 8
-# Rows of low priority leave this share of the slots to others.
-RESERVED_SHARE = 8
+# A level leaves one of so many slots to each level below it.
+RESERVED_SHARE = 16
 # A program that only batch jobs use is due so much of the device time of one that somebody waits for.
 BATCH_SHARE = 0.25
-_SMOOTHING = 0.2
+# A program that somebody waits for is due at least so much of the device time of one that serves many more.
+LEAST_PART = 1 / 8
+# A turn counts for at most so many of the fastest at its batch size: it may have been held up by others.
+SLOWEST = 4
 
 
 @dataclass(frozen=True)
@@ -32,18 +42,30 @@ class Admission:
 
 @dataclass
 class Queue:
-    """Requests that wait for slots, the one to be visited next in front."""
+    """Requests of one priority and level that wait for slots, the one to be visited next in front.
 
-    ring: OrderedDict[Request, None] = field(default_factory=OrderedDict)
-    _costs: Counter[int] = field(default_factory=Counter)
+    Each has its number in the order of visits, so that the queues of a priority are visited as one; `costs`
+    counts what a row takes, over all queues.
+    """
+
+    is_batch: bool
+    level: int
+    costs: Counter[int]
+    numbers: Iterator[int]
+    ring: OrderedDict[Request, int] = field(default_factory=OrderedDict)
     _visited: Request | None = None
 
     def __len__(self) -> int:
         return len(self.ring)
 
+    @property
+    def number(self) -> int:
+        """That of the request in front."""
+        return next(iter(self.ring.values()))
+
     def join(self, request: Request) -> None:
-        self.ring[request] = None
-        self._costs[request.row_cost] += 1
+        self.ring[request] = next(self.numbers)
+        self.costs[request.row_cost] += 1
 
     def leave(self, request: Request) -> None:
         """Forget a request; one that is not here is none of this queue's."""
@@ -52,9 +74,9 @@ class Queue:
             request.deficit = 0
             if self._visited is request:
                 self._visited = None
-            self._costs[request.row_cost] -= 1
-            if not self._costs[request.row_cost]:
-                del self._costs[request.row_cost]
+            self.costs[request.row_cost] -= 1
+            if not self.costs[request.row_cost]:
+                del self.costs[request.row_cost]
 
     def visit(self, quantum_rows: int, free: int) -> tuple[Request, int, bool]:
         """The request in front, how many of its rows enter, and whether the visit is over."""
@@ -62,31 +84,74 @@ class Queue:
         if request is not self._visited:
             self._visited = request
             # The dearest row must be affordable, or a visit could pass without any.
-            request.deficit += quantum_rows * max(self._costs)
+            request.deficit += quantum_rows * max(self.costs)
         count = min(free, request.deficit // request.row_cost, request.num_admissible)
         request.deficit -= count * request.row_cost
         is_over = count == request.num_admissible or request.deficit < request.row_cost
         if is_over:
             self._visited = None
             self.ring.move_to_end(request)
+            self.ring[request] = next(self.numbers)
         return request, count, is_over
+
+
+class Room:
+    """How many slots are free for rows of each level: no more than it and each below it may take."""
+
+    def __init__(self, capacity: int, reserved: float) -> None:
+        self.num_taken = 0
+        self._capacity = capacity
+        self._reserved = reserved
+        # By level: what it and those above it may still take together.
+        self._left = [capacity]
+
+    def of(self, level: int) -> int:
+        """Slots for rows of a level."""
+        while len(self._left) <= level:
+            kept = math.ceil(len(self._left) * self._reserved * self._capacity)
+            self._left.append(max(1, self._capacity - kept))
+        return min(self._left[: level + 1])
+
+    def take(self, level: int, rows: int) -> None:
+        """So many rows of a level are in slots now."""
+        self.num_taken += rows
+        for each in range(level + 1):
+            self._left[each] -= rows
+
+    def give_back(self, level: int, rows: int) -> None:
+        """So many rows of a level have left their slots."""
+        self.take(level, -rows)
 
 
 @dataclass
 class Pace:
-    """How long a program's turns take, by bucket, as moving averages in seconds."""
+    """The least that a program's turns have taken, by bucket, in seconds, and what the latest counts for."""
 
-    seconds: dict[int, float] = field(default_factory=dict)
+    least: dict[int, float] = field(default_factory=dict)
     latest: float = 0.0
+    is_proven: bool = False
 
     def learn(self, bucket: int, seconds: float) -> None:
-        known = self.seconds.get(bucket, seconds)
-        self.latest = self.seconds[bucket] = known + _SMOOTHING * (seconds - known)
+        """A turn took so long. A bucket's first, which may have warmed something up, is not charged."""
+        is_first = bucket not in self.least
+        least = self.least[bucket] = min(seconds, self.least.get(bucket, seconds))
+        self.latest = 0.0 if is_first else min(seconds, SLOWEST * least)
+        self.is_proven |= not is_first
+
+    def forget(self) -> None:
+        """Trust no time that was measured before."""
+        self.least.clear()
+        self.is_proven = False
 
     @property
     def fastest(self) -> float:
-        """No turn is expected to take less; 0 before the first."""
-        return min(self.seconds.values(), default=0.0)
+        """No turn has taken less; 0 while there were only first ones, which prove nothing."""
+        return min(self.least.values()) if self.is_proven else 0.0
+
+    @property
+    def full(self) -> float:
+        """What a turn of the largest batch takes at least, as far as is known."""
+        return self.least[max(self.least)] if self.least else 0.0
 
 
 @dataclass(eq=False)
@@ -95,24 +160,29 @@ class Lane:
 
     program: ProgramKey
     capacity: int
-    interactive: Queue = field(default_factory=Queue)
-    batch: Queue = field(default_factory=Queue)
+    least_steps: int
+    room: Room
+    queues: dict[tuple[bool, int], Queue] = field(default_factory=dict)
     stalled: dict[Request, None] = field(default_factory=dict)
     active: dict[Request, None] = field(default_factory=dict)
     dropped: list[Request] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
-    num_active: int = 0
-    num_active_batch: int = 0
     num_served: int = 0
     width: int = 0
     num_waiting_steps: int = 0
     credit: float = 0.0
     is_ringed: bool = False
     _visits: int = 0
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _costs: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def num_active(self) -> int:
+        return self.room.num_taken
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_active or self.dropped or self.interactive or self.batch)
+        return bool(self.num_active or self.dropped or any(self.queues.values()))
 
     @property
     def share(self) -> float:
@@ -120,18 +190,29 @@ class Lane:
 
         As many as have rows in the batch; one, while they only wait; together less than one, for batch jobs.
         """
-        return max(self.num_served, 1 if self.interactive else BATCH_SHARE)
+        is_awaited = any(queue for queue in self.queues.values() if not queue.is_batch)
+        return max(self.num_served, 1 if is_awaited else BATCH_SHARE)
+
+    def part(self, largest: float) -> float:
+        """Its device time over that of the program with the largest share."""
+        return max(self.share / largest, LEAST_PART * min(1, self.share))
 
     @property
     def backlog_seconds(self) -> float:
         """How long what waits would take in full batches."""
-        return self.num_waiting_steps * self.pace.latest / self.capacity
+        return self.num_waiting_steps * self.pace.full / self.capacity
 
     @property
     def requests(self) -> list[Request]:
         """Every request that has not ended."""
-        waiting = (*self.interactive.ring, *self.batch.ring, *self.stalled)
-        return list(dict.fromkeys((*self.active, *waiting)))
+        waiting = itertools.chain.from_iterable(queue.ring for queue in self.queues.values())
+        return list(dict.fromkeys((*self.active, *waiting, *self.stalled)))
+
+    def open(self, request: Request) -> None:
+        """Let a new request wait."""
+        request.level = self._level(request)
+        self.num_waiting_steps += request.num_waiting * request.row_cost
+        self.join(request)
 
     def join(self, request: Request) -> None:
         """Let a request wait for slots, or for its reader."""
@@ -153,12 +234,12 @@ class Lane:
         self.num_waiting_steps -= request.num_waiting * request.row_cost
         if request in self.active:
             self._leave(request)
-            self._release(request, request.num_active)
+            self.room.give_back(request.level, request.num_active)
             self.dropped.append(request)
 
     def finish(self, request: Request, rows: int) -> None:
         """So many rows of a request have left their slots."""
-        self._release(request, rows)
+        self.room.give_back(request.level, rows)
         if not request.num_active and request in self.active:
             self._leave(request)
 
@@ -171,12 +252,9 @@ class Lane:
         """Hand out the free slots; at most `max_requests` requests take part."""
         admissions: dict[Request, Admission] = {}
         while (queue := self._next_queue()) and not _is_full(admissions, queue, max_requests):
-            free = self.capacity - self.num_active
-            if queue is self.batch:
-                free = min(free, self._batch_capacity - self.num_active_batch)
-            request, count, is_over = queue.visit(quantum_rows, free)
+            request, count, is_over = queue.visit(quantum_rows, self.room.of(queue.level))
             if is_over:
-                self._visits = 0 if queue is self.batch else self._visits + 1
+                self._visits = 0 if queue.is_batch else self._visits + 1
             earlier = admissions.get(request)
             admissions[request] = Admission(
                 request,
@@ -186,26 +264,26 @@ class Lane:
             self._enter(request, count)
         return list(admissions.values())
 
-    @property
-    def _batch_capacity(self) -> int:
-        return self.capacity - self.capacity // RESERVED_SHARE
+    def _level(self, request: Request) -> int:
+        """One for each factor of eight over the shortest rows that there may be, and one for low priority."""
+        length = request.row_cost // max(1, self.least_steps)
+        return max(0, length.bit_length() - 1) // 3 + request.is_batch
 
     def _queue(self, request: Request) -> Queue:
-        return self.batch if request.is_batch else self.interactive
+        key = request.is_batch, request.level
+        if key not in self.queues:
+            self.queues[key] = Queue(*key, self._costs, self._numbers)
+        return self.queues[key]
 
     def _next_queue(self) -> Queue | None:
         """The queue whose request is visited next; None when nothing can enter."""
-        if self.num_active >= self.capacity:
-            return None
-        batch_enters = bool(self.batch) and self.num_active_batch < self._batch_capacity
-        if self.interactive and not (batch_enters and self._visits >= BATCH_VISIT - 1):
-            return self.interactive
-        return self.batch if batch_enters else None
+        is_batch_due = self._visits >= BATCH_VISIT - 1
+        able = [queue for queue in self.queues.values() if queue.ring and self.room.of(queue.level) > 0]
+        return min(able, key=lambda queue: (queue.is_batch != is_batch_due, queue.number), default=None)
 
     def _enter(self, request: Request, count: int) -> None:
         request.admitted += count
-        self.num_active += count
-        self.num_active_batch += count if request.is_batch else 0
+        self.room.take(request.level, count)
         self.num_waiting_steps -= count * request.row_cost
         if request not in self.active:
             self.active[request] = None
@@ -219,10 +297,6 @@ class Lane:
         """None of a request's rows is in the batch any more."""
         del self.active[request]
         self.num_served -= not request.is_batch
-
-    def _release(self, request: Request, rows: int) -> None:
-        self.num_active -= rows
-        self.num_active_batch -= rows if request.is_batch else 0
 
 
 def _is_full(admissions: dict[Request, Admission], queue: Queue, most: int | None) -> bool:

@@ -97,6 +97,7 @@ class Request:
     started_at: float = 0.0
     model_seconds: float = 0.0
     deficit: int = 0
+    level: int = 0
 
     @property
     def row_cost(self) -> int:

@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
-from server.lane import Admission, Lane
+from server.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
+from server.lane import RESERVED_SHARE, Admission, Lane, Room
 from server.request import Request
 from server.spec import ProgramKey
 
@@ -71,26 +71,27 @@ class Scheduler:
         self.num_active = 0
         self.held_bytes = 0
 
-    def open_lane(self, program: ProgramKey, capacity: int) -> None:
-        """Make a program known; at most `capacity` of its rows are active at a time."""
-        self._lanes[program] = Lane(program, capacity)
+    def open_lane(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
+        """Make a program known: at most `capacity` of its rows are active, and none takes fewer steps."""
+        reserved = 1 / RESERVED_SHARE if self.limits.batching == "step" else 0.0
+        self._lanes[program] = Lane(program, capacity, least_steps, Room(capacity, reserved))
 
     def submit(self, request: Request, now: float = -math.inf) -> None:
         """Queue a request.
 
-        Overloaded when too much waits already; DeadlineExceeded when even an idle device could
-        not finish in time, by the pace that was measured.
+        InvalidRequest when it could never be taken; Overloaded when too much waits already;
+        DeadlineExceeded when even an idle device could not finish in time, at the fastest pace measured.
         """
         lane = self._lanes.get(request.program)
         if lane is None:
             raise ServerUnavailable(f"{request.program} is not loaded")
+        self._refuse_too_large(request)
         self._refuse_overload(request)
         _refuse_hopeless(request, lane, now)
         self.num_waiting += request.rows
         self.held_bytes += request.held_bytes
         request.is_held = True
-        lane.num_waiting_steps += request.rows * request.row_cost
-        lane.join(request)
+        lane.open(request)
         self._wake(lane)
         if request.deadline is not None:
             self._forget_ended()
@@ -154,7 +155,7 @@ class Scheduler:
         """The turn that was taken last, of this program, took so long in a batch of this size."""
         lane = self._lanes[program]
         lane.pace.learn(bucket, seconds)
-        lane.credit -= seconds
+        lane.credit -= lane.pace.latest
         if lane.credit <= 0:
             self._pass_on()
 
@@ -205,13 +206,13 @@ class Scheduler:
     def _can_pay(self, lane: Lane) -> bool:
         """Whether a lane may run, once it has had its quantum of this round.
 
-        The lane of the largest share gets a turn of the dearest one, the others their part of that: small
-        quanta, so that one which has just woken waits for a turn of each at most.
+        The lane of the largest share gets the dearest turn or debt of any, the others their part of that:
+        small quanta, so that one which has just woken waits for little, and yet a few rounds pay any debt.
         """
         if self._granted is not lane:
             self._granted = lane
-            dearest = max(each.pace.latest for each in self._ring)
-            lane.credit += dearest * lane.share / max(each.share for each in self._ring)
+            dearest = max(max(each.pace.latest, -each.credit) for each in self._ring)
+            lane.credit += dearest * lane.part(max(each.share for each in self._ring))
         return lane.credit >= 0
 
     def _admit(self, lane: Lane) -> list[Admission]:
@@ -224,6 +225,14 @@ class Scheduler:
         self.num_active += count
         lane.width = 0 if self.limits.batching == "step" else lane.num_active
         return admissions
+
+    def _refuse_too_large(self, request: Request) -> None:
+        """InvalidRequest when it would not fit even if nothing else were open."""
+        most, given = self.limits.max_held_bytes, request.held_bytes
+        if given > most:
+            where = "inputs" if request.work.inputs else "rows"
+            expected = f"expected at most {most} bytes of inputs and unread answers, got {given}"
+            raise InvalidRequest([Violation(where, expected)])
 
     def _refuse_overload(self, request: Request) -> None:
         limits = self.limits
@@ -268,12 +277,16 @@ def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
     if request.deadline is None:
         return
     waves = math.ceil(request.rows / lane.capacity)
-    needed = waves * _steps_ahead(request) * lane.pace.fastest
-    if now + needed > request.deadline:
-        raise DeadlineExceeded(
-            f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the measured pace of "
-            f"{lane.pace.fastest:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
-        )
+    pace = lane.pace.fastest
+    needed = waves * _steps_ahead(request) * pace
+    if now + needed <= request.deadline:
+        return
+    if not lane.has_work:  # nothing runs that could prove the pace wrong, so the next one may try
+        lane.pace.forget()
+    raise DeadlineExceeded(
+        f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the fastest pace measured, "
+        f"{pace:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
+    )
 
 
 def _steps_ahead(request: Request) -> int:

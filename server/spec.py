@@ -172,6 +172,11 @@ class ProgramSpec:
     def output_row_bytes(self) -> int:
         return sum(tensor.row_bytes for tensor in self.outputs)
 
+    @cached_property
+    def least_steps(self) -> int:
+        """Steps of a row whose request asks for as few as it may."""
+        return self.steps.of({parameter.name: parameter.minimum for parameter in self.parameters})
+
     def defaults(self) -> dict[str, float]:
         """The parameters of a request that gives none."""
         return {parameter.name: parameter.default for parameter in self.parameters}

@@ -1,16 +1,17 @@
 """The policy, as tables and properties: pure Python, no tensors, no clock."""
 
+import contextlib
 import weakref
 from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.errors import DeadlineExceeded, Overloaded, ServerUnavailable
-from server.lane import BATCH_SHARE
-from server.request import Request
+from server.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
+from server.lane import BATCH_SHARE, LEAST_PART, RESERVED_SHARE
+from server.request import Request, Work
 from server.scheduler import Batching, Limits, Scheduler, Turn
 from server.spec import ProgramKey
 
@@ -18,11 +19,13 @@ LEFT = ProgramKey("left", "1", "toy", "sample")
 RIGHT = ProgramKey("right", "1", "toy", "sample")
 CAPACITY = 8
 
+untimed = settings(max_examples=50, deadline=None)
 
-def scheduler(**limits: int) -> Scheduler:
+
+def scheduler(capacity: int = CAPACITY, **limits: object) -> Scheduler:
     made = Scheduler(Limits(**{"quantum_rows": 2, **limits}))  # type: ignore[arg-type]
-    made.open_lane(LEFT, CAPACITY)
-    made.open_lane(RIGHT, CAPACITY)
+    made.open_lane(LEFT, capacity)
+    made.open_lane(RIGHT, capacity)
     return made
 
 
@@ -36,6 +39,12 @@ def next_turn(policy: Scheduler, seconds: float = 1.0) -> Turn:
     assert turn is not None
     policy.charge(turn.program, CAPACITY, seconds)
     return turn
+
+
+def measure(policy: Scheduler, seconds: float, program: ProgramKey = LEFT) -> None:
+    """Turns took so long: a first one, which counts for nothing, and another."""
+    for _ in range(2):
+        policy.charge(program, CAPACITY, seconds)
 
 
 def admitted(turn: Turn) -> dict[Request, int]:
@@ -155,7 +164,7 @@ def test_ended_requests_are_forgotten_while_an_early_deadline_is_open() -> None:
     assert sum(reference() is not None for reference in ended) < 200
 
 
-@settings(max_examples=100)
+@untimed
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12))
 def test_no_request_waits_while_another_gets_more_than_its_share(sizes: list[int]) -> None:
     policy = scheduler()
@@ -193,6 +202,18 @@ def test_requests_share_the_slots_time_whatever_the_length_of_their_rows() -> No
     policy.submit(short)
     got = served(policy, [long, short], turns=4000)
     assert 0.8 < got[long] / got[short] < 1.25
+
+
+@untimed
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
+def test_no_request_gets_ahead_of_another_by_more_than_two_visits(lengths: list[int]) -> None:
+    policy = scheduler(capacity=16)
+    asked = [request(10_000, steps=steps) for steps in lengths]
+    for one in asked:
+        policy.submit(one)
+    served(policy, asked, turns=300)
+    earned = [one.admitted * one.steps for one in asked]
+    assert max(earned) - min(earned) <= 2 * policy.limits.quantum_rows * max(lengths)
 
 
 def spent(
@@ -240,6 +261,56 @@ def test_batch_jobs_of_a_program_together_have_less_device_time_than_a_person() 
     assert had[RIGHT] / had[LEFT] == pytest.approx(BATCH_SHARE, rel=0.1)
 
 
+@settings(untimed, max_examples=25)
+@given(
+    people=st.integers(1, 64),
+    quick=st.floats(0.005, 0.05),
+    slow=st.floats(0.005, 0.05),
+    is_batch=st.booleans(),
+)
+def test_a_quiet_program_keeps_its_part_however_many_another_serves(
+    people: int, quick: float, slow: float, is_batch: bool
+) -> None:
+    policy = scheduler(capacity=64)
+    for _ in range(people):
+        policy.submit(request(1, LEFT))
+    policy.submit(request(1, RIGHT, is_batch=is_batch))
+    due = max(1 / people, LEAST_PART) * (BATCH_SHARE if is_batch else 1)
+    had = spent(policy, {LEFT: quick, RIGHT: slow}, turns=1500)
+    assert had[RIGHT] + 2 * slow >= due * (had[LEFT] - 2 * quick)
+
+
+@untimed
+@given(
+    st.lists(st.floats(0.001, 0.1), min_size=3, max_size=3),
+    st.integers(20, 60),
+    st.floats(0.001, 1e4),
+)
+def test_one_slow_turn_makes_nobody_wait_for_more_than_a_few_others(
+    seconds: list[float], when: int, slow: float
+) -> None:
+    policy = scheduler()
+    third = ProgramKey("third", "1", "toy", "sample")
+    policy.open_lane(third, CAPACITY)
+    paces = dict(zip((LEFT, RIGHT, third), seconds, strict=True))
+    for program in paces:
+        policy.submit(request(1, program))
+    now, last = 0.0, dict.fromkeys(paces, 0.0)
+    for number in range(300):
+        program = next_turn_of(policy, paces, slow if number == when else 0.0)
+        assert now - last[program] <= 12 * max(seconds)
+        now += paces[program]
+        last[program] = now
+
+
+def next_turn_of(policy: Scheduler, seconds: Mapping[ProgramKey, float], more: float) -> ProgramKey:
+    """Whose turn it is, which takes its time and some more."""
+    turn = policy.next_turn()
+    assert turn is not None
+    policy.charge(turn.program, CAPACITY, seconds[turn.program] + more)
+    return turn.program
+
+
 def test_a_newcomer_waits_for_one_step_of_another_program_however_many_that_serves() -> None:
     policy = scheduler()
     for _ in range(CAPACITY):
@@ -262,6 +333,62 @@ def test_batch_rows_leave_slots_to_others() -> None:
     assert admitted(next_turn(policy)) == {person: 1}
 
 
+def test_a_person_gets_a_slot_at_once_however_long_the_rows_of_batch_jobs() -> None:
+    policy = scheduler(capacity=64)
+    job, person = request(1000, steps=1000, is_batch=True), request(1, steps=1000)
+    policy.submit(job)
+    next_turn(policy)
+    policy.submit(person)
+    assert admitted(next_turn(policy)) == {person: 1}
+
+
+@untimed
+@given(
+    capacity=st.integers(2, 200),
+    chains=st.lists(st.tuples(st.integers(1, 300), st.integers(8, 5000), st.booleans()), min_size=1),
+)
+def test_a_row_enters_at_once_among_rows_eight_times_as_long(
+    capacity: int, chains: list[tuple[int, int, bool]]
+) -> None:
+    policy = scheduler(capacity=capacity)
+    for rows, steps, is_batch in chains:
+        policy.submit(request(rows, steps=steps, is_batch=is_batch))
+    next_turn(policy)
+    # Few slots cannot be kept for every level: then the shortest rows have what there is.
+    short = request(1, steps=min(steps for _, steps, _ in chains) // 8 if capacity >= RESERVED_SHARE else 1)
+    policy.submit(short)
+    assert short in admitted(next_turn(policy))
+
+
+@untimed
+@given(capacity=st.integers(1, 200), steps=st.integers(1, 500), is_batch=st.booleans())
+def test_what_rows_leave_to_shorter_ones_is_little(capacity: int, steps: int, is_batch: bool) -> None:
+    policy = scheduler(capacity=capacity)
+    asked = request(1000, steps=steps, is_batch=is_batch)
+    policy.submit(asked)
+    taken = admitted(next_turn(policy))[asked]
+    assert taken >= max(1, min(capacity - 1, 0.75 * capacity - 1))
+    assert taken == capacity or steps >= 8 or is_batch
+
+
+@untimed
+@given(capacity=st.integers(1, 200), steps=st.integers(1, 500))
+def test_rows_of_a_program_that_has_no_shorter_ones_take_every_slot(capacity: int, steps: int) -> None:
+    policy = Scheduler()
+    policy.open_lane(LEFT, capacity, least_steps=steps)
+    asked = request(1000, steps=steps)
+    policy.submit(asked)
+    assert admitted(next_turn(policy)) == {asked: capacity}
+
+
+@pytest.mark.parametrize("batching", ["request", "none"])
+def test_where_no_row_joins_a_batch_on_its_way_none_leaves_slots(batching: Batching) -> None:
+    policy = scheduler(batching=batching)
+    asked = request(100, steps=500, is_batch=True)
+    policy.submit(asked)
+    assert admitted(next_turn(policy)) == {asked: CAPACITY}
+
+
 def test_batch_jobs_are_not_starved() -> None:
     policy = scheduler()
     people, job = request(10_000), request(10_000, is_batch=True)
@@ -275,22 +402,80 @@ def test_batch_jobs_are_not_starved() -> None:
     assert 0.05 < job.finished / people.finished < 0.3
 
 
+@settings(untimed, max_examples=20)
+@given(people_steps=st.integers(1, 40), job_steps=st.integers(1, 40))
+def test_priorities_share_the_slots_time_whatever_the_length_of_their_rows(
+    people_steps: int, job_steps: int
+) -> None:
+    policy = scheduler()
+    people, job = request(10_000, steps=people_steps), request(10_000, steps=job_steps, is_batch=True)
+    policy.submit(people)
+    policy.submit(job)
+    got = served(policy, [people, job], turns=1500)
+    assert 0.05 < got[job] / got[people] < 0.3
+
+
 def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
     policy = scheduler()
     policy.submit(request(1, steps=5, deadline=0.001), now=0.0)
-    next_turn(policy, seconds=0.5)
+    measure(policy, 0.5)
     with pytest.raises(
-        DeadlineExceeded, match=r"take 5 s at the measured pace of 0\.5 s a step, and 4 s are"
+        DeadlineExceeded, match=r"take 5 s at the fastest pace measured, 0\.5 s a step, and 4 s are"
     ):
         policy.submit(request(1, steps=10, deadline=14.0), now=10.0)
     policy.submit(request(1, steps=10, deadline=15.5), now=10.0)
     policy.submit(request(1, steps=10, deadline=11.0, may_end_early=True), now=10.0)
 
 
+turns_taken = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.floats(0.001, 1e6)), max_size=20)
+
+
+@untimed
+@given(turns_taken, st.integers(1, 1000))
+def test_whatever_its_turns_took_an_idle_program_refuses_at_most_one_request(
+    history: list[tuple[int, float]], steps: int
+) -> None:
+    policy = scheduler()
+    for bucket, seconds in history:
+        policy.charge(LEFT, bucket, seconds)
+    with contextlib.suppress(DeadlineExceeded):
+        policy.submit(request(1, steps=steps, deadline=60.0), now=0.0)
+    second = request(1, steps=steps, deadline=60.0)
+    policy.submit(second, now=0.0)
+    assert policy.expired(0.0) == []
+    assert second in admitted(next_turn(policy))
+
+
+def turns_needed(rows: int, steps: int) -> int:
+    """How many turns a request takes when it is alone."""
+    policy, asked = scheduler(), request(rows, steps=steps)
+    policy.submit(asked)
+    count = 0
+    while not asked.is_complete:
+        served(policy, [asked], turns=steps)
+        count += steps
+    return count
+
+
+@untimed
+@given(turns_taken, st.integers(1, 40), st.integers(1, 20), st.floats(0, 100))
+def test_no_request_is_refused_that_the_fastest_turns_could_finish_in_time(
+    history: list[tuple[int, float]], rows: int, steps: int, seconds_left: float
+) -> None:
+    policy = scheduler()
+    for bucket, seconds in history:
+        policy.charge(LEFT, bucket, seconds)
+    try:
+        policy.submit(request(rows, steps=steps, deadline=seconds_left), now=0.0)
+    except DeadlineExceeded:
+        fastest = min(seconds for _, seconds in history)
+        assert turns_needed(rows, steps) * fastest > seconds_left
+
+
 def test_waiting_rows_that_cannot_be_done_in_time_any_more_are_late_before_their_deadline() -> None:
     policy = scheduler()
     policy.submit(request(CAPACITY, steps=100), now=0.0)
-    next_turn(policy, seconds=0.5)
+    measure(policy, 0.5)
     waiting = request(1, steps=10, deadline=20.0)
     policy.submit(waiting, now=1.0)
     assert policy.next_deadline() == 15.0
@@ -298,10 +483,18 @@ def test_waiting_rows_that_cannot_be_done_in_time_any_more_are_late_before_their
     assert policy.expired(15.0) == [waiting]
 
 
+def test_a_slow_first_turn_makes_nobody_late() -> None:
+    policy = scheduler()
+    policy.submit(request(CAPACITY, steps=100), now=0.0)
+    waiting = request(1, steps=20, deadline=60.0)
+    policy.submit(waiting, now=0.0)
+    next_turn(policy, seconds=10.0)
+    assert policy.expired(59.9) == []
+
+
 def test_rows_that_have_entered_are_late_only_at_their_deadline() -> None:
     policy = scheduler()
-    policy.submit(request(1), now=0.0)
-    next_turn(policy, seconds=0.5)
+    measure(policy, 0.5)
     running = request(1, steps=10, deadline=20.0)
     policy.submit(running, now=1.0)
     next_turn(policy, seconds=0.5)
@@ -313,16 +506,13 @@ def test_rows_that_have_entered_are_late_only_at_their_deadline() -> None:
 def test_a_pace_that_was_learnt_later_moves_the_last_moment() -> None:
     policy = scheduler()
     policy.submit(request(CAPACITY, steps=100), now=0.0)
-    next_turn(policy, seconds=1.0)
+    measure(policy, 1.0)
     waiting = request(1, steps=10, deadline=20.0)
     policy.submit(waiting, now=1.0)
-    for _ in range(50):
-        policy.charge(LEFT, CAPACITY, 0.1)
+    measure(policy, 0.1)
     assert policy.expired(10.0) == []
-    moment = policy.next_deadline()
-    assert moment is not None
-    assert 18.5 < moment < 19.1
-    assert policy.expired(19.1) == [waiting]
+    assert policy.next_deadline() == 19.0
+    assert policy.expired(19.0) == [waiting]
 
 
 def test_requests_that_hold_too_many_bytes_are_refused() -> None:
@@ -339,17 +529,36 @@ def test_requests_that_hold_too_many_bytes_are_refused() -> None:
     policy.submit(request(1, held_bytes=100))
 
 
-def test_the_time_to_come_back_grows_with_what_waits() -> None:
-    def delay(rows: int) -> float:
-        policy = scheduler(max_waiting_rows=rows)
-        policy.submit(request(CAPACITY, steps=10))
-        next_turn(policy, seconds=0.01)
-        policy.submit(request(rows, steps=10))
-        with pytest.raises(Overloaded) as refusal:
-            policy.submit(request(1))
-        return refusal.value.retry_after
+@pytest.mark.parametrize(("inputs", "field"), [({}, "rows"), ({"value": object()}, "inputs")])
+def test_a_request_that_would_never_fit_is_invalid(inputs: Mapping[str, object], field: str) -> None:
+    policy = scheduler(max_held_bytes=100)
+    with pytest.raises(InvalidRequest) as refusal:
+        policy.submit(request(1, held_bytes=101, work=Work(inputs=inputs)))
+    expected = "expected at most 100 bytes of inputs and unread answers, got 101"
+    assert refusal.value.violations == (Violation(field, expected),)
 
-    assert delay(100) < delay(1000) < delay(1_000_000) == Limits().max_retry_seconds
+
+def delay(rows: int, steps: int) -> float:
+    """When to come back after so many rows wait."""
+    policy = scheduler(max_waiting_rows=rows)
+    measure(policy, 0.01)
+    policy.submit(request(rows, steps=steps))
+    with pytest.raises(Overloaded) as refusal:
+        policy.submit(request(1))
+    return refusal.value.retry_after
+
+
+def test_the_time_to_come_back_is_that_in_which_half_of_what_waits_is_done() -> None:
+    assert delay(1, 1) == Limits().min_retry_seconds
+    assert delay(1600, 10) == pytest.approx(10.0)
+    assert delay(1_000_000, 10) == Limits().max_retry_seconds
+
+
+@untimed
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100))
+def test_the_time_to_come_back_never_shrinks_when_more_waits(rows: int, more: int, steps: int) -> None:
+    assert delay(rows, steps) <= delay(rows + more, steps)
+    assert delay(rows, steps) <= delay(rows, steps + 1)
 
 
 @pytest.mark.parametrize(("batching", "joins"), [("step", True), ("request", False), ("none", False)])
@@ -365,44 +574,89 @@ def test_only_step_batching_lets_rows_join_a_batch_on_its_way(batching: Batching
 
 
 class Traffic(RuleBasedStateMachine):
-    """Any order of submitting, stepping, finishing and cancelling keeps the books."""
+    """Any order of submitting, stepping, finishing, cancelling and waiting keeps the books."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = scheduler(max_waiting_rows=60)
         self.requests: list[Request] = []
+        self.late: list[Request] = []
+        self.now = 0.0
+
+    @initialize(batching=st.sampled_from(["step", "request", "none"]))
+    def start(self, batching: Batching) -> None:
+        self.policy = scheduler(max_waiting_rows=60, max_held_bytes=100, batching=batching)
+
+    @property
+    def open_requests(self) -> list[Request]:
+        return [one for one in self.requests if not one.is_closed]
+
+    def active(self, program: ProgramKey) -> list[Request]:
+        return [one for one in self.open_requests if one.program == program and one.num_active]
 
     @rule(
         rows=st.integers(1, 40),
-        steps=st.integers(0, 30),
+        steps=st.integers(0, 600),
         program=st.sampled_from([LEFT, RIGHT]),
         window=st.integers(1, 50),
         is_batch=st.booleans(),
+        patience=st.none() | st.floats(0, 100),
+        held_bytes=st.integers(0, 100),
     )
-    def submit(self, rows: int, steps: int, program: ProgramKey, window: int, is_batch: bool) -> None:
-        asked = request(rows, program, steps, window=window, is_batch=is_batch, held_bytes=rows)
+    def submit(
+        self,
+        rows: int,
+        steps: int,
+        program: ProgramKey,
+        window: int,
+        is_batch: bool,
+        patience: float | None,
+        held_bytes: int,
+    ) -> None:
+        deadline = None if patience is None else self.now + patience
+        asked = request(
+            rows,
+            program,
+            steps,
+            window=window,
+            is_batch=is_batch,
+            deadline=deadline,
+            held_bytes=held_bytes,
+        )
         try:
-            self.policy.submit(asked)
+            self.policy.submit(asked, self.now)
         except Overloaded:
-            assert self.policy.num_waiting + rows > 60
+            assert self.policy.num_waiting + rows > 60 or self.policy.held_bytes + held_bytes > 100
+        except DeadlineExceeded:
+            assert deadline is not None
         else:
             self.requests.append(asked)
 
-    @rule(seconds=st.floats(0, 10))
+    @rule(seconds=st.floats(0.001, 10))
     def step(self, seconds: float) -> None:
         turn = self.policy.next_turn()
-        if turn:
-            self.policy.charge(turn.program, CAPACITY, seconds)
-        for admission in turn.admissions if turn else ():
+        if turn is None:
+            return
+        self.now += seconds
+        self.policy.charge(turn.program, CAPACITY, seconds)
+        for admission in turn.admissions:
             assert admission.count > 0
             assert admission.first + admission.count == admission.request.admitted <= admission.request.rows
             assert not admission.request.is_closed
+        self.check_batch(turn)
 
-    @precondition(lambda self: any(one.num_active and not one.is_closed for one in self.requests))
+    def check_batch(self, turn: Turn) -> None:
+        """Without step batching, rows enter together, and `width` says how many."""
+        batching, active = self.policy.limits.batching, self.active(turn.program)
+        if batching != "step" and turn.admissions:
+            assert turn.width == sum(one.num_active for one in active)
+            assert active == [one for one in active if one in admitted(turn)]
+        if batching == "none":
+            assert len(active) <= 1
+
+    @precondition(lambda self: any(one.num_active for one in self.open_requests))
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        active = [one for one in self.requests if one.num_active and not one.is_closed]
-        one = data.draw(st.sampled_from(active))
+        one = data.draw(st.sampled_from([one for one in self.open_requests if one.num_active]))
         rows = data.draw(st.integers(1, one.num_active))
         self.policy.finish(one, rows)
         self.policy.acknowledge(one, rows)
@@ -419,28 +673,39 @@ class Traffic(RuleBasedStateMachine):
         self.policy.release(one)
         self.policy.close(one, "cancelled")
 
+    @rule(seconds=st.floats(0, 50))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        late = self.policy.expired(self.now)
+        for one in late:
+            assert one.deadline is not None
+            assert not one.is_closed
+            assert one.deadline <= self.now or one.num_waiting
+            assert one not in self.late
+            self.policy.close(one, "deadline")
+        self.late += late
+        assert all(one.deadline is None or one.deadline > self.now for one in self.open_requests)
+
     @invariant()
     def counts_agree(self) -> None:
-        open_requests = [one for one in self.requests if not one.is_closed]
-        assert self.policy.num_waiting == sum(one.num_waiting for one in open_requests)
-        assert self.policy.num_active == sum(one.num_active for one in open_requests)
+        mine = self.open_requests
+        assert self.policy.num_waiting == sum(one.num_waiting for one in mine) <= 60
+        assert self.policy.num_active == sum(one.num_active for one in mine)
         for program in (LEFT, RIGHT):
-            mine = [one for one in open_requests if one.program == program]
-            assert sum(one.num_active for one in mine) <= CAPACITY
-            assert all(one.admitted - one.acknowledged <= one.window for one in mine)
-        assert self.policy.held_bytes == sum(one.held_bytes for one in self.requests if one.is_held)
-        assert set(self.policy.open_requests()) == set(open_requests)
+            assert sum(one.num_active for one in self.active(program)) <= CAPACITY
+        assert all(one.admitted - one.acknowledged <= one.window for one in mine)
+        assert self.policy.held_bytes == sum(one.held_bytes for one in self.requests if one.is_held) <= 100
+        assert set(self.policy.open_requests()) == set(mine)
 
     def teardown(self) -> None:
         """Whatever happened, everything that is open can be finished."""
-        while turn := self.policy.next_turn():
+        while self.requests and (turn := self.policy.next_turn()):
             self.policy.charge(turn.program, CAPACITY, 1.0)
-            for one in [one for one in self.requests if one.program == turn.program and not one.is_closed]:
-                if one.num_active:
-                    rows = one.num_active
-                    self.policy.finish(one, rows)
-                    self.policy.acknowledge(one, rows)
-        assert all(one.is_closed for one in self.requests)
+            for one in self.active(turn.program):
+                rows = one.num_active
+                self.policy.finish(one, rows)
+                self.policy.acknowledge(one, rows)
+        assert not self.open_requests
 
 
 TestTraffic = Traffic.TestCase
