@@ -121,13 +121,14 @@ class Repository:
 
 
 def _buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to try: powers of two, halfway between them, the largest, and the most for batch requests.
+    """Batch sizes to try: powers of two, halfway between them, the largest, and the most for longer rows.
 
     On a CPU the time of a step is that of its rows, padding included. None is under SMALLEST_BUCKET but
     for the largest, and the others are multiples of it: what does not fill a SIMD packet takes scalar
     paths whose logarithms differ once in thousands of rows, too rarely for a probe to notice.
     """
     powers = [SMALLEST_BUCKET << exponent for exponent in range(largest.bit_length())]
-    sizes = {*powers, *(3 * power for power in powers), largest - largest // RESERVED_SHARE}
+    reserved = (largest - level * largest // RESERVED_SHARE for level in (1, 2))
+    sizes = {*powers, *(3 * power for power in powers), *reserved}
     is_packed = (size for size in sizes if size < largest and size % SMALLEST_BUCKET == 0)
     return tuple(sorted({*is_packed, largest}))

@@ -36,9 +36,13 @@ class FaultyRuntime:
             if self.errors:
                 raise self.errors.pop()
             outputs = graph(inputs)
-            return [tensor * torch.nan for tensor in outputs] if self.is_poisoned else outputs
+            return [poisoned(tensor) for tensor in outputs] if self.is_poisoned else outputs
 
         return call
+
+
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * torch.nan if tensor.is_floating_point() else tensor
 
 
 @pytest.fixture(scope="module")
