@@ -1,5 +1,7 @@
 """What a GPU makes of batches: step time against batch size, CUDA graphs on and off, transfers."""
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ MEGABYTE = 1 << 20
 TEXT = """\
 The step graph of each family as TorchScript, or the only graph of one that takes no steps, on tensors that
 stay on the GPU: milliseconds a call, launched kernel by kernel and as one CUDA graph; transfers of 16 MiB
-from and to pageable and pinned memory."""
+from and to pageable and pinned memory. A dash is a graph that does not run there."""
 ABSENT = """\
 There was no GPU where this page was made, so this part is unrun: `make bench` adds it where there is one."""
 
@@ -41,7 +43,7 @@ def _family(bench: Bench, case: Case) -> tuple[Table, Line]:
     directory = bench.models(case.model, formats=("torchscript",)) / case.model / "1"
     batches = BATCHES[::5] if bench.is_quick else BATCHES
     devices = [Device("cuda", cuda_graphs=graphs) for graphs in (False, True)]
-    times = [[call_seconds(directory, case, batch, device) for device in devices] for batch in batches]
+    times = [[_seconds_or_nan(directory, case, batch, device) for device in devices] for batch in batches]
     rows = [
         (str(batch), milliseconds(plain), milliseconds(replayed), short(plain / replayed))
         for batch, (plain, replayed) in zip(batches, times, strict=True)
@@ -49,6 +51,15 @@ def _family(bench: Bench, case: Case) -> tuple[Table, Line]:
     columns = ("rows a step", "kernel by kernel, ms", "CUDA graph, ms", "ratio")
     lines = Line(case.model, batches, [1000 * replayed for _, replayed in times])
     return Table(columns, rows, case.model), lines
+
+
+def _seconds_or_nan(directory: Path, case: Case, rows: int, device: Device) -> float:
+    """One family that does not run there is a gap in the page, and no reason to lose the page."""
+    try:
+        return call_seconds(directory, case, rows, device)
+    except RuntimeError as error:
+        print(f"{case.model} with {rows} rows on {device}: {str(error).strip()}", file=sys.stderr)
+        return math.nan
 
 
 def call_seconds(directory: Path, case: Case, rows: int, device: Device) -> float:
