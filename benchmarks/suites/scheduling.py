@@ -138,7 +138,7 @@ def _loads(bench: Bench, kinds: Sequence[Kind], capacity: float, servers: dict[s
 
 def _poisson(kinds: Sequence[Kind], rate: float, seconds: float, repeat: int) -> list[Arrival]:
     times = poisson(rate, max(10, round(rate * seconds)), np.random.default_rng(repeat))
-    return arrivals(kinds, times, seed=repeat)
+    return arrivals(kinds, times, seed=100 + repeat)
 
 
 def _outcome(bench: Bench, server: Server, due: Sequence[Arrival]) -> Outcome:
