@@ -218,7 +218,7 @@ def test_the_device_says_where_there_is_none(bench: Bench) -> None:
 
 def test_the_bytes_of_torchscript_are_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMOVAR_FORMATS", "torchscript")
-    _, everything = determinism.compare(bench, determinism.KINDS[:1], "torchscript", 30)
+    _, everything = determinism.compare(bench, determinism.KINDS[1:2], "torchscript", 30)
     assert everything[:2] == ("torchscript", "all")
     assert everything[2] == everything[3]
 
@@ -235,7 +235,7 @@ def test_a_server_is_measured_while_rows_wait(bench: Bench) -> None:
 
 
 def test_servers_are_measured_by_how_many_models_they_load(bench: Bench) -> None:
-    assert [row[0] for row in scale.loaded(bench, (2,)).rows] == ["2"]
+    assert [row[0] for row in scale.loaded(bench, (1,)).rows] == ["1"]
 
 
 def test_the_scheduler_holds_a_waiting_row_in_a_kilobyte() -> None:
