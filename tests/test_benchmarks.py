@@ -211,6 +211,17 @@ def test_bare_loops_run_every_family(bench: Bench, case: efficiency.Case) -> Non
     assert on_device.call_seconds(directory, case, 2, Device()) > 0
 
 
+@pytest.mark.parametrize(
+    "case", [efficiency.STEPPING[0], efficiency.ONE_SHOT[3]], ids=lambda case: case.model
+)
+def test_served_rates_are_of_any_operation(
+    bench: Bench, server: RunningServer, case: efficiency.Case
+) -> None:
+    program = efficiency.Loop(bench.models(case.model) / case.model / "1", case, 2).program
+    process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
+    assert efficiency.served_rate(process, case, program, 3) > 0
+
+
 def test_the_device_says_where_there_is_none(bench: Bench) -> None:
     section = on_device.run(bench)
     assert section.tables or "no GPU" in section.text
