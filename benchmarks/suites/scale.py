@@ -27,6 +27,8 @@ CAPACITY = 64
 ROWS_A_REQUEST = 100
 STEPS = 10
 GAP_SECONDS = 0.02
+# The memory of fewer rows drowns in what a process grows by anyhow.
+MANY = 1000
 ROWS_WAITING = "samovar_rows_waiting"
 
 TEXT = """\
@@ -126,7 +128,8 @@ def _while_waiting(bench: Bench, server: Server, count: int) -> tuple[str, ...]:
         latencies = bench.callers.open(server.address, due).of("call")
         seconds, steps = (now - then for now, then in zip(_steps(server), began, strict=True))
     percentiles = (percentile(latencies, percent) for percent in (50, 99))
-    return f"{held:,.0f}", short(grown / held), milliseconds(seconds / steps), *map(milliseconds, percentiles)
+    memory = short(grown / held) if count >= MANY else "–"
+    return f"{held:,.0f}", memory, milliseconds(seconds / steps), *map(milliseconds, percentiles)
 
 
 @contextmanager
