@@ -54,14 +54,14 @@ def main() -> int:
     options = parse()
     # Threads that spin while they wait for each other cost more than they gain on few cores.
     os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
-    from benchmarks import load, report, suites
+    from benchmarks import load, report, servers, suites
 
     try:
         names = suites.chosen(options.names, suites.NAMES)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    facts, sections = report.machine(), []
+    facts, sections = [*report.machine(), f"servers and bare loops on the device `{servers.device()}`"], []
     with load.callers() as callers:
         bench = suites.Bench(options.artifacts, callers, options.quick)
         for name in names:

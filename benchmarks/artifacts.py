@@ -16,7 +16,10 @@ OWN = Path(__file__).parent / "models"
 FORMATS = ("onnx",)
 
 DIFFUSION, PIXELCNN, EBM, LSTM = "digits-diffusion", "digits-pixelcnn", "digits-ebm", "text-lstm"
-FAMILIES = {DIFFUSION: "diffusion", PIXELCNN: "pixelcnn", EBM: "ebm", LSTM: "lstm"}
+VAE, GAN, REALNVP, MLP, CNN = "digits-vae", "digits-gan", "digits-realnvp", "digits-mlp", "digits-cnn"
+FAMILIES = {
+    name: name.partition("-")[2] for name in (DIFFUSION, PIXELCNN, EBM, LSTM, VAE, GAN, REALNVP, MLP, CNN)
+}
 DECODER, TINY = "decoder", "tiny"
 
 

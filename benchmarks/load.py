@@ -6,10 +6,11 @@ or not the server keeps up; a latency counts from the time at which the call was
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -17,18 +18,22 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 import numpy as np
-from numpy.typing import NDArray
 
 import samovar
+from benchmarks.spread import Floats
 from samovar.connection import CHANNEL_OPTIONS
+from samovar.messages import Priority
 
 T = TypeVar("T")
-Floats = NDArray[np.float64]
 Method = Callable[[bytes], Awaitable[bytes]]
 # Seconds, NaN for a call that failed; the value's bytes, where they are kept; what went wrong.
 Answer = tuple[float, bytes, str]
 
 WARM_UP_SECONDS = 0.3
+CALLERS_A_CHANNEL = 8
+# Channels of one process share a connection unless told otherwise, and one connection has one front end.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
+CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Closed:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One call of the client, due `at` seconds after the start."""
+    """One call of the client, due `at` seconds after the start and cancelled `patience` seconds later."""
 
     at: float
     kind: str
@@ -53,6 +58,8 @@ class Arrival:
     seed: int
     parameters: Mapping[str, float | int | str] = field(default_factory=dict)
     first_row: int = 0
+    priority: Priority = "interactive"
+    patience: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,6 @@ class Callers:
         """Make calls one after the other, whenever they are due; hold what was answered."""
         return self._pool.submit(_run_one_by_one, address, arrivals).result()
 
-    def begin(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        """Start anything else there."""
-        return self._pool.submit(function, *arguments)
-
     def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run anything else there."""
         return self._pool.submit(function, *arguments).result()
@@ -138,23 +141,34 @@ def _run_one_by_one(address: str, arrivals: Sequence[Arrival]) -> Observed:
 
 
 async def _closed(load: Closed) -> Observed:
-    async with grpc.aio.insecure_channel(load.address, CHANNEL_OPTIONS) as channel:
-        method: Any = channel.unary_unary(load.method)
-        await _call_until(method, load, time.perf_counter() + WARM_UP_SECONDS)
+    async with _methods(load) as methods:
+        await _call_until(methods, load, time.perf_counter() + WARM_UP_SECONDS)
         start, cpu = time.perf_counter(), time.process_time()
-        latencies = await _call_until(method, load, start + load.seconds)
+        latencies = await _call_until(methods, load, start + load.seconds)
         return Observed(np.array(latencies), time.perf_counter() - start, time.process_time() - cpu)
 
 
-async def _call_until(method: Method, load: Closed, end: float) -> list[float]:
+@asynccontextmanager
+async def _methods(load: Closed) -> AsyncIterator[list[Any]]:
+    """The method over as many connections as the callers have."""
+    options = (*CHANNEL_OPTIONS, OWN_CONNECTION)
+    number = math.ceil(load.callers / CALLERS_A_CHANNEL)
+    channels = [grpc.aio.insecure_channel(load.address, options) for _ in range(number)]
+    try:
+        yield [channel.unary_unary(load.method) for channel in channels]
+    finally:
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+
+async def _call_until(methods: Sequence[Method], load: Closed, end: float) -> list[float]:
     latencies: list[float] = []
 
-    async def caller() -> None:
+    async def caller(method: Method) -> None:
         while (start := time.perf_counter()) < end:
             await method(load.request)
             latencies.append(time.perf_counter() - start)
 
-    await asyncio.gather(*(caller() for _ in range(load.callers)))
+    await asyncio.gather(*(caller(methods[number % len(methods)]) for number in range(load.callers)))
     return latencies
 
 
@@ -192,13 +206,20 @@ async def _call(client: samovar.AsyncClient, arrival: Arrival, due: float, keep:
     if not arrival.rows:
         return 0.0, b"", ""
     try:
-        result = await client.sample(
-            arrival.model,
-            arrival.rows,
-            seed=arrival.seed,
-            first_row=arrival.first_row,
-            parameters=arrival.parameters,
-        )
+        result = await asyncio.wait_for(_sample(client, arrival), arrival.patience)
+    except TimeoutError:
+        return float("nan"), b"", CANCELLED
     except samovar.SamovarError as error:
         return float("nan"), b"", str(error)
     return time.perf_counter() - due, result.value.tobytes() if keep else b"", ""
+
+
+async def _sample(client: samovar.AsyncClient, arrival: Arrival) -> samovar.Result:
+    return await client.sample(
+        arrival.model,
+        arrival.rows,
+        seed=arrival.seed,
+        first_row=arrival.first_row,
+        parameters=arrival.parameters,
+        priority=arrival.priority,
+    )

@@ -79,9 +79,9 @@ def page(sections: Iterable[Section], facts: Sequence[str]) -> str:
 _PREFACE = """\
 `make bench` makes this page; `make bench QUICK=1` prints rough figures of a part of it in about a minute
 and writes nothing. Servers are processes of their own, and so are the callers. What is compared was
-measured in turns within one run: a figure is the median of its repeats with the least and the most of them,
-a ratio that of neighbours. Weights are random, networks as large as the starter models: speed does not
-depend on what was learnt."""
+measured in turns within one run: a figure with a range is the median of its repeats with the least and the
+most of them, one without was measured once; a ratio is of neighbours. Weights are random, networks as large
+as the starter models: speed does not depend on what was learnt."""
 
 
 def machine() -> list[str]:

@@ -7,11 +7,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import grpc
+import onnxruntime
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_SECONDS = 120.0
@@ -28,9 +31,9 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time that all its threads have taken so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time that it and its child processes have taken so far."""
+        ticks = sum(int(stat[11]) + int(stat[12]) for stat in _family(self.pid))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     @property
     def resident_bytes(self) -> int:
@@ -47,11 +50,18 @@ class Server:
         return sum(float(fields[-1]) for fields in series)
 
 
+@cache
+def device() -> str:
+    """Where servers run, and what they are held against: a GPU that torch and ONNX Runtime both can use."""
+    providers = onnxruntime.get_available_providers()
+    return "cuda" if torch.cuda.is_available() and "CUDAExecutionProvider" in providers else "cpu"
+
+
 @contextmanager
 def samovar_server(models: Path, *flags: str) -> Iterator[Server]:
     """`python -m server` over a directory of artifacts, ready to answer."""
     command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0"]
-    command += ["--max-rows-per-request", "200000", *flags]
+    command += ["--max-rows-per-request", "200000", "--device", device(), *flags]
     with _running(command, stderr=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -92,3 +102,19 @@ def _wait_until_serving(address: str) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{address} did not say SERVING within {START_SECONDS:.0f} s")
             time.sleep(0.05)
+
+
+def _family(pid: int) -> list[list[str]]:
+    """What /proc says of a process and all that descend from it."""
+    stats = {int(path.name): _stat(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+    family = [pid]
+    for member in family:  # which grows on the way
+        family += [child for child, stat in stats.items() if stat and int(stat[1]) == member]
+    return [stat for member in family if (stat := stats.get(member))]
+
+
+def _stat(process: Path) -> list[str]:
+    """The fields after a process's name; none when it is gone."""
+    with suppress(OSError):
+        return (process / "stat").read_text().rpartition(")")[2].split()
+    return []

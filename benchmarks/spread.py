@@ -6,16 +6,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+PERCENTS = (50, 95, 99)
+LATENCIES = tuple(f"p{percent} ms" for percent in PERCENTS)
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several repeats, and the least and the most of them."""
+    """The median of several repeats, and the least and the most of them, where these differ."""
 
     median: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return short(self.median)
         return f"{short(self.median)} ({short(self.low)}–{short(self.high)})"
 
 
@@ -31,9 +37,19 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([mine / other for mine, other in zip(ours, theirs, strict=True)])
 
 
-def percentile(seconds: NDArray[np.float64], percent: float) -> float:
+def percentile(seconds: Floats, percent: float) -> float:
     """A percentile in seconds, NaN of nothing."""
     return float(np.percentile(seconds, percent)) if len(seconds) else float("nan")
+
+
+def of_each(repeats: Sequence[Floats], percent: float) -> list[float]:
+    """A percentile of each repeat."""
+    return [percentile(seconds, percent) for seconds in repeats]
+
+
+def latencies(repeats: Sequence[Floats]) -> list[str]:
+    """What stands under `LATENCIES`: percentiles in milliseconds, with the spread of the repeats."""
+    return [str(spread([1000 * each for each in of_each(repeats, percent)])) for percent in PERCENTS]
 
 
 def short(value: float) -> str:

@@ -1,6 +1,7 @@
 """What a benchmark is given, and what it must be."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,12 @@ class Bench:
     @property
     def repeats(self) -> int:
         """How often each side of a comparison is measured."""
-        return 2 if self.is_quick else 5
+        return 1 if self.is_quick else 5
+
+    @property
+    def few_repeats(self) -> int:
+        """The same for what takes long, or has no target."""
+        return 1 if self.is_quick else 3
 
     def either(self, quick: float, full: float) -> float:
         """A duration in seconds, or any other measure of thoroughness."""
@@ -38,6 +44,16 @@ class Benchmark(Protocol):
     """One question about speed. It may take minutes, a few seconds when it is quick."""
 
     def __call__(self, bench: Bench) -> Section: ...
+
+
+def per_second(call: Callable[[], object], seconds: float) -> float:
+    """How often a call is done in a second: after one to warm up, for so long and once at least."""
+    call()
+    start, done = time.perf_counter(), 0
+    while not done or time.perf_counter() < start + seconds:
+        call()
+        done += 1
+    return done / (time.perf_counter() - start)
 
 
 def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -1,38 +1,45 @@
 """One-shot calls over gRPC: what the engine costs beside a server that does nothing.
 
-The same bytes go to three servers in turn: Samovar with a VAE's decoder, Samovar with an MLP of
-two floats, and a bare grpc.aio server that answers 4 KiB. Larger calls are held against the raw
-batched forward.
+The same bytes go to several servers in turn: Samovar with a VAE's decoder and with an MLP of two
+floats, by itself and behind front ends, and a bare grpc.aio server that answers 4 KiB. Larger calls
+are held against the raw batched forward.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
+import torch
 
 from benchmarks import artifacts
-from benchmarks.load import Closed, Observed
+from benchmarks.load import CALLERS_A_CHANNEL, Closed, Observed
 from benchmarks.report import Line, Plot, Section, Table
-from benchmarks.servers import Server, bare_server, samovar_server
-from benchmarks.spread import milliseconds, percentile, ratio, short, spread
-from benchmarks.suites.base import Bench
+from benchmarks.servers import Server, bare_server, device, samovar_server
+from benchmarks.spread import LATENCIES, latencies, ratio, spread
+from benchmarks.suites.base import Bench, per_second
 from samovar.tensors import pack
 from samovar.v1 import inference_pb2 as pb
+from server import artifact
+from server.config import Config
+from server.runtime import RUNTIMES, Device
 
 METHOD = "/samovar.v1.Inference/Decode"
 CALLERS = (1, 8, 32, 128)
 ROWS = (16, 256)
+FRONT_ENDS = (1, 2) if hasattr(Config, "front_ends") else ()
 REPLY_BYTES = 4096
 INPUTS = {artifacts.DECODER: ("latent", 32), artifacts.TINY: ("point", 2)}
 
-TEXT = """\
+TEXT = f"""\
 One row a call: the same request bytes go in turns to Samovar and to a bare `grpc.aio` server (plain
-asyncio) that answers 4 KiB without reading. Callers send bytes and do not parse answers; `callers' cores`
-is the CPU that they took, and while that is below 1 they are not what limits the rate. CPU/call is that of
-the whole server process. The targets: 0.75 of the bare server's calls/s for the decoder at 32 and 128
-callers, 0.8 for the MLP, p50 of 1.3 ms alone."""
+asyncio) that answers 4 KiB without reading. *n front ends* is a server with `--front-ends n`, processes that
+speak gRPC on one port and feed one engine. Every {CALLERS_A_CHANNEL} callers have a connection of their own.
+Callers send bytes and do not parse answers; `callers' cores` is the CPU that they took, and while that is
+below 1 they are not what limits the rate. CPU/call is that of all the server's processes. The targets: 0.75
+of the bare server's calls/s for the decoder at 32 and 128 callers, 0.8 for the MLP, p50 of 1.3 ms alone."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +76,30 @@ class Sample:
 
 def run(bench: Bench) -> Section:
     """Measure one-row calls by the number of callers, then larger calls."""
-    models = bench.models(artifacts.DECODER, artifacts.TINY)
-    with bare_server(REPLY_BYTES) as bare, samovar_server(models, "--log-level", "info") as server:
-        sides = [
-            Side("bare grpc.aio", bare, request(artifacts.DECODER, 1)),
-            Side(artifacts.DECODER, server, request(artifacts.DECODER, 1)),
-            Side(artifacts.TINY, server, request(artifacts.TINY, 1)),
-        ]
-        seconds = bench.either(0.3, 1.2)
-        numbers = CALLERS[::2] if bench.is_quick else CALLERS
-        samples = {count: _in_turns(bench, sides, count, seconds) for count in numbers}
-        large = _large(bench, server, models)
+    models = bench.models(*INPUTS)
+    numbers = CALLERS[::2] if bench.is_quick else CALLERS
+    with _sides(bench, models) as sides:
+        samples = {count: _in_turns(bench, sides, count) for count in numbers}
+        large = _large(bench, sides[1].server, models)
     tables = (*(_table(count, samples[count]) for count in numbers), large)
     return Section("One-shot calls", TEXT, tables, (_plot(samples),))
+
+
+@contextmanager
+def _sides(bench: Bench, models: Path) -> Iterator[list[Side]]:
+    """The bare server first, then each model served plainly and behind front ends."""
+    with ExitStack() as stack:
+        bare = stack.enter_context(bare_server(REPLY_BYTES))
+        servers = {"": stack.enter_context(samovar_server(models))}
+        for number in FRONT_ENDS[-1:] if bench.is_quick else FRONT_ENDS:
+            name = f", {number} front end{'s' if number > 1 else ''}"
+            servers[name] = stack.enter_context(samovar_server(models, "--front-ends", str(number)))
+        served = [
+            Side(f"{model}{name}", server, request(model, 1))
+            for model in INPUTS
+            for name, server in servers.items()
+        ]
+        yield [Side("bare grpc.aio", bare, request(artifacts.DECODER, 1)), *served]
 
 
 def request(model: str, rows: int, name_served: str = "") -> bytes:
@@ -92,40 +110,30 @@ def request(model: str, rows: int, name_served: str = "") -> bytes:
     return pb.TransformRequest(model=selector, inputs={name: pack(array)}, seed=7).SerializeToString()
 
 
-def _in_turns(bench: Bench, sides: list[Side], callers: int, seconds: float) -> dict[str, list[Sample]]:
+def _in_turns(bench: Bench, sides: list[Side], callers: int) -> dict[str, list[Sample]]:
     samples: dict[str, list[Sample]] = {side.name: [] for side in sides}
     for _ in range(bench.repeats):
         for side in sides:
-            samples[side.name].append(side.measure(bench, callers, seconds))
+            samples[side.name].append(side.measure(bench, callers, bench.either(0.3, 0.8)))
     return samples
 
 
 def _table(callers: int, samples: dict[str, list[Sample]]) -> Table:
-    bare = [sample.rate for sample in next(iter(samples.values()))]
-    rows = []
-    for name, each in samples.items():
-        latencies = np.concatenate([sample.observed.latencies for sample in each])
-        rows.append(
-            (
-                name,
-                str(spread([sample.rate for sample in each])),
-                str(ratio([sample.rate for sample in each], bare)),
-                *(milliseconds(percentile(latencies, percent)) for percent in (50, 95, 99)),
-                short(1e6 * float(np.median([sample.cpu_per_call for sample in each]))),
-                short(float(np.median([sample.observed.cores for sample in each]))),
-            )
-        )
-    columns = (
-        "server",
-        "calls/s",
-        "over bare",
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-        "µs CPU/call",
-        "callers' cores",
-    )
+    bare = next(iter(samples.values()))
+    rows = [(name, *_row(each, bare)) for name, each in samples.items()]
+    columns = ("server", "calls/s", "over bare", *LATENCIES, "µs CPU/call", "callers' cores")
     return Table(columns, rows, f"{callers} caller{'s' if callers > 1 else ''}, one row a call")
+
+
+def _row(samples: list[Sample], bare: list[Sample]) -> tuple[str, ...]:
+    rates = [sample.rate for sample in samples]
+    return (
+        str(spread(rates)),
+        str(ratio(rates, [sample.rate for sample in bare])),
+        *latencies([sample.observed.latencies for sample in samples]),
+        str(spread([1e6 * sample.cpu_per_call for sample in samples])),
+        str(spread([sample.observed.cores for sample in samples])),
+    )
 
 
 def _plot(samples: dict[int, dict[str, list[Sample]]]) -> Plot:
@@ -138,31 +146,37 @@ def _plot(samples: dict[int, dict[str, list[Sample]]]) -> Plot:
 
 
 def _large(bench: Bench, server: Server, models: Path) -> Table:
-    """Rows per second of larger calls over those of the raw forward, in turns."""
-    rows = []
-    for size in ROWS[-1:] if bench.is_quick else ROWS:
-        side = Side("", server, request(artifacts.DECODER, size))
-        for callers in CALLERS[:1] if bench.is_quick else CALLERS[:3]:
-            served, raw = [], []
-            for _ in range(bench.repeats):
-                served.append(size * side.measure(bench, callers, bench.either(0.3, 0.8)).rate)
-                raw.append(bench.callers.run(raw_rate, models / artifacts.DECODER / "1", size))
-            rows.append(
-                (str(size), str(callers), str(spread(served)), str(spread(raw)), str(ratio(served, raw)))
-            )
+    """Rows per second and latencies of larger calls, held against the raw forward."""
+    sizes, numbers = (ROWS[-1:], CALLERS[:1]) if bench.is_quick else (ROWS, CALLERS)
+    rows = [_large_row(bench, server, models, size, callers) for size in sizes for callers in numbers]
     columns = ("rows a call", "callers", "rows/s served", "rows/s raw forward", "ratio (target 0.9 at 256)")
-    return Table(columns, rows, "Larger calls")
+    return Table((*columns, *LATENCIES), rows, "Larger calls")
 
 
-def raw_rate(artifact: Path, rows: int, seconds: float = 0.3) -> float:
-    """Rows per second of the decoder's graph called in a loop with one thread, and nothing else."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(next(artifact.glob("*.onnx"))), options)
-    feed = {"latent": np.zeros((rows, 32), np.float32)}
-    session.run(None, feed)
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds:
-        session.run(None, feed)
-        calls += 1
-    return rows * calls / (time.perf_counter() - start)
+def _large_row(bench: Bench, server: Server, models: Path, size: int, callers: int) -> tuple[str, ...]:
+    side = Side("", server, request(artifacts.DECODER, size))
+    samples, raw = list[Sample](), list[float]()
+    for _ in range(bench.few_repeats):
+        samples.append(side.measure(bench, callers, bench.either(0.3, 0.8)))
+        raw.append(bench.callers.run(raw_rate, models / artifacts.DECODER / "1", size, device()))
+    served = [size * sample.rate for sample in samples]
+    figures = (spread(served), spread(raw), ratio(served, raw))
+    return (
+        str(size),
+        str(callers),
+        *map(str, figures),
+        *latencies([sample.observed.latencies for sample in samples]),
+    )
+
+
+def raw_rate(directory: Path, rows: int, name: str = "cpu", seconds: float = 0.3) -> float:
+    """Rows per second of the decoder's graph called in a loop with one thread, from host memory and back."""
+    _, spec = artifact.read(directory)
+    graph = spec.programs["decode"].readout
+    opened = RUNTIMES["onnx"](spec.files["onnx"][graph.name], graph, Device(name))
+    latents = torch.zeros(rows, INPUTS[artifacts.DECODER][1])
+
+    def call() -> None:
+        opened([latents.to(name)])[0].cpu()
+
+    return rows * per_second(call, seconds)

@@ -1,16 +1,17 @@
 """What a GPU makes of batches: step time against batch size, CUDA graphs on and off, transfers."""
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks import artifacts
 from benchmarks.report import Line, Plot, Section, Table
 from benchmarks.spread import milliseconds, short
 from benchmarks.suites.base import Bench
-from benchmarks.suites.efficiency import tables
+from benchmarks.suites.efficiency import ONE_SHOT, STEPPING, Case, tables, zeros
 from server import artifact
 from server.runtime import RUNTIMES, Device, bound
 
@@ -18,8 +19,9 @@ BATCHES = tuple(2**exponent for exponent in range(11))
 MEGABYTE = 1 << 20
 
 TEXT = """\
-The step graph of each family as TorchScript, on tensors that stay on the GPU: milliseconds a step, launched
-kernel by kernel and as one CUDA graph; transfers of 16 MiB from and to pageable and pinned memory."""
+The step graph of each family as TorchScript, or the only graph of one that takes no steps, on tensors that
+stay on the GPU: milliseconds a call, launched kernel by kernel and as one CUDA graph; transfers of 16 MiB
+from and to pageable and pinned memory. A dash is a graph that does not run there."""
 ABSENT = """\
 There was no GPU where this page was made, so this part is unrun: `make bench` adds it where there is one."""
 
@@ -28,39 +30,48 @@ def run(bench: Bench) -> Section:
     """Measure where there is a GPU, and say so where there is none."""
     if not torch.cuda.is_available():
         return Section("On a GPU", ABSENT)
-    measured = [_family(bench, name) for name in artifacts.FAMILIES]
+    cases = STEPPING[:1] if bench.is_quick else (*STEPPING, *ONE_SHOT)
+    measured = [_family(bench, case) for case in cases]
     parts = [part for part, _ in measured] + [_transfers()]
     lines = [line for _, line in measured]
     plot = Plot("device", "Step time, CUDA graphs", "rows a step", "milliseconds", lines)
     return Section("On a GPU", f"{TEXT} {torch.cuda.get_device_name()}.", parts, (plot,))
 
 
-def _family(bench: Bench, name: str) -> tuple[Table, Line]:
+def _family(bench: Bench, case: Case) -> tuple[Table, Line]:
     """A family's table, and its line with CUDA graphs."""
-    directory = bench.models(name, formats=("torchscript",)) / name / "1"
+    directory = bench.models(case.model, formats=("torchscript",)) / case.model / "1"
     batches = BATCHES[::5] if bench.is_quick else BATCHES
-    times = [[_step(directory, batch, graphs) for graphs in (False, True)] for batch in batches]
+    devices = [Device("cuda", cuda_graphs=graphs) for graphs in (False, True)]
+    times = [[_seconds_or_nan(directory, case, batch, device) for device in devices] for batch in batches]
     rows = [
         (str(batch), milliseconds(plain), milliseconds(replayed), short(plain / replayed))
         for batch, (plain, replayed) in zip(batches, times, strict=True)
     ]
     columns = ("rows a step", "kernel by kernel, ms", "CUDA graph, ms", "ratio")
-    return Table(columns, rows, name), Line(name, batches, [1000 * replayed for _, replayed in times])
+    lines = Line(case.model, batches, [1000 * replayed for _, replayed in times])
+    return Table(columns, rows, case.model), lines
 
 
-def _step(directory: Path, rows: int, cuda_graphs: bool) -> float:
-    """Seconds of one step of so many rows."""
-    device = Device("cuda", cuda_graphs=cuda_graphs)
+def _seconds_or_nan(directory: Path, case: Case, rows: int, device: Device) -> float:
+    """One family that does not run there is a gap in the page, and no reason to lose the page."""
+    try:
+        return call_seconds(directory, case, rows, device)
+    except RuntimeError as error:
+        print(f"{case.model} with {rows} rows on {device}: {str(error).strip()}", file=sys.stderr)
+        return math.nan
+
+
+def call_seconds(directory: Path, case: Case, rows: int, device: Device) -> float:
+    """Seconds of one step of so many rows, or of the readout of a program without any."""
     _, spec = artifact.read(directory)
-    program = spec.programs["sample"]
-    assert program.step is not None, f"{spec.name} has no steps. This is a bug."
-    made = tables(program, rows, program.defaults())
-    made["num_steps"].fill_(program.steps.of(program.defaults()))
-    on_device = {name: table.to(device.torch) for name, table in made.items()}
-    graph = RUNTIMES["torchscript"](spec.files["torchscript"][program.step.name], program.step, device)
-    inputs = [on_device[tensor.name] for tensor in program.step.inputs]
-    outputs = [torch.empty_like(on_device[tensor.name]) for tensor in program.state]
-    return seconds_of(bound(graph, inputs, outputs))
+    program = spec.programs[case.operation]
+    made = tables(program, rows, {**program.defaults(), **case.parameters})
+    made["num_steps"].fill_(case.steps)
+    graph, written = (program.step, program.state) if program.step else (program.readout, program.outputs)
+    opened = RUNTIMES["torchscript"](spec.files["torchscript"][graph.name], graph, device)
+    inputs = [made[tensor.name].to(device.torch) for tensor in graph.inputs]
+    return seconds_of(bound(opened, inputs, zeros(written, rows, device.torch)))
 
 
 def _transfers() -> Table:
@@ -76,12 +87,17 @@ def _transfers() -> Table:
 
 
 def seconds_of(call: Callable[[], object], repeats: int = 50) -> float:
-    """Mean seconds of a call on the GPU, after a few to warm up."""
+    """Mean seconds of a call, after a few to warm up."""
     for _ in range(5):
         call()
-    torch.cuda.synchronize()
+    _synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    torch.cuda.synchronize()
+    _synchronize()
     return (time.perf_counter() - start) / repeats
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -5,85 +5,118 @@ where they are, with its noise already drawn: no queue, no seeds, no rows that c
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import samovar
 from benchmarks import artifacts
 from benchmarks.report import Section, Table
-from benchmarks.servers import Server, samovar_server
+from benchmarks.servers import Server, device, samovar_server
 from benchmarks.spread import ratio, spread
-from benchmarks.suites.base import Bench
+from benchmarks.suites.base import Bench, per_second
+from samovar.messages import Options
 from server import artifact
 from server.runtime import RUNTIMES, Device, Graph, bound
-from server.spec import GraphSpec, ProgramSpec
+from server.spec import GraphSpec, ProgramSpec, TensorSpec
 
-BUCKETS = (8, 64)
+BUCKETS = (8, 16, 32, 64)
+WITH_TARGETS = (8, 64)
+MOST_ROWS = 100_000
 
 TEXT = """\
 Rows × steps per second of one long request, over those of a bare loop on the same ONNX graphs at the same
-batch size, in turns. The bare loop has its noise drawn beforehand; the server draws it while it runs,
-admits new rows as old ones finish, reads them out and sends them. The targets: 0.90 at 64 rows for
-diffusion, PixelCNN and EBM; 0.70 for LSTM tokens and at 8 rows."""
+batch size on the same device, in turns. The bare loop has its noise drawn beforehand; the server draws it
+while it runs, admits new rows as old ones finish, reads them out and sends them. The targets: 0.90 at 64 rows
+for diffusion, PixelCNN and EBM; 0.70 for LSTM tokens and at 8 rows. Programs of one shot take no step in
+which to prepare the next rows or to send the last ones, so that all of that comes on top; they have no
+target."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program that takes many steps, and how many."""
+    """A program, how many steps its rows take, and what says so; no steps is one of one shot."""
 
     model: str
-    steps: int
+    steps: int = 0
     parameter: str = ""
+    operation: str = "sample"
 
     @property
     def parameters(self) -> Mapping[str, int]:
         return {self.parameter: self.steps} if self.parameter else {}
 
+    @property
+    def turns(self) -> int:
+        """How often a row is in a batch."""
+        return max(1, self.steps)
 
-CASES = (
+
+STEPPING = (
     Case(artifacts.DIFFUSION, 20, "steps"),
     Case(artifacts.PIXELCNN, 64),
     Case(artifacts.EBM, 100, "steps"),
     Case(artifacts.LSTM, 128, "tokens"),
 )
+ONE_SHOT = (
+    Case(artifacts.VAE),
+    Case(artifacts.GAN),
+    Case(artifacts.REALNVP),
+    Case(artifacts.MLP, operation="classify"),
+    Case(artifacts.CNN, operation="classify"),
+)
 
 
 def run(bench: Bench) -> Section:
     """Measure every family in every bucket."""
-    cases = CASES[:1] if bench.is_quick else CASES
-    models = bench.models(*(case.model for case in cases))
-    rows = []
-    for bucket in BUCKETS[1 if bench.is_quick else 0 :]:
+    stepping, one_shot = (cases[: 1 if bench.is_quick else None] for cases in (STEPPING, ONE_SHOT))
+    models = bench.models(*(case.model for case in (*stepping, *one_shot)))
+    rows: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}
+    for bucket in BUCKETS[-1:] if bench.is_quick else BUCKETS:
         with samovar_server(models, "--max-batch-rows", str(bucket), "--threads", "1") as server:
-            rows += [_row(bench, case, bucket, server, models) for case in cases]
-    columns = ("model", "rows a step", "served, row steps/s", "bare, row steps/s", "ratio")
-    return Section("Engine efficiency", TEXT, (Table(columns, rows),))
+            for case in (*stepping, *one_shot):
+                rows[case in stepping].append(_row(bench, case, bucket, server, models))
+    return Section("Engine efficiency", TEXT, (_table(rows[True], "row steps"), _table(rows[False], "rows")))
+
+
+def _table(rows: list[tuple[str, ...]], unit: str) -> Table:
+    columns = ("model", "rows a step", f"served, {unit}/s", f"bare, {unit}/s", "ratio")
+    return Table(columns, rows, "Programs of steps" if unit == "row steps" else "Programs of one shot")
 
 
 def _row(bench: Bench, case: Case, bucket: int, server: Server, models: Path) -> tuple[str, ...]:
     loop = Loop(models / case.model / "1", case, bucket)
-    seconds = bench.either(0.4, 1.5)
+    has_target = case in STEPPING and bucket in WITH_TARGETS
+    seconds = bench.either(0.4, 1.2 if has_target else 0.4)
     served, bare = [], []
-    for _ in range(bench.repeats):
+    for _ in range(bench.repeats if has_target else bench.few_repeats):
         bare.append(loop.rate(seconds))
-        served.append(served_rate(server, case, bucket, bare[-1], seconds))
+        served.append(served_rate(server, case, loop.program, round(bare[-1] * seconds / case.turns)))
     return case.model, str(bucket), str(spread(served)), str(spread(bare)), str(ratio(served, bare))
 
 
-def served_rate(server: Server, case: Case, bucket: int, expected: float, seconds: float) -> float:
-    """Row steps per second of one request that keeps every slot busy for about so long."""
-    batches = max(1, round(expected * seconds / (bucket * case.steps)))
+def served_rate(server: Server, case: Case, program: ProgramSpec, rows: int) -> float:
+    """Row steps per second of one request of about so many rows."""
     with samovar.Client(server.address, timeout=None) as client:
-        client.sample(case.model, 1, seed=0, parameters=case.parameters)
+        _ask(client, case, program, 1)
         before, start = server.metric("samovar_step_rows_sum"), time.perf_counter()
-        client.sample(
-            case.model, batches * bucket, seed=1, parameters=case.parameters, priority="interactive"
-        )
+        _ask(client, case, program, min(max(rows, 1), MOST_ROWS))
         taken = time.perf_counter() - start
     return (server.metric("samovar_step_rows_sum") - before) / taken
+
+
+def _ask(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) -> None:
+    options = Options(seed=1, parameters=case.parameters, priority="interactive")
+    if case.operation == "sample":
+        client.sample(case.model, rows, **options)
+        return
+    inputs = {
+        item.tensor.name: np.zeros((rows, *item.tensor.shape), item.tensor.dtype) for item in program.inputs
+    }
+    getattr(client, case.operation)(case.model, inputs, **options)
 
 
 class Loop:
@@ -91,40 +124,35 @@ class Loop:
 
     def __init__(self, directory: Path, case: Case, bucket: int) -> None:
         _, spec = artifact.read(directory)
-        self._program, self._steps, self._bucket = spec.programs["sample"], case.steps, bucket
-        self._files, self._graphs = spec.files["onnx"], spec.graphs()
-        self._tables = tables(self._program, bucket, {**self._program.defaults(), **case.parameters})
-        self._tables["num_steps"].fill_(case.steps)
-        self._next = {tensor.name: self._tables[tensor.name].clone() for tensor in self._program.state}
+        self.program = spec.programs[case.operation]
+        self._case, self._bucket = case, bucket
+        self._device = Device(device())
+        self._files = spec.files["onnx"]
+        made = tables(self.program, bucket, {**self.program.defaults(), **case.parameters})
+        made["num_steps"].fill_(case.steps)
+        self._tables = {name: table.to(self._device.torch) for name, table in made.items()}
+        self._next = {tensor.name: self._tables[tensor.name].clone() for tensor in self.program.state}
         self._pass = self._bound()
 
     def rate(self, seconds: float) -> float:
         """Row steps per second over whole passes."""
-        self._pass()
-        start, passes = time.perf_counter(), 0
-        while time.perf_counter() < start + seconds:
-            self._pass()
-            passes += 1
-        return passes * self._steps * self._bucket / (time.perf_counter() - start)
+        return self._case.turns * self._bucket * per_second(self._pass, seconds)
 
     def _bound(self) -> Callable[[], None]:
         """One pass of all rows: init, the steps from one side of the state's tables to the other, readout."""
-        program, tables = self._program, self._tables
+        program, tables, number = self.program, self._tables, self._case.steps
         sides = [tables, {**tables, **self._next}]
         states = [[side[tensor.name] for tensor in program.state] for side in sides]
         begin = self._call(program.init, tables, states[0])
         steps = [self._call(program.step, sides[side], states[1 - side]) for side in (0, 1)]
-        results = [
-            torch.zeros((self._bucket, *tensor.shape), dtype=getattr(torch, tensor.dtype))
-            for tensor in program.outputs
-        ]
-        end = self._call(program.readout, sides[self._steps % 2], results)
+        results = zeros(program.outputs, self._bucket, self._device.torch)
+        end = self._call(program.readout, sides[number % 2], results)
         index = tables["step_index"]
 
         def run_once() -> None:
             index.zero_()
             begin()
-            for step in range(self._steps):
+            for step in range(number):
                 steps[step % 2]()
                 index.add_(1)
             end()
@@ -136,16 +164,14 @@ class Loop:
     ) -> Callable[[], None]:
         if graph is None:
             return lambda: None
-        opened: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, Device())
+        opened: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, self._device)
         return bound(opened, [tables[tensor.name] for tensor in graph.inputs], outputs)
 
 
 def tables(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """Everything that graphs read, for so many rows; noise once for all steps."""
-    made = {
-        name: torch.zeros((rows, *tensor.shape), dtype=getattr(torch, tensor.dtype))
-        for name, tensor in program.tensors().items()
-    }
+    specs = program.tensors()
+    made = dict(zip(specs, zeros(tuple(specs.values()), rows, torch.device("cpu")), strict=True))
     for name, value in parameters.items():
         made[name].fill_(value)
     for item in program.inputs:
@@ -157,3 +183,10 @@ def tables(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> 
         else:
             table.uniform_(0.01, 0.99)
     return made
+
+
+def zeros(specs: Sequence[TensorSpec], rows: int, place: torch.device) -> list[torch.Tensor]:
+    """A table for each of the tensors, of so many rows."""
+    return [
+        torch.zeros((rows, *spec.shape), dtype=getattr(torch, spec.dtype), device=place) for spec in specs
+    ]

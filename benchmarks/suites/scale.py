@@ -1,16 +1,19 @@
 """What it costs when much waits, and when many models are loaded."""
 
 import asyncio
+import threading
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import samovar
 from benchmarks import artifacts
-from benchmarks.load import Closed
+from benchmarks.load import Arrival, Closed
 from benchmarks.report import Line, Plot, Section, Table
 from benchmarks.servers import Server, samovar_server
-from benchmarks.spread import milliseconds, percentile, short
+from benchmarks.spread import milliseconds, percentile, short, spread
 from benchmarks.suites.base import Bench
 from benchmarks.suites.calls import METHOD, request
 from server.request import Request, Work
@@ -23,29 +26,36 @@ KEY = ProgramKey("toy", "1", "none", "sample")
 CAPACITY = 64
 ROWS_A_REQUEST = 100
 STEPS = 10
+GAP_SECONDS = 0.02
+# The memory of fewer rows drowns in what a process grows by anyhow.
+MANY = 1000
+ROWS_WAITING = "samovar_rows_waiting"
 
 TEXT = """\
 *Scheduler*: rows wait as requests of one row each, the dearest way, in the scheduler alone, without graphs;
-`µs a turn` is a turn's `next_turn`, `charge` and `finish` with 8 rows that come and go. *Server*: rows wait
-in requests of 100 rows over the wire, and the memory is what the whole process has grown by. The target: at
-most 1 KB a waiting row, and a turn that does not depend on how many wait."""
+`µs a turn` is a turn's `next_turn`, `charge` and `finish` with 8 rows that come and go. *Server*: rows of
+a batch job wait in requests of 100 rows over the wire while all its slots are busy, the memory is what the
+whole process has grown by, and the latency is that of interactive calls of one row and one step in the same
+program, which come due every 20 ms. *Models loaded* are copies of one tiny MLP under different names: what a
+model costs besides its weights. Server and models are single runs. The target: at most 1 KB a waiting row,
+and a turn that does not depend on how many wait."""
 
 
 def run(bench: Bench) -> Section:
     """Measure the scheduler by itself, a server with rows waiting, and servers with many models."""
     numbers = WAITING[:4] if bench.is_quick else WAITING
-    memory = [row_bytes(count) for count in numbers]
-    turns = [turn_seconds(count) for count in numbers]
-    scheduler = Table(
-        ("rows waiting", "bytes a row", "µs a turn"),
-        [(f"{n:,}", short(b), short(1e6 * t)) for n, b, t in zip(numbers, memory, turns, strict=True)],
-        "Scheduler",
-    )
-    micro = [1e6 * turn for turn in turns]
-    lines = (Line("next_turn + charge + finish", numbers, micro),)
-    plot = Plot("scale", "Scheduling cost", "rows waiting", "microseconds a turn", lines, is_log_y=False)
-    servers = () if bench.is_quick else (_waiting(bench, numbers), _loaded(bench))
+    scheduler, plot = _turns(bench, numbers)
+    servers = () if bench.is_quick else (waiting(bench, numbers), loaded(bench, MODELS))
     return Section("Scale", TEXT, (scheduler, *servers), (plot,))
+
+
+def _turns(bench: Bench, numbers: Sequence[int]) -> tuple[Table, Plot]:
+    """Memory and time of the scheduler by itself."""
+    micro = [spread([1e6 * turn_seconds(count) for _ in range(bench.few_repeats)]) for count in numbers]
+    rows = [(f"{n:,}", short(row_bytes(n)), str(turn)) for n, turn in zip(numbers, micro, strict=True)]
+    lines = (Line("next_turn + charge + finish", numbers, [turn.median for turn in micro]),)
+    plot = Plot("scale", "Scheduling cost", "rows waiting", "microseconds a turn", lines, is_log_y=False)
+    return Table(("rows waiting", "bytes a row", "µs a turn"), rows, "Scheduler"), plot
 
 
 def row_bytes(count: int) -> float:
@@ -95,36 +105,55 @@ def _ignore(events: Sequence[object]) -> None:
     """Nobody reads these."""
 
 
-def _waiting(bench: Bench, numbers: Sequence[int]) -> Table:
-    """Memory and step time of a server while rows of long chains wait."""
-    models, rows = bench.models(artifacts.EBM), []
-    for count in numbers[2:]:
-        with samovar_server(models, "--threads", "1") as server:
-            bench.callers.run(hold, server.address, 1, 0.5)
-            before = server.resident_bytes
-            holding = bench.callers.begin(hold, server.address, count // ROWS_A_REQUEST, 6.0)
-            _until_waiting(server, round(0.9 * (count - CAPACITY)))
-            began = _steps(server)
-            time.sleep(2.0)
-            seconds, steps = (now - then for now, then in zip(_steps(server), began, strict=True))
-            grown = server.resident_bytes - before
-            holding.result()
-        rows.append((f"{count:,}", short(grown / count), milliseconds(seconds / max(steps, 1))))
-    return Table(("rows waiting", "resident bytes a row", "step ms"), rows, "Server")
+def waiting(bench: Bench, numbers: Sequence[int]) -> Table:
+    """Memory, step time and latency of a server while rows of long chains wait."""
+    models = bench.models(artifacts.EBM)
+    rows = []
+    for count in numbers:
+        with samovar_server(models, "--threads", "1", "--max-batch-rows", str(CAPACITY)) as server:
+            rows.append(_while_waiting(bench, server, count))
+    columns = ("rows waiting", "resident bytes a row", "step ms", "p50 ms of a call", "p99 ms of a call")
+    return Table(columns, rows, "Server")
 
 
-def hold(address: str, requests: int, seconds: float) -> None:
-    """Ask for rows that will not be done for long, wait, and go away."""
-    asyncio.run(_hold(address, requests, seconds))
+def _while_waiting(bench: Bench, server: Server, count: int) -> tuple[str, ...]:
+    with holding(server.address, 2 * CAPACITY):
+        _until_waiting(server, CAPACITY)
+    before = server.resident_bytes
+    number = int(bench.either(10, 100))
+    due = [Arrival(GAP_SECONDS * i, "call", artifacts.EBM, 1, i, {"steps": 1}) for i in range(number)]
+    with holding(server.address, count + CAPACITY):
+        _until_waiting(server, count)
+        held, grown, began = server.metric(ROWS_WAITING), server.resident_bytes - before, _steps(server)
+        latencies = bench.callers.open(server.address, due).of("call")
+        seconds, steps = (now - then for now, then in zip(_steps(server), began, strict=True))
+    percentiles = (percentile(latencies, percent) for percent in (50, 99))
+    memory = short(grown / held) if count >= MANY else "–"
+    return f"{held:,.0f}", memory, milliseconds(seconds / steps), *map(milliseconds, percentiles)
 
 
-async def _hold(address: str, requests: int, seconds: float) -> None:
-    async def ask(client: samovar.AsyncClient, seed: int) -> None:
-        await client.sample(artifacts.EBM, ROWS_A_REQUEST, seed=seed, parameters={"steps": 10_000})
+@contextmanager
+def holding(address: str, rows: int) -> Iterator[None]:
+    """Meanwhile a batch job of so many rows is there, none of which will be done for long."""
+    is_over = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(lambda: asyncio.run(_hold(address, rows, is_over)))
+        try:
+            yield
+        finally:
+            is_over.set()
+            held.result()
+
+
+async def _hold(address: str, rows: int, is_over: threading.Event) -> None:
+    async def ask(client: samovar.AsyncClient, first: int) -> None:
+        count = min(ROWS_A_REQUEST, rows - first)
+        parameters = {"steps": 10_000}
+        await client.sample(artifacts.EBM, count, seed=first, parameters=parameters, priority="batch")
 
     async with samovar.AsyncClient(address, timeout=None) as client:
-        asked = [asyncio.ensure_future(ask(client, seed)) for seed in range(requests)]
-        await asyncio.sleep(seconds)
+        asked = [asyncio.ensure_future(ask(client, first)) for first in range(0, rows, ROWS_A_REQUEST)]
+        await asyncio.to_thread(is_over.wait)
         for each in asked:
             each.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
@@ -137,16 +166,16 @@ def _steps(server: Server) -> tuple[float, float]:
 
 def _until_waiting(server: Server, rows: int, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
-    while server.metric("samovar_rows_waiting") < rows:
+    while server.metric(ROWS_WAITING) < rows:
         if time.monotonic() > deadline:
             raise RuntimeError(f"the server did not hold {rows} waiting rows within {seconds:.0f} s")
         time.sleep(0.05)
 
 
-def _loaded(bench: Bench) -> Table:
+def loaded(bench: Bench, numbers: Sequence[int]) -> Table:
     """Start-up time, memory and call latency by the number of models."""
     rows = []
-    for count in MODELS:
+    for count in numbers:
         models = artifacts.copies(count, bench.directory / "copies" / str(count))
         start = time.perf_counter()
         with samovar_server(models) as server:
