@@ -21,7 +21,7 @@ from samovar import noise
 from tests.export import denoisers as toys
 
 SETTINGS = Settings(
-    steps=80, batch_rows=64, learning_rate=1e-2, ema_decay=0.8, evaluations=1, validation_rows=1
+    steps=40, batch_rows=64, learning_rate=1e-2, ema_decay=0.8, evaluations=1, validation_rows=1
 )
 SMALL = Preset(width=16, depth=2, training=SETTINGS, measured_rows=16)
 ROWS = 6
@@ -62,6 +62,8 @@ def loss_after(seed: int, network: Network, dataset: data.Dataset) -> Tensor:
         (family, name)
         for family in ("vae", "diffusion", "pixelcnn", "realnvp", "ebm")
         for name in FAMILIES[family].data
+        # A mixture fitted to the digits is the base, from which a few steps do not get away.
+        if (family, name) != ("ebm", "digits")
     ],
 )
 def test_a_few_steps_lower_the_loss_of_held_out_rows(
@@ -167,7 +169,8 @@ def test_a_drawn_latent_is_the_mean_and_so_many_standard_deviations(digits: data
     latent = encoded["mean"] + encoded["std"] * documented_noise()
     drawn = played(network, digits, "reconstruct", image=images, latent=1)["image"]
     np.testing.assert_array_equal(drawn, played(network, digits, "decode", latent=latent)["image"])
-    assert not np.isclose(encoded["std"], encoded["std"] ** 2, rtol=0.01).any()
+    by_variance = encoded["mean"] + encoded["std"] ** 2 * documented_noise()
+    assert (drawn != played(network, digits, "decode", latent=by_variance)["image"]).any()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
@@ -194,12 +197,12 @@ def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: data.Datase
     )
 
 
-def test_trained_energies_are_low_where_rows_are(dataset: data.Dataset) -> None:
+def test_trained_energies_are_low_where_rows_are(moons: data.Dataset) -> None:
     torch.manual_seed(0)
-    model = ebm.FAMILY.network(dataset, SMALL)
-    fit(model, dataset, SETTINGS)
+    model = ebm.FAMILY.network(moons, SMALL)
+    fit(model, moons, SETTINGS)
     with torch.no_grad():
-        rows, drawn = model.coordinates(torch.tensor(dataset.test.rows[:400])), model.base.sample(400)
+        rows, drawn = torch.tensor(moons.test.rows[:400]), model.base.sample(400)
         assert model.tilt(rows).mean() < model.tilt(drawn).mean() - 0.1
 
 
