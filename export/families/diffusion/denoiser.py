@@ -20,6 +20,7 @@ from export.data import Dataset
 from export.families.base import Preset
 from export.families.diffusion.sampler import per_row
 from export.packets import by_packets, total
+from export.pixels import nearest, scaled
 from export.training import Network
 
 FREQUENCIES = 16
@@ -188,14 +189,11 @@ class Denoiser(Network):
 
     def scale(self, rows: Tensor) -> Tensor:
         """Values as D takes them: integers 0..levels-1 as numbers -1..1, points as they are."""
-        numbers = rows.to(torch.float32)
-        return numbers * (2 / (self.levels - 1)) - 1 if self.levels else numbers
+        return scaled(rows, self.levels)
 
-    def value(self, scaled: Tensor) -> Tensor:
+    def value(self, row: Tensor) -> Tensor:
         """The reverse of scale: pixels as the nearest integers, uint8."""
-        if not self.levels:
-            return scaled
-        return ((scaled + 1) * ((self.levels - 1) / 2)).round().clamp(0, self.levels - 1).to(torch.uint8)
+        return nearest(row, self.levels)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """Denoised rows [B, *shape] of x [B, *shape] at sigma [B] with int64 labels [B]."""
