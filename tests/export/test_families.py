@@ -17,7 +17,7 @@ pytestmark = each_pair
 
 @pytest.fixture
 def dataset(pair: Pair) -> data.Dataset:
-    return data.load(pair.data)
+    return pair.dataset()
 
 
 @pytest.fixture
