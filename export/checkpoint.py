@@ -9,6 +9,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget the run, because it is over or shall start over."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
+        with suppress(OSError):
+            # Stays where artifacts are in it.
+            self.path.parent.parent.rmdir()
 
 
 def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:

@@ -25,6 +25,9 @@ from export.program import TensorSpec, Value
 VALIDATION_SHARE = 0.12
 # Rows and seed, to learn and to test.
 _MOONS = ((30_000, 0), (10_000, 1))
+# Of a coordinate of the moons in either direction; the farthest row is at 2. Energies of points so far out
+# are finite in float32, and of any number they are not.
+POINT_LIMIT = 100
 
 
 class DataError(ValueError):
@@ -83,7 +86,7 @@ def moons() -> Dataset:
         for rows, labels in (learn, test)
     ]
     doc = "coordinates of make_moons, less {:.4f}, {:.4f}, over {:.4f}, {:.4f}".format(*mean, *spread)
-    point = TensorSpec("point", "float32", (2,), doc=doc)
+    point = TensorSpec("point", "float32", (2,), -POINT_LIMIT, POINT_LIMIT, doc)
     return _dataset("moons", Value("vector", point, class_labels=("upper", "lower")), *parts)
 
 

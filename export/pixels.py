@@ -1,4 +1,4 @@
-"""What a network says of a pixel: mixtures of discretised logistics, their mass and draws from it.
+"""Pixels as networks take them, and what a network says of one: mixtures of discretised logistics.
 
 Salimans et al., "PixelCNN++" (2017), with a trace of the uniform, so that no integer
 is impossible. Knows no network: the free parameters come as a tensor.
@@ -9,6 +9,19 @@ from torch import Tensor
 from torch.nn import functional
 
 _UNIFORM_SHARE = 1e-4
+
+
+def scaled(rows: Tensor, levels: int) -> Tensor:
+    """Values as networks take them: integers 0..levels-1 as -1..1; points, without levels, as they are."""
+    numbers = rows.to(torch.float32)
+    return numbers * (2 / (levels - 1)) - 1 if levels else numbers
+
+
+def nearest(numbers: Tensor, levels: int) -> Tensor:
+    """The reverse of scaled: the nearest integers, uint8; points as they are."""
+    if not levels:
+        return numbers
+    return ((numbers + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).to(torch.uint8)
 
 
 class PixelMixture:

@@ -41,6 +41,7 @@ class Recipe:
     version: str | None = None
     steps: int | None = None
     seconds: float | None = None
+    learning_rate: float | None = None
     seed: int = 0
     device: str = "cpu"
     fresh: bool = False
@@ -63,6 +64,7 @@ class Recipe:
             preset,
             steps=self.steps or preset.steps,
             seconds=self.seconds or preset.seconds,
+            learning_rate=self.learning_rate or preset.learning_rate,
             seed=self.seed,
             device=self.device,
         )
@@ -72,6 +74,7 @@ def make(recipe: Recipe) -> Path:
     """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be.
 
     A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
+    TrainingError when its loss is no number; then nothing is left behind.
     """
     artifact.destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)

@@ -98,7 +98,7 @@ def fit(
     """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU.
 
     With a checkpoint, a run that was interrupted goes on where it stopped and ends as if it had
-    not been: on a CPU, to the bit. TrainingError when no validation loss is a number.
+    not been: on a CPU, to the bit. TrainingError, and no checkpoint, when no validation loss is a number.
     """
     torch.manual_seed(settings.seed)
     network.to(settings.device).train()
@@ -117,7 +117,13 @@ def fit(
                 checkpoint.save(run.state_dict())
         if checkpoint:
             checkpoint.save(run.state_dict())
-    return run.finish()
+    try:
+        return run.finish()
+    except TrainingError:
+        # The same command would find nothing else there.
+        if checkpoint:
+            checkpoint.remove()
+        raise
 
 
 def _bar(title: str, steps: int, settings: Settings) -> dict[str, Any]:
@@ -192,7 +198,8 @@ class _Run:
         """Leave the network with the best weights."""
         if self._best is None:
             raise TrainingError(
-                f"after {self.steps} steps no validation loss was a finite number; lower the learning rate"
+                f"after {self.steps} steps no validation loss was a finite number, and nothing was kept; "
+                f"train again with a --learning-rate below {self._settings.learning_rate:g} or another --seed"
             )
         self._network.load_state_dict(self._best_weights)
         self._network.to("cpu").eval().requires_grad_(False)

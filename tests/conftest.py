@@ -1,15 +1,16 @@
 """What several tests share: tiny untrained artifacts, and a real server over them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 import samovar
-from export import data, recipe
+from export import recipe
 from export.families import FAMILIES
-from export.formats import FORMATS
+from export.formats import FORMATS, USUAL
+from tests.families import PAIRS, Pair
 from tests.serving import RunningServer, serving
 
 
@@ -22,10 +23,22 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny untrained artifact of every family on its usual data, in every format: digits-vae/1, say."""
-    directory = tmp_path_factory.mktemp("models")
-    for entry in FAMILIES.values():
-        usual = data.load(entry.data[0])
-        recipe.untrained(recipe.Recipe(entry.load(), usual, directory, preset="tiny", formats=FORMATS))
+    usual = (pair for pair in PAIRS if pair.is_usual)
+    return _write(usual, FORMATS, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of every family on each of its other data sets, in the usual formats: moons-gan/1, say."""
+    others = (pair for pair in PAIRS if not pair.is_usual)
+    return _write(others, USUAL, tmp_path_factory.mktemp("others"))
+
+
+def _write(pairs: Iterable[Pair], formats: Sequence[str], directory: Path) -> Path:
+    for pair in pairs:
+        family = FAMILIES[pair.family].load()
+        order = recipe.Recipe(family, pair.dataset(), directory, preset="tiny", formats=tuple(formats))
+        recipe.untrained(order)
     return directory
 
 
@@ -33,6 +46,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(models: Path) -> Iterator[RunningServer]:
     """A server over the tiny artifacts, shared: leave it as you found it."""
     with serving(models) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def other_server(other_models: Path) -> Iterator[RunningServer]:
+    """A server over the other tiny artifacts, shared in the same way."""
+    with serving(other_models) as running:
         yield running
 
 

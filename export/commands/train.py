@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export import formats
-from export.commands.arguments import add_training, command, positive
+from export.commands.arguments import add_training, command, positive, positive_number
 from export.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def add(commands: "Commands") -> None:
     parser.add_argument("--steps", type=positive, help="batches to train on; the preset's when left out")
     parser.add_argument(
         "--seconds", type=positive, help="stop training after so long; makes it irreproducible"
+    )
+    parser.add_argument(
+        "--learning-rate", type=positive_number, help="at the beginning; the preset's when left out"
     )
     parser.add_argument(
         "--threads", type=positive, help="CPU threads, on which the last bits depend; torch decides without"
@@ -59,6 +62,7 @@ def _train(options: argparse.Namespace) -> int:
             version=options.version,
             steps=options.steps,
             seconds=options.seconds,
+            learning_rate=options.learning_rate,
             seed=options.seed,
             device=options.device,
             fresh=options.fresh,

@@ -7,7 +7,7 @@ from typing import Protocol
 from export.data import Dataset
 from export.figure import Drawing
 from export.golden import Example
-from export.program import Program, Value
+from export.program import Input, Program, TensorSpec, Value
 from export.replay import Player
 from export.training import Network, Settings
 from samovar.v1 import manifest_pb2
@@ -68,3 +68,10 @@ class Family(Protocol):
 
     def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
         """What the artifact's picture shows: real rows beside what the programs make."""
+
+
+def label_input(value: Value, absence: str) -> Input:
+    """The class that a row is made or known to be of; the number of classes says that none is given."""
+    classes = len(value.class_labels)
+    doc = f"index of the class label; {classes} {absence}"
+    return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)

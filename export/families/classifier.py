@@ -177,6 +177,10 @@ class ClassifierFamily:
     refusals: Mapping[str, str] = {
         "score": "a classifier knows the probability of a label given an image, not of the image",
         "sample": "a classifier does not generate",
+        "reconstruct": "features keep what tells classes apart, and not the image",
+        "energy": "a classifier knows nothing of how likely an image is; classify gives its logits, which "
+        "weigh the labels of one image",
+        "decode": "features keep what tells classes apart, and not the image",
     }
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:

@@ -35,10 +35,11 @@ from torch.nn import functional
 
 from export import replay
 from export.data import Dataset
-from export.families.base import Preset
+from export.families.base import Preset, label_input
 from export.figure import Drawing, Panel, Scatter
 from export.golden import Example
 from export.measure import SETS, Judge, play, sampler, two_sample_test
+from export.pixels import nearest, scaled
 from export.program import Input, Noise, Parameter, Program, TensorSpec, Value
 from export.replay import Player
 from export.training import Network, Objective, Settings
@@ -133,13 +134,11 @@ class Generator(nn.Module):
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Rows as the networks see them: pixels -1..1, points as they are."""
-        return rows.to(torch.float32) * (2 / (self.levels - 1)) - 1 if self.levels else rows
+        return scaled(rows, self.levels)
 
-    def value(self, scaled: Tensor) -> Tensor:
+    def value(self, row: Tensor) -> Tensor:
         """Scaled rows as they are served: the nearest integers, uint8, for pixels."""
-        if not self.levels:
-            return scaled
-        return ((scaled + 1) * ((self.levels - 1) / 2)).round().clamp(0, self.levels - 1).to(torch.uint8)
+        return nearest(row, self.levels)
 
     def draw(self, labels: Tensor) -> Tensor:
         """Scaled rows of these labels [B], of latents drawn by torch."""
@@ -463,7 +462,7 @@ def _sample(generator: Generator, value: Value) -> Program:
                 optional=True,
                 default=DRAWN,
             ),
-            _label(value),
+            label_input(value, "draws it by the classes' frequency"),
         ),
         noise=(
             Noise("latent_noise", "normal", (generator.latent,), 0, "the latent where none was given"),
@@ -480,16 +479,10 @@ def _decode(generator: Generator, value: Value) -> Program:
         doc="The value of a latent: what sample makes of it.",
         inputs=(
             Input(TensorSpec("latent", shape=(generator.latent,), doc="standard normal under the model")),
-            _label(value),
+            label_input(value, "draws it by the classes' frequency"),
         ),
         noise=(_label_noise(1),),
     )
-
-
-def _label(value: Value) -> Input:
-    classes = len(value.class_labels)
-    doc = f"index of the class label; {classes} draws it by the classes' frequency"
-    return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)
 
 
 def _label_noise(stream: int) -> Noise:

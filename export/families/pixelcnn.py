@@ -271,6 +271,9 @@ class Family:
     operations = ("sample", "score", "classify")
     refusals: Mapping[str, str] = {
         "encode": "it has no latent space",
+        "decode": "it has no latent space; sample draws an image pixel by pixel",
+        "reconstruct": "it has no latent space to go through; sample completes an image of which some pixels "
+        "are known",
         "energy": "score gives the exact log-mass, so nothing is left unnormalised",
     }
     presets: Mapping[str, Preset] = {

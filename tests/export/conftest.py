@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from export import data
-from export.families import FAMILIES
+from tests.families import PAIRS
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +15,5 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="session")
 def artifacts(models: Path) -> dict[str, Path]:
-    return {name: models / f"{entry.data[0]}-{name}" / "1" for name, entry in FAMILIES.items()}
+    """By family, those on its usual data."""
+    return {pair.family: models / pair.model / "1" for pair in PAIRS if pair.is_usual}

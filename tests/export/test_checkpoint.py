@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import checkpoint, recipe, training
+from export import checkpoint, layout, recipe, training
 from export.checkpoint import Checkpoint, CheckpointError
 from export.data import Dataset, Part
 from export.families import mlp
+from export.families.base import Preset
+from export.families.classifier import Classifier
 from export.interrupt import held_back
 from export.program import Program, TensorSpec, Value
 from export.training import Settings
@@ -97,13 +99,20 @@ def test_the_curve_is_the_mean_loss_between_evaluations(points: Dataset, tmp_pat
     assert all(0 < point.training_loss < 10 for point in outcome.curve)
 
 
-def test_losses_that_are_no_numbers_are_said_to_be(points: Dataset) -> None:
-    class Lost(Net):
-        def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
-            return super().loss(rows, labels) * float("nan")
+class Lost(Net):
+    def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(rows, labels) * float("nan")
 
-    with pytest.raises(training.TrainingError, match="after 23 steps no validation loss was a finite number"):
-        training.fit(Lost(), points, SETTINGS)
+
+def test_losses_that_are_no_numbers_are_said_to_be_and_what_to_do(points: Dataset, tmp_path: Path) -> None:
+    """Its checkpoint is gone: going on from there would end in the same way."""
+    kept = Checkpoint(tmp_path / "model", {"run": "1"}, 0)
+    said = r"after 23 steps no validation loss was a finite .* --learning-rate below 0\.002 or .* --seed"
+    with pytest.raises(training.TrainingError, match=said):
+        training.fit(Lost(), points, SETTINGS, checkpoint=kept)
+    assert list(tmp_path.iterdir()) == []
+    fit(points, tmp_path / "model")
+    assert steps(tmp_path / "model") == 23
 
 
 def test_another_run_may_not_go_on(tmp_path: Path) -> None:
@@ -179,6 +188,33 @@ def test_an_interrupted_recipe_says_where_it_goes_on(
         recipe.make(dataclasses.replace(tiny, seed=1))
     recipe.make(tiny)
     assert "going on at step 4 of 4" in capsys.readouterr().out
+
+
+class Exploding(mlp.Family):
+    """Its loss is no number."""
+
+    def network(self, data: Dataset, preset: Preset) -> Classifier:
+        classifier = super().network(data, preset)
+        with torch.no_grad():
+            classifier.head.bias.fill_(float("nan"))
+        return classifier
+
+
+def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: recipe.Recipe) -> None:
+    exploding = dataclasses.replace(tiny, family=Exploding())
+    for learning_rate in (None, 1e-4):
+        with pytest.raises(training.TrainingError, match="no validation loss was a finite number"):
+            recipe.make(dataclasses.replace(exploding, learning_rate=learning_rate))
+        assert list(tiny.models.iterdir()) == []
+    manifest = layout.read(recipe.make(dataclasses.replace(tiny, learning_rate=1e-4)))
+    assert manifest.provenance.settings["learning_rate"] == "0.0001"
+
+
+def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: recipe.Recipe) -> None:
+    written = recipe.make(tiny)
+    with pytest.raises(training.TrainingError):
+        recipe.make(dataclasses.replace(tiny, family=Exploding()))
+    assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
 def test_a_fresh_start_forgets(tiny: recipe.Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,49 @@ def test_frozen_batch_norm_is_the_formula_of_the_paper(linear: nn.Linear | nn.Co
     assert not any(isinstance(module, type(norm)) for module in unit.modules())
 
 
+@pytest.mark.parametrize("linear", [nn.Linear(3, 4), nn.Conv2d(3, 4, 3, padding=1)])
+def test_training_divides_by_the_biased_variance_and_remembers_the_unbiased_one(
+    linear: nn.Linear | nn.Conv2d,
+) -> None:
+    """Of so few numbers the one is far from the other."""
+    unit = Unit(linear).train()
+    x = torch.rand(4, 3) if isinstance(linear, nn.Linear) else torch.rand(1, 3, 2, 2)
+    before = linear(x).detach()
+    axes = [0, *range(2, before.dim())]
+    shape = (1, -1, *(1 for _ in before.shape[2:]))
+    mean, biased, unbiased = (
+        before.mean(axes),
+        before.var(axes, correction=0),
+        before.var(axes, correction=1),
+    )
+    normal = (before - mean.reshape(shape)) / torch.sqrt(biased.reshape(shape) + 1e-5)
+    torch.testing.assert_close(unit(x).detach(), normal.relu())
+    remembered = unit.norm.state_dict()
+    torch.testing.assert_close(remembered["running_mean"], 0.1 * mean)
+    torch.testing.assert_close(remembered["running_var"], 0.9 * torch.ones(4) + 0.1 * unbiased)
+
+
+@pytest.mark.parametrize("preset", cnn.FAMILY.presets)
+def test_kernels_are_3x3_and_strides_halve_every_stage_after_the_first(
+    preset: str, digits: data.Dataset
+) -> None:
+    network = cnn.FAMILY.network(digits, cnn.FAMILY.presets[preset])
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert {(each.kernel_size, each.padding) for each in convolutions} == {((3, 3), (1, 1))}
+    stages = [each for each in convolutions if each.in_channels != each.out_channels]
+    assert [each.stride for each in stages] == [(1, 1)] + [(2, 2)] * (len(stages) - 1)
+
+
+def test_units_are_rectified_without_a_leak() -> None:
+    """No unit here has the leaky rectifiers of which the book's network is made."""
+    unit = Unit(nn.Linear(1, 1)).eval()
+    with torch.no_grad():
+        unit.linear.weight.fill_(1)
+        unit.linear.bias.fill_(0)  # type: ignore[union-attr]
+    assert unit(torch.tensor([[-2.0]])).item() == 0
+    assert unit(torch.tensor([[2.0]])).item() == pytest.approx(2, rel=1e-4)
+
+
 def test_dropout_scales_what_survives() -> None:
     torch.manual_seed(0)
     unit = Unit(nn.Linear(3, 200), dropout=0.25)

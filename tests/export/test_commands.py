@@ -127,6 +127,13 @@ def test_data_that_a_family_is_not_for_is_refused(capsys: pytest.CaptureFixture[
     assert "expected one of digits as --data for mlp" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["0", "-0.1", "nan", "inf", "fast"])
+def test_a_learning_rate_is_a_number_above_0(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "mlp", f"--learning-rate={given}"])
+    assert f"expected a number above 0, got {given}" in capsys.readouterr().err
+
+
 def test_a_name_that_cannot_be_is_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

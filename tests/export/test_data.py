@@ -21,6 +21,13 @@ def test_digits_are_split_for_good(digits: data.Dataset) -> None:
     assert digits.sha256 == data.digits().sha256
 
 
+def test_the_bounds_of_points_are_far_from_every_row() -> None:
+    moons = data.moons()
+    tensor, rows = moons.value.tensor, np.concatenate([moons.train.rows, moons.test.rows])
+    assert (tensor.minimum, tensor.maximum) == (-100, 100)
+    assert 10 * np.abs(rows).max() < 100
+
+
 def test_no_row_is_in_two_parts(digits: data.Dataset) -> None:
     """Up to the duplicates that the data set has of itself: it has none."""
     rows = np.concatenate([digits.train.rows, digits.validation.rows, digits.test.rows])

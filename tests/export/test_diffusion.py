@@ -14,6 +14,7 @@ from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
 from export.families.diffusion.samples import Step
+from export.program import TensorSpec, Value
 from export.training import Settings
 from samovar import noise
 from tests.export import denoisers as toys
@@ -225,6 +226,20 @@ def test_the_denoiser_keeps_what_is_clean(network: Denoiser) -> None:
     with torch.no_grad():
         denoised = network(x, torch.full((2,), 1e-4), torch.zeros(2).long())
     torch.testing.assert_close(denoised, x, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 7), (7, 8), (20, 15), (9, 7), (5, 5), (16, 12, 3), (28, 28), (32, 32, 3), (1, 1)]
+)
+def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8)
+    part = data.Part(rows, np.arange(6) % 2)
+    value = Value("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b"))
+    denoiser = randomised(data.Dataset("noise", value, part, part, part, ""))
+    with torch.no_grad():
+        losses = denoiser.loss(torch.tensor(rows), torch.tensor(part.labels))
+    assert losses.shape == (6,)
+    assert losses.isfinite().all()
 
 
 def test_previews_are_images(player: replay.Player) -> None:

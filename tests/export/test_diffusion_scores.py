@@ -11,9 +11,10 @@ from torch import Tensor
 
 from export import artifact, data, replay
 from export.families.diffusion import FAMILY, flow
-from export.families.diffusion.bound import LastLevel
+from export.families.diffusion.bound import LastLevel, Step
 from export.families.diffusion.denoiser import Denoiser, Perceptron
 from export.families.diffusion.flow import PROBES, StepOfImage
+from export.families.diffusion.sampler import SIGMA_MAX
 from export.program import TensorSpec, Value
 from samovar.v1 import manifest_pb2
 from tests.export import denoisers as toys
@@ -38,6 +39,11 @@ def plane(limit: float) -> NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def pair() -> toys.Pair:
     return toys.Pair()
+
+
+@pytest.fixture(scope="module")
+def moons() -> data.Dataset:
+    return data.load("moons")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,16 @@ def test_the_bound_of_a_wrong_denoiser_is_below_its_density() -> None:
     gap = toys.Pair().log_density(rows) - bound
     assert gap.mean() > 0.1
     assert gap.mean() > 5 * gap.std() / math.sqrt(len(gap))
+
+
+def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: data.Dataset) -> None:
+    """KL of N(x, SIGMA_MAX^2) from N(0, SIGMA_MAX^2 + s^2), coordinate by coordinate."""
+    denoiser = FAMILY.network(moons, toys.PRESET)
+    rows = 30 * torch.randn(20, 2)
+    variance = SIGMA_MAX**2 + denoiser.data_std**2
+    shares = (SIGMA_MAX**2 + rows.square()) / variance
+    expected = 0.5 * (shares - 1 - math.log(SIGMA_MAX**2 / variance)).sum(1)
+    torch.testing.assert_close(Step(denoiser).prior(rows), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_more_draws_lower_the_error_and_not_the_bound(player: replay.Player) -> None:

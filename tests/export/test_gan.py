@@ -158,6 +158,14 @@ def test_images_are_at_their_levels_and_pass_the_gradient_of_what_was_rounded(ne
     torch.testing.assert_close(*gradients)
 
 
+def test_rectifiers_leak_a_fifth(network: GAN) -> None:
+    """Not PyTorch's 0.01, nor Keras's 0.3."""
+    rectifiers = [module for module in network.modules() if isinstance(module, torch.nn.LeakyReLU)]
+    assert rectifiers
+    for module in rectifiers:
+        torch.testing.assert_close(module(torch.tensor([-1.0, 1.0])), torch.tensor([-0.2, 1.0]))
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (15, 9)])
 def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)

@@ -18,7 +18,7 @@ from export import artifact, graph, layout, purity, verify
 from export.artifact import Model
 from export.formats import FORMATS
 from export.golden import Example
-from export.program import Input, Program, TensorSpec, Value
+from export.program import DType, Input, Program, TensorSpec, Value
 
 X = TensorSpec("x", shape=(4,))
 Y = TensorSpec("y", shape=(4,))
@@ -334,6 +334,57 @@ def test_a_graph_of_other_tensors_is_refused_in_a_line(tmp_path: Path) -> None:
     replace_graph(directory, script_bytes(traced(nn.Linear(7, 4), 7)))
     (failure,) = verify.verify(directory).failures
     assert failure.startswith("decode (torchscript): cannot be run: ")
+
+
+class Signs(nn.Module):
+    """1 where an element is above zero, of any type; a wrong one says the opposite, or too much."""
+
+    def __init__(self, dtype: torch.dtype, opposite: bool = False, more: int = 0) -> None:
+        super().__init__()
+        self.dtype, self.opposite, self.more = dtype, opposite, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = x <= 0 if self.opposite else x > 0
+        return (signs.to(torch.int64) + self.more).to(self.dtype)
+
+
+PICTURE = TensorSpec("picture", "uint8", (4,))
+GREY, BLACK_AND_WHITE = (Value("image", PICTURE, levels=levels) for levels in (3, 2))
+TOKENS = Value("tokens", PICTURE, levels=3, vocabulary=("", "a", "b"))
+
+
+def signs(name: str, dtype: DType, value: Value, directory: Path) -> Path:
+    """An artifact with one output, of some name."""
+    module, output = Signs(getattr(torch, dtype)).eval(), TensorSpec(name, dtype, (4,))
+    program = Program("decode", module, (output,), "Test.", inputs=(Input(X),))
+    example = Example("decode", inputs={"x": ROWS})
+    model = Model("pair", "none", "A test.", value, (program,), (example,))
+    return artifact.write(model, directory, formats=("torchscript",))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value"),
+    [
+        ("picture", "uint8", BLACK_AND_WHITE),
+        ("picture", "uint8", TOKENS),
+        ("label", "int64", GREY),
+        ("length", "int32", TOKENS),
+        ("is_done", "bool", GREY),
+    ],
+)
+def test_the_opposite_picture_other_tokens_labels_and_lengths_are_refused(
+    name: str, dtype: DType, value: Value, tmp_path: Path
+) -> None:
+    directory = signs(name, dtype, value, tmp_path)
+    replace_graph(directory, script_bytes(traced(Signs(getattr(torch, dtype), opposite=True), 4)))
+    assert "golden rows: expected a difference of at most 0, got 1" in verify.verify(directory).failures[0]
+
+
+@pytest.mark.parametrize(("more", "is_passed"), [(1, True), (2, False)])
+def test_a_pixel_of_many_levels_may_be_off_by_one(more: int, is_passed: bool, tmp_path: Path) -> None:
+    directory = signs("picture", "uint8", GREY, tmp_path)
+    replace_graph(directory, script_bytes(traced(Signs(torch.uint8, more=more), 4)))
+    assert (verify.verify(directory).failures == []) == is_passed
 
 
 class Undefined(nn.Module):

@@ -20,9 +20,12 @@ from export.data import Dataset
 from export.families.base import Preset
 from export.families.diffusion.sampler import per_row
 from export.packets import by_packets, total
+from export.pixels import nearest, scaled
 from export.training import Network
 
 FREQUENCIES = 16
+# Images are halved until a side is no longer than this, or odd.
+SMALLEST_SIDE = 4
 # By kind of value: mean and spread of log sigma in training, and the share of rows whose label is dropped.
 LOG_SIGMA = {"image": (-1.2, 1.2), "vector": (-1.5, 1.4)}
 DROPPED = {"image": 0.1, "vector": 0.5}
@@ -118,7 +121,7 @@ class UNet(nn.Module):
         self.condition = Condition(classes, conditions)
         self.entry = nn.Conv2d(channels, preset.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        widths = _widths(preset.width, shape[0])
+        widths = _widths(preset.width, shape[0], shape[1])
         for wide, deep in pairwise(widths):
             self.down.append(_blocks(wide, wide, conditions, preset))
             self.down.append(nn.Conv2d(wide, deep, 3, stride=2, padding=1))
@@ -145,11 +148,11 @@ class UNet(nn.Module):
         return planes.squeeze(1) if grey else planes.permute(0, 2, 3, 1)
 
 
-def _widths(width: int, height: int) -> list[int]:
+def _widths(width: int, *sides: int) -> list[int]:
     widths = [width]
-    while height % 2 == 0 and height > 4:
+    while min(sides) > SMALLEST_SIDE and all(side % 2 == 0 for side in sides):
         widths.append(2 * width)
-        height //= 2
+        sides = tuple(side // 2 for side in sides)
     return widths
 
 
@@ -186,14 +189,11 @@ class Denoiser(Network):
 
     def scale(self, rows: Tensor) -> Tensor:
         """Values as D takes them: integers 0..levels-1 as numbers -1..1, points as they are."""
-        numbers = rows.to(torch.float32)
-        return numbers * (2 / (self.levels - 1)) - 1 if self.levels else numbers
+        return scaled(rows, self.levels)
 
-    def value(self, scaled: Tensor) -> Tensor:
+    def value(self, row: Tensor) -> Tensor:
         """The reverse of scale: pixels as the nearest integers, uint8."""
-        if not self.levels:
-            return scaled
-        return ((scaled + 1) * ((self.levels - 1) / 2)).round().clamp(0, self.levels - 1).to(torch.uint8)
+        return nearest(row, self.levels)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """Denoised rows [B, *shape] of x [B, *shape] at sigma [B] with int64 labels [B]."""

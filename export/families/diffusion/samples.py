@@ -11,9 +11,12 @@ classes' frequency in the training rows: that samples the marginal better than t
 learned last. A row that is given shows its class itself, so there the label "any" stands.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from export.families.base import label_input
 from export.families.diffusion import sampler as samplers
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampler import SAMPLERS, SIGMA_MAX, noise_level, per_row, tick
@@ -335,24 +338,17 @@ def sampler_parameter(default: str) -> Parameter:
 
 def given(value: Value, doc: str) -> TensorSpec:
     """A row of the request."""
-    tensor = value.tensor
-    return TensorSpec(tensor.name, tensor.dtype, tensor.shape, tensor.minimum, tensor.maximum, doc)
+    return replace(value.tensor, doc=doc)
 
 
 def drawn_label(value: Value) -> Input:
     """The label that a row is made for; left out, it is drawn."""
-    return _label(value, "draws it by the classes' frequency")
+    return label_input(value, "draws it by the classes' frequency")
 
 
 def open_label(value: Value) -> Input:
     """The label that a row is known to have; left out, it is any."""
-    return _label(value, "leaves it open, which is a model of all classes together")
-
-
-def _label(value: Value, absence: str) -> Input:
-    classes = len(value.class_labels)
-    doc = f"index of the class label; {classes} {absence}"
-    return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)
+    return label_input(value, "leaves it open, which is a model of all classes together")
 
 
 def _noise(value: Value) -> tuple[Noise, ...]:

@@ -5,6 +5,8 @@ Roberts & Tweedie, "Exponential convergence of Langevin distributions and their 
 gradient, x - SMOOTHING^2 grad E(x) (Saremi & Hyvarinen, "Neural empirical Bayes", 2019: walk and jump).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -251,7 +253,7 @@ def _given(value: Value) -> tuple[Input, Input]:
     known_doc = "1 for what is given and stays as it is, while the chain moves the rest, given that"
     return (
         Input(
-            TensorSpec(tensor.name, tensor.dtype, tensor.shape, tensor.minimum, tensor.maximum, doc),
+            replace(tensor, doc=doc),
             optional=True,
         ),
         Input(TensorSpec("known", "uint8", tensor.shape, 0, 1, known_doc), optional=True),

@@ -17,6 +17,7 @@ from torch.nn import functional
 from export.data import Dataset
 from export.families.base import Preset
 from export.mixture import Mixture
+from export.pixels import nearest, scaled
 from export.training import Network
 
 NOISE_SHARE = 2
@@ -196,15 +197,11 @@ class EnergyModel(Network):
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Rows [B, *shape] as coordinates [B, D], without noise."""
-        flat = rows.flatten(1).to(torch.float32)
-        return flat * (2 / (self.levels - 1)) - 1 if self.levels else flat
+        return scaled(rows.flatten(1), self.levels)
 
     def value(self, x: Tensor) -> Tensor:
         """Coordinates [B, D] as values [B, *shape]: points as they are, pixels as the nearest integers."""
-        if self.levels:
-            top = self.levels - 1
-            x = ((x + 1) * (top / 2)).round().clamp(0, top).to(torch.uint8)
-        return x.reshape(-1, *self.shape)
+        return nearest(x, self.levels).reshape(-1, *self.shape)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """How badly f tells each row from the noise drawn for it, in nats [B]."""
