@@ -199,6 +199,38 @@ def test_a_thousand_violations_still_fit_into_an_error(stub: pb_grpc.InferenceSt
     assert violations["*"] == f"and {1000 - len(violations) + 1} more"
 
 
+@pytest.mark.parametrize("character", ["x", "%", "é", "\N{HOT BEVERAGE}", "\N{GRINNING FACE}"])
+def test_long_names_of_any_characters_get_the_code_that_they_deserve(
+    stub: pb_grpc.InferenceStub, character: str
+) -> None:
+    """Errors go into headers, where a character may take twelve bytes."""
+    name = character * 3000
+    wrong = {f"{number}{name}": pb.ParameterValue(float_value=1.0) for number in range(20)}
+    inputs = {f"{number}{name}": tensors.pack(IMAGES) for number in range(20)}
+    calls: list[tuple[Callable[[], object], grpc.StatusCode]] = [
+        (lambda: stub.GetModel(pb.GetModelRequest(model=selector(name))), grpc.StatusCode.NOT_FOUND),
+        (lambda: stub.Decode(pb.TransformRequest(model=selector(version=name))), grpc.StatusCode.NOT_FOUND),
+        (
+            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, method=name))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=0, parameters=wrong))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            lambda: stub.Score(pb.TransformRequest(model=selector(), inputs=inputs)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+    ]
+    for call, code in calls:
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() == code, raised.value.details()
+        assert character * 10 in (raised.value.details() or "")
+        assert rpc_status.from_call(raised.value) is not None
+
+
 def test_what_was_given_is_told_to_the_last_digit(stub: pb_grpc.InferenceStub) -> None:
     request = pb.SampleRequest(
         model=selector(DIFFUSION),
