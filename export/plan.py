@@ -38,11 +38,12 @@ _USUAL_SECONDS = 90
 
 @dataclass(frozen=True)
 class Job:
-    """An artifact to make: models/<name>/, of a family trained on a data set."""
+    """An artifact to make: models/<name>/, of a family trained on a data set, which may need a package."""
 
     name: str
     family: str
     data: str
+    needs: str = ""
 
     @property
     def seconds(self) -> int:
@@ -52,8 +53,7 @@ class Job:
     @property
     def lack(self) -> str:
         """The package without which its data cannot be had, when it is not installed; else nothing."""
-        package = _NEEDS.get(self.data, "")
-        return package if package and importlib.util.find_spec(package) is None else ""
+        return self.needs if self.needs and importlib.util.find_spec(self.needs) is None else ""
 
     def is_made(self, models: Path) -> bool:
         """Whether a directory of artifacts has a version of it."""
@@ -64,7 +64,7 @@ class Job:
 def jobs(names: Sequence[str] = ()) -> list[Job]:
     """The jobs of these names, or all, the longest first; ValueError for a name that is none."""
     known = {
-        f"{data}-{family}": Job(f"{data}-{family}", family, data)
+        f"{data}-{family}": Job(f"{data}-{family}", family, data, _NEEDS.get(data, ""))
         for family, entry in FAMILIES.items()
         for data in entry.data
     }

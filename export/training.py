@@ -22,6 +22,10 @@ from export.data import Dataset, Part
 from export.interrupt import held_back
 
 _CHUNK_ROWS = 256
+# Of how many steps the mean loss is shown.
+_RECENT = 50
+# Time left is that of the whole run, whether steps or seconds end it.
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class TrainingError(RuntimeError):
@@ -97,8 +101,9 @@ def fit(
 ) -> Outcome:
     """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU.
 
-    With a checkpoint, a run that was interrupted goes on where it stopped and ends as if it had
-    not been: on a CPU, to the bit. TrainingError, and no checkpoint, when no validation loss is a number.
+    With a checkpoint, a run that was interrupted goes on where it stopped and, unless `seconds`
+    end it, ends as if it had not been: on a CPU, to the bit. TrainingError, and no checkpoint, when no
+    validation loss is a number.
     """
     torch.manual_seed(settings.seed)
     network.to(settings.device).train()
@@ -106,13 +111,13 @@ def fit(
     if checkpoint and (saved := checkpoint.load()):
         run.load_state_dict(saved)
         print(f"  going on at step {run.steps} of {settings.steps}, from {checkpoint.path}", flush=True)
-    with held_back() as interrupt, tqdm(**_bar(title, run.steps, settings)) as bar:
+    with held_back() as interrupt, tqdm(**_bar(title, run.progress)) as bar:
         while run.progress < 1 and not interrupt.is_asked:
             run.step()
-            bar.update()
             if run.evaluation_due:
                 run.evaluate()
-                bar.set_postfix_str(run.summary)
+            bar.set_postfix_str(run.summary, refresh=False)
+            bar.update(run.progress - bar.n)
             if checkpoint and checkpoint.is_due:
                 checkpoint.save(run.state_dict())
         if checkpoint:
@@ -126,14 +131,8 @@ def fit(
         raise
 
 
-def _bar(title: str, steps: int, settings: Settings) -> dict[str, Any]:
-    return {
-        "desc": title,
-        "initial": steps,
-        "total": settings.steps,
-        "unit": "step",
-        "dynamic_ncols": True,
-    }
+def _bar(title: str, progress: float) -> dict[str, Any]:
+    return {"desc": title, "initial": progress, "total": 1.0, "bar_format": _BAR, "dynamic_ncols": True}
 
 
 class _Run:
@@ -165,8 +164,11 @@ class _Run:
 
     @property
     def summary(self) -> str:
+        """The step, the mean loss of the last few, and the best validation loss so far."""
+        recent = self._losses[-_RECENT:]
+        loss = sum(recent) / len(recent) if recent else self._curve[-1].training_loss
         best = f", best {self._best.validation_loss:.4g} at step {self._best.step}" if self._best else ""
-        return f"loss {self._curve[-1].training_loss:.4g}{best}"
+        return f"step {self.steps} of {self._settings.steps}, loss {loss:.4g}{best}"
 
     def step(self) -> None:
         for group in self._optimizer.param_groups:

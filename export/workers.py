@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 _REMEMBERED_LINES = 12
+# Between two lines of a log that tell how far a command is.
+_SECONDS_BETWEEN = 20.0
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -158,17 +160,22 @@ class Table:
 
 
 class Log:
-    """A line when a command begins, and one when it ends."""
+    """A line when a command begins, one when it ends, and every so often how far it is."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, seconds_between: float = _SECONDS_BETWEEN) -> None:
         self._total, self._begun = total, 0
+        self._seconds_between = seconds_between
+        self._said: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
         self._begun += 1
+        self._said[name] = time.monotonic()
         print(f"[{self._begun}/{self._total}] {name} ...", file=sys.stderr, flush=True)
 
     def update(self, name: str, line: str) -> None:
-        """Nothing: logs keep every line."""
+        if time.monotonic() - self._said[name] >= self._seconds_between:
+            self._said[name] = time.monotonic()
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
 
     def end(self, result: Result) -> None:
         print(_ending(result), file=sys.stderr, flush=True)

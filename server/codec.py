@@ -30,6 +30,9 @@ _PRIORITIES = frozenset(pb.Priority.values())
 # Seeded by the operating system. A seed need not be secret, and asking the system costs a call.
 _SEEDS = random.Random()
 
+# Above it the digits before the point are more than a float knows.
+_WHOLE = 2.0**53
+
 _GIVEN = {"float_value": "a float", "integer_value": "an integer", "boolean_value": "a boolean"}
 _ACCEPTED = {
     "float": ("float_value", "integer_value"),
@@ -146,9 +149,10 @@ def _parameter(message: pb.ParameterValue, spec: ParameterSpec) -> tuple[str, fl
         if message.choice_value not in spec.choices:
             return f"expected {_expected(spec)}, got {message.choice_value!r}", 0.0
         return "", float(spec.choices.index(message.choice_value))
-    value = float(getattr(message, kind))
+    given = getattr(message, kind)
+    value = float(given)
     if not spec.minimum <= value <= spec.maximum:
-        return f"expected {_expected(spec)}, got {_number(value)}", 0.0
+        return f"expected {_expected(spec)}, got {_number(given)}", 0.0
     return "", value
 
 
@@ -161,8 +165,10 @@ def _expected(spec: ParameterSpec) -> str:
     return f"{article} from {_number(spec.minimum)} to {_number(spec.maximum)}"
 
 
-def _number(value: float) -> str:
-    return str(int(value)) if value.is_integer() else f"{value:g}"
+def _number(value: float | np.number[Any]) -> str:
+    """To the last digit, as short as its type allows."""
+    number = float(value)
+    return str(int(value)) if number.is_integer() and abs(number) < _WHOLE else str(value)
 
 
 def _inputs(
@@ -208,7 +214,7 @@ def _array_problem(array: Array, spec: TensorSpec, rows: int) -> str:
     if (spec.minimum is not None and low < spec.minimum) or (
         spec.maximum is not None and high > spec.maximum
     ):
-        return f"expected elements{_range(spec)}, got {low:g} to {high:g}"
+        return f"expected elements{_range(spec)}, got {_number(low)} to {_number(high)}"
     return ""
 
 
@@ -218,8 +224,8 @@ def _described(spec: TensorSpec) -> str:
 
 
 def _range(spec: TensorSpec) -> str:
-    low = "" if spec.minimum is None else f" from {spec.minimum:g}"
-    high = "" if spec.maximum is None else f" to {spec.maximum:g}"
+    low = "" if spec.minimum is None else f" from {_number(spec.minimum)}"
+    high = "" if spec.maximum is None else f" to {_number(spec.maximum)}"
     return low + high
 
 

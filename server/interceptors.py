@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import grpc
@@ -33,7 +35,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 DOMAIN = "samovar"
 UNEXPECTED = "the server met an error that it did not expect"
 
-# gRPC carries errors in headers, of which 8 KiB are safe; message and details go there both.
+# gRPC carries errors in headers, of which 8 KiB are safe: the message percent-encoded, and once more within
+# the details, which are a third longer there than they are. All texts together share MAX_DETAILS.
+MAX_DETAILS = 4800
 MAX_MESSAGE = 1000
 MAX_TEXT = 200
 MAX_VIOLATIONS = 12
@@ -58,10 +62,11 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     An error that no one foresaw is INTERNAL and says nothing of its inside.
     """
     code, reason = CODES.get(type(error), (grpc.StatusCode.INTERNAL, "UNEXPECTED"))  # type: ignore[arg-type]
-    message = _cut(str(error), MAX_MESSAGE) if isinstance(error, SamovarError) else UNEXPECTED
+    room = _Room()
+    message = room.cut(str(error), MAX_MESSAGE) if isinstance(error, SamovarError) else UNEXPECTED
     details = [
-        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error)),
-        *_details(error),
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error, room)),
+        *_details(error, room),
     ]
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
@@ -71,19 +76,40 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     return code, status
 
 
-def _facts(error: Exception) -> dict[str, str]:
+class _Room:
+    """What is left for the texts of one error."""
+
+    def __init__(self) -> None:
+        self._left = MAX_DETAILS
+
+    @property
+    def is_short(self) -> bool:
+        """Whether another violation might not fit."""
+        return self._left < 2 * MAX_TEXT
+
+    def cut(self, text: str, length: int) -> str:
+        """As much of a text as may be that long, and as there is room for."""
+        fitting = _cut(text, min(length, self._left))
+        self._left -= sum(map(_encoded_size, fitting))
+        return fitting
+
+
+def _facts(error: Exception, room: _Room) -> dict[str, str]:
     if isinstance(error, OperationNotSupported):
         facts = {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
-        return facts | ({"why": error.reason} if error.reason else {})
+        facts |= {"why": error.reason} if error.reason else {}
+        return {name: room.cut(fact, MAX_MESSAGE) for name, fact in facts.items()}
     return {}
 
 
-def _details(error: Exception) -> Iterator[Message]:
+def _details(error: Exception, room: _Room) -> Iterator[Message]:
     if isinstance(error, InvalidRequest):
-        yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations))
+        yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations, room))
     if isinstance(error, OperationNotSupported):
         violation = error_details_pb2.PreconditionFailure.Violation(
-            type="OPERATION", subject=error.model, description=str(error)
+            type="OPERATION",
+            subject=room.cut(error.model, MAX_TEXT),
+            description=room.cut(str(error), MAX_MESSAGE),
         )
         yield error_details_pb2.PreconditionFailure(violations=[violation])
     if isinstance(error, Overloaded):
@@ -93,18 +119,35 @@ def _details(error: Exception) -> Iterator[Message]:
 
 
 def _field_violations(
-    violations: Sequence[Violation],
+    violations: Sequence[Violation], room: _Room
 ) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
-    for violation in violations[:MAX_VIOLATIONS]:
+    for number, violation in enumerate(violations):
+        if number == MAX_VIOLATIONS or room.is_short:
+            more = f"and {len(violations) - number} more"
+            yield error_details_pb2.BadRequest.FieldViolation(field="*", description=more)
+            return
         yield error_details_pb2.BadRequest.FieldViolation(
-            field=_cut(violation.field, MAX_TEXT), description=_cut(violation.description, MAX_TEXT)
+            field=room.cut(violation.field, MAX_TEXT), description=room.cut(violation.description, MAX_TEXT)
         )
-    if (more := len(violations) - MAX_VIOLATIONS) > 0:
-        yield error_details_pb2.BadRequest.FieldViolation(field="*", description=f"and {more} more")
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    """As much of a text as is that many bytes when percent-encoded."""
+    # No character is less than a byte: what lies beyond need not be looked at.
+    sizes = list(accumulate(map(_encoded_size, text[: length + 1])))
+    if not sizes or sizes[-1] <= length:
+        return text
+    kept = bisect_right(sizes, length - _encoded_size(_MORE))
+    return text[:kept] + _MORE if length >= _encoded_size(_MORE) else ""
+
+
+def _encoded_size(character: str) -> int:
+    """Bytes of a character as gRPC writes it into a header: %XX for each byte that is not plain."""
+    is_plain = " " <= character <= "~" and character != "%"
+    return 1 if is_plain else 3 * len(character.encode())
+
+
+_MORE = "…"
 
 
 @dataclass

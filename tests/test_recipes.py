@@ -1,7 +1,5 @@
 """The client's recipes against real models, run as a reader runs them, and samovar.latent beneath them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,9 @@ from PIL import Image
 import samovar
 from export import data
 from samovar import latent
+from tests.cooking import RECIPES, cook, run
 from tests.serving import RunningServer
 
-RECIPES = Path(__file__).parent.parent / "clients" / "python" / "examples"
 NAMES = ("interpolate", "inpaint", "augment", "restyle")
 # An image of 8 x 8, enlarged, and the gap after it.
 TILE = 66
@@ -25,17 +23,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, test = tmp_path_factory.mktemp("digits") / "digits.npz", data.load("digits").test
     np.savez(path, image=test.rows, label=test.labels)
     return path
-
-
-def run(recipe: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(RECIPES / f"{recipe}.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
-def cook(server: RunningServer, recipe: str, *words: object) -> str:
-    ended = run(recipe, "--address", server.address, *words)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
 
 
 def tiles(path: Path) -> tuple[int, int]:

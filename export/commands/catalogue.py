@@ -14,7 +14,7 @@ _DATA = {
     "digits": "8x8 handwritten digits, 17 levels, 1797 images; comes with scikit-learn",
     "moons": "two half circles of points, 40,000 with noise; made by scikit-learn",
     "text": "the language reference inside Python's standard library, by characters",
-    "chorales": "Bach's four-part chorales; comes with music21, which is installed apart",
+    "chorales": "Bach's four-part chorales; comes with music21, which `make setup` installs",
 }
 _FOLDER = "a folder with train.parquet and test.parquet (image: struct<bytes, path>, label: int64)"
 

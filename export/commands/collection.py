@@ -53,7 +53,7 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 def _make(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    todo = _missing(plan.jobs(options.names), options.models)
+    todo = missing(plan.jobs(options.names), options.models)
     if not todo:
         return 0
     size = min(options.jobs, len(todo))
@@ -69,7 +69,8 @@ def _make(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _missing(jobs: Sequence[Job], models: Path) -> list[Job]:
+def missing(jobs: Sequence[Job], models: Path) -> list[Job]:
+    """The jobs that are not done and can be; of the others it is said why not."""
     for job in jobs:
         if job.is_made(models):
             print(f"{models / job.name} is there.")

@@ -15,7 +15,8 @@ _DESCRIPTION = """\
 Train, measure on held-out data, write models/NAME/VERSION and verify it.
 
 Ctrl-C stops after the step in hand and leaves a checkpoint beside the artifacts; one is made every 20 seconds
-too. The same command then goes on, and on a CPU ends with the same bits as a run that was not interrupted;
+too. The same command then goes on. On a CPU it ends with the same bits as a run that was not interrupted, but
+where time ends the training: with --seconds, and under presets with a limit of their own.
 --fresh starts over. No artifact appears until it is complete and verified."""
 
 

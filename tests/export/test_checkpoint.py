@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def test_the_curve_is_the_mean_loss_between_evaluations(points: Dataset, tmp_pat
     assert all(0 < point.training_loss < 10 for point in outcome.curve)
 
 
+def test_the_bar_shows_the_loss_before_the_first_evaluation(
+    points: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(Net(breaks_at=4), points, SETTINGS)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"training:  13%\|.*<.*, step 3 of 23, loss \d\.\d+ *$", last), last
+
+
+def test_the_bar_of_a_run_that_time_ends_comes_to_its_end(
+    points: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=10**9, seconds=0.3)
+    training.fit(Net(), points, settings)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"training: 100%\|.*, step \d+ of 1000000000, loss \d.*, best \d", last), last
+
+
 class Lost(Net):
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         return super().loss(rows, labels) * float("nan")
@@ -175,6 +194,10 @@ def tiny(digits: Dataset, tmp_path: Path) -> recipe.Recipe:
 def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: recipe.Recipe) -> None:
     written = recipe.make(tiny)
     assert [path.name for path in written.parent.iterdir()] == ["1"]
+
+
+def test_the_seed_is_recorded(tiny: recipe.Recipe) -> None:
+    assert layout.read(recipe.make(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
 def test_an_interrupted_recipe_says_where_it_goes_on(

@@ -11,6 +11,7 @@ import pytest
 from export import plan
 from export.__main__ import main
 from export.checkpoint import DIRECTORY, Checkpoint
+from export.commands import collection
 
 _SCRIPT = """
 import sys
@@ -75,11 +76,10 @@ def test_all_goes_on_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "digits-mlp" / "1" / "training.json").is_file()
 
 
-def test_data_that_cannot_be_had_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(plan._NEEDS, "digits", "no_such_package")
-    assert main(["all", "digits-mlp", "--models", str(tmp_path)]) == 0
+def test_data_that_cannot_be_had_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dreams = plan.Job("dreams-mlp", "mlp", "dreams", "no_such_package")
+    (digits,) = plan.jobs(["digits-mlp"])
+    assert collection.missing([dreams, digits], tmp_path) == [digits]
     assert "comes with the package no_such_package, which is not installed" in capsys.readouterr().out
 
 

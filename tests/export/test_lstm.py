@@ -388,7 +388,8 @@ def test_a_roll_shows_what_sounds() -> None:
 
 def test_a_chorale_is_read_as_it_is_written() -> None:
     """BWV 269 begins with an upbeat on a G major chord; its bass then moves in eighths."""
-    corpus = pytest.importorskip("music21.corpus")
+    from music21 import corpus
+
     pitches, begins = chorales._frames(corpus.parse("bach/bwv269"))
     assert pitches[:3].tolist() == [[67, 62, 59, 43], [67, 62, 59, 43], [67, 62, 59, 55]]
     assert begins[:3].tolist() == [[True] * 4, [False] * 4, [True] * 4]

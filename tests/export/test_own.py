@@ -1,5 +1,6 @@
 """Files of one's own: what is derived for them, and what is said of those that are not right."""
 
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +121,10 @@ def test_what_is_wrong_is_said_with_its_place(
     assert "Traceback" not in said
 
 
-def test_the_line_is_found_from_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_found_from_a_relative_path_too(tmp_path: Path) -> None:
     saved(tmp_path, GOOD.replace(BODY, "    return x * factor"), "mine.py")
-    monkeypatch.chdir(tmp_path)
-    said = refusal(Path("mine.py"), Path("models"))
+    with chdir(tmp_path):
+        said = refusal(Path("mine.py"), Path("models"))
     assert said.startswith("mine.py:13: RuntimeError: ")
     assert said.endswith("line 13: return x * factor")
 

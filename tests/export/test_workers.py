@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export.workers import Crew, Result
+from export.workers import Crew, Log, Result
 
 
 class Recorded:
@@ -53,6 +53,14 @@ def test_what_a_progress_bar_overwrites_is_shown_but_not_kept() -> None:
     (result,) = Crew(1, display).run({"one": python("print('10%\\r20%\\rdone')")})
     assert display.lines == ["one: 10%", "one: 20%", "one: done"]
     assert result.last_lines == ("done",)
+
+
+def test_a_log_tells_how_far_a_command_is_but_not_at_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for seconds in (0, 1000):
+        Crew(1, Log(1, seconds)).run({"one": python("print('10%\\r20%\\r', end='')")})
+    often, rarely = capsys.readouterr().err.split("[1/1] one ...\n")[1:]
+    assert often.splitlines()[:2] == ["one: 10%", "one: 20%"]
+    assert [line.partition(" in ")[0] for line in rarely.splitlines()] == ["one: done"]
 
 
 _PATIENT = """

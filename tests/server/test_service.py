@@ -198,6 +198,69 @@ def test_a_thousand_violations_still_fit_into_an_error(stub: pb_grpc.InferenceSt
     assert violations["*"] == f"and {1000 - len(violations) + 1} more"
 
 
+@pytest.mark.parametrize("character", ["x", "%", "é", "\N{HOT BEVERAGE}", "\N{GRINNING FACE}"])
+def test_long_names_of_any_characters_get_the_code_that_they_deserve(
+    stub: pb_grpc.InferenceStub, character: str
+) -> None:
+    """Errors go into headers, where a character may take twelve bytes."""
+    name = character * 3000
+    wrong = {f"{number}{name}": pb.ParameterValue(float_value=1.0) for number in range(20)}
+    inputs = {f"{number}{name}": tensors.pack(IMAGES) for number in range(20)}
+    calls: list[tuple[Callable[[], object], grpc.StatusCode]] = [
+        (lambda: stub.GetModel(pb.GetModelRequest(model=selector(name))), grpc.StatusCode.NOT_FOUND),
+        (lambda: stub.Decode(pb.TransformRequest(model=selector(version=name))), grpc.StatusCode.NOT_FOUND),
+        (
+            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, method=name))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=0, parameters=wrong))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            lambda: stub.Score(pb.TransformRequest(model=selector(), inputs=inputs)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+    ]
+    for call, code in calls:
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() == code, raised.value.details()
+        assert character * 10 in (raised.value.details() or "")
+        assert rpc_status.from_call(raised.value) is not None
+
+
+def test_what_was_given_is_told_to_the_last_digit(stub: pb_grpc.InferenceStub) -> None:
+    request = pb.SampleRequest(
+        model=selector(DIFFUSION),
+        rows=1,
+        parameters={
+            "eta": pb.ParameterValue(float_value=1.0000001),
+            "steps": pb.ParameterValue(integer_value=2**53 + 1),
+        },
+        inputs={"label": tensors.pack(np.array([16_777_217]))},
+    )
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(request))
+    violations = refusal(raised.value)[1]
+    assert violations["parameters[eta]"] == "expected a float from 0 to 1, got 1.0000001"
+    assert violations["parameters[steps]"] == "expected an integer from 1 to 200, got 9007199254740993"
+    assert violations["inputs[label]"] == "expected elements from 0 to 10, got 16777217 to 16777217"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(1e300, "1e+300"), (-0.1, "-0.1"), (2.0**60, "1.152921504606847e+18")],
+)
+def test_numbers_are_as_long_as_they_need_to_be(stub: pb_grpc.InferenceStub, value: float, told: str) -> None:
+    request = pb.SampleRequest(
+        model=selector(DIFFUSION), rows=1, parameters={"eta": pb.ParameterValue(float_value=value)}
+    )
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Sample(request))
+    assert refusal(raised.value)[1]["parameters[eta]"].endswith(f"got {told}")
+
+
 def test_a_request_that_is_no_message_is_refused_and_counted(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/samovar.v1.Inference/Decode")
