@@ -1,6 +1,6 @@
 """The wire, through a real server: answers, violations, errors, limits, chunks, cancellation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
