@@ -180,11 +180,11 @@ class Slots:
         self.release(0)
         return steps
 
-    def by_request(self, slots: Array) -> Sequence[tuple[Request, Array]]:
+    def by_request(self, slots: Array) -> Sequence[tuple[Request, Array | slice]]:
         """Group slots by the request that owns their rows: positions within `slots`."""
         owners = self._owner[slots]
-        if len(self._requests) == 1:
-            return [(self._requests[int(owners[0])], np.arange(len(slots)))]
+        if len(self._requests) == 1:  # a slice spares copies of what is large
+            return [(self._requests[int(owners[0])], slice(0, len(slots)))]
         order = np.argsort(owners, kind="stable")
         ends = np.flatnonzero(np.diff(owners[order])) + 1
         return [(self._requests[int(owners[group[0]])], group) for group in np.split(order, ends)]
