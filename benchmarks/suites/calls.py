@@ -23,13 +23,12 @@ from benchmarks.suites.base import Bench, per_second
 from samovar.tensors import pack
 from samovar.v1 import inference_pb2 as pb
 from server import artifact
-from server.config import Config
 from server.runtime import RUNTIMES, Device
 
 METHOD = "/samovar.v1.Inference/Decode"
 CALLERS = (1, 8, 32, 128)
 ROWS = (16, 256)
-FRONT_ENDS = (1, 2) if hasattr(Config, "front_ends") else ()
+FRONT_ENDS = (1, 2)
 REPLY_BYTES = 4096
 INPUTS = {artifacts.DECODER: ("latent", 32), artifacts.TINY: ("point", 2)}
 
