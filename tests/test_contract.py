@@ -240,7 +240,7 @@ def test_inputs_of_other_shapes_or_beyond_their_bounds_are_refused(
                 said = refusal(stub, model, operation, {**whole, spec.name: wrong})
                 assert list(said) == [where]
                 assert said[where].startswith(f"expected {spec.dtype.name}[rows")
-                assert said[where].endswith(f"got {spec.dtype.name}{list(wrong.shape)}")
+                assert said[where].endswith(f"got {wrong.dtype.name}{list(wrong.shape)}")
             for beyond in outside(spec):
                 given = whole[spec.name].copy()
                 given.reshape(-1)[-1] = beyond
