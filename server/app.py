@@ -151,6 +151,10 @@ class App:
             quantum_rows=config.quantum_rows,
             scheduling=config.scheduling,
             threads=config.threads,
+            formats=config.formats,
+            cuda_graphs=config.cuda_graphs,
+            front_ends=config.front_ends,
+            grace_seconds=config.grace_seconds,
         )
 
     def _end(self) -> None:

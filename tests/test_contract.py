@@ -157,6 +157,31 @@ def tolerance(value: samovar.Value, name: str, array: Array) -> float:
     return float(value.kind is ValueKind.IMAGE and name == value.tensor.name)
 
 
+def test_previews_are_readouts_on_the_way_and_change_nothing(
+    client: samovar.Client, model: samovar.Model
+) -> None:
+    """Images that take shape, energies of a chain, texts as far as they are written."""
+    for operation in (each for each in model.operations.values() if each.previewable):
+        settings: dict[str, Any] = {
+            "seed": 7,
+            "method": operation.method,
+            "parameters": brief(operation),
+            "inputs": free(operation),
+        }
+        with client.stream(model.name, 1, preview_every=1, **settings) as stream:
+            *previews, last = stream
+        assert isinstance(last, samovar.Rows)
+        assert previews
+        for number, preview in enumerate(previews, start=1):
+            assert isinstance(preview, samovar.Preview)
+            assert list(preview.steps_done) == [number]
+            assert {name: array.shape for name, array in preview.outputs.items()} == {
+                spec.name: (1, *spec.shape) for spec in operation.outputs
+            }
+        alone = client.sample(model.name, 1, **settings)
+        assert last.outputs[operation.outputs[0].name].tobytes() == alone.value.tobytes()
+
+
 def test_another_seed_or_index_is_another_row(client: samovar.Client, model: samovar.Model) -> None:
     for operation in model.operations.values():
         if operation.name.startswith("sample"):

@@ -1,6 +1,7 @@
 """A server's life: health, metrics, reflection, drain; and the process that people start."""
 
 import asyncio
+import dataclasses
 import os
 import re
 import signal
@@ -88,6 +89,28 @@ def test_calls_beyond_the_limit_are_refused_and_counted_while_health_answers(mod
         metrics = scrape(server)
     assert metrics["samovar_requests_total", ("", "ListModels", "RESOURCE_EXHAUSTED")] == 1
     assert metrics["samovar_requests_in_flight", ()] == 0
+
+
+def test_a_server_says_within_which_limits_it_serves(tmp_path: Path) -> None:
+    settings = {
+        "max_waiting_rows": 900,
+        "max_held_mib": 3,
+        "max_batch_rows": 16,
+        "max_message_mib": 2,
+        "max_concurrent_calls": 5,
+        "quantum_rows": 4,
+        "scheduling": "request",
+        "threads": 1,
+        "formats": ("torchscript", "onnx"),
+    }
+    with serving(tmp_path, **settings) as server, samovar.Client(server.address) as client:
+        info = client.server_info()
+    said = {**dataclasses.asdict(info), "max_held_mib": info.max_held_bytes >> 20}
+    said["max_message_mib"] = info.max_message_bytes >> 20
+    assert {name: said[name] for name in settings} == settings
+    assert info.max_rows_per_request == 900
+    assert info.grace_seconds == 5.0
+    assert info.front_ends == 0
 
 
 def test_metric_names_carry_their_units(server: RunningServer) -> None:

@@ -223,6 +223,10 @@ def read_server_info(info: inference_pb2.ServerInfo) -> result.ServerInfo:
         quantum_rows=info.quantum_rows,
         scheduling=info.scheduling,
         threads=info.threads,
+        formats=tuple(info.formats),
+        cuda_graphs=info.cuda_graphs,
+        front_ends=info.front_ends,
+        grace_seconds=info.grace_seconds,
     )
 
 

@@ -126,6 +126,10 @@ class ServerInfo:
     quantum_rows: int = 0
     scheduling: str = ""
     threads: int = 0
+    formats: tuple[str, ...] = ()
+    cuda_graphs: bool = False
+    front_ends: int = 0
+    grace_seconds: float = 0.0
 
 
 class Canvas:

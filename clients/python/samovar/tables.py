@@ -88,6 +88,10 @@ def server(info: ServerInfo) -> str:
         "calls in flight": f"{info.max_concurrent_calls:,}",
         "batching": info.scheduling,
         "threads": f"{info.threads} for each graph call",
+        "formats": ", ".join(info.formats),
+        "CUDA graphs": "on" if info.cuda_graphs else "off",
+        "front ends": f"{info.front_ends} processes" if info.front_ends else "none: the engine's own process",
+        "stopping": f"calls in flight have {info.grace_seconds:g} s",
     }
     return "\n".join(_facts(facts))
 

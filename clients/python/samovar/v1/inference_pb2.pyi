@@ -802,6 +802,10 @@ class ServerInfo(google.protobuf.message.Message):
     QUANTUM_ROWS_FIELD_NUMBER: builtins.int
     SCHEDULING_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
+    FORMATS_FIELD_NUMBER: builtins.int
+    CUDA_GRAPHS_FIELD_NUMBER: builtins.int
+    FRONT_ENDS_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The server's version."""
     device: builtins.str
@@ -824,9 +828,19 @@ class ServerInfo(google.protobuf.message.Message):
     """How rows are batched: "step", or for comparisons "request" or "none"."""
     threads: builtins.int
     """CPU threads of one graph call."""
+    cuda_graphs: builtins.bool
+    """Whether steps on a GPU are replayed as one launch."""
+    front_ends: builtins.int
+    """Processes that speak gRPC for the engine; 0 when its own does."""
+    grace_seconds: builtins.float
+    """Seconds that calls in flight have when the server stops."""
     @property
     def library_versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Versions of the libraries that matter, by name."""
+
+    @property
+    def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The formats that are loaded, the preferred one first."""
 
     def __init__(
         self,
@@ -843,7 +857,11 @@ class ServerInfo(google.protobuf.message.Message):
         quantum_rows: builtins.int = ...,
         scheduling: builtins.str = ...,
         threads: builtins.int = ...,
+        formats: collections.abc.Iterable[builtins.str] | None = ...,
+        cuda_graphs: builtins.bool = ...,
+        front_ends: builtins.int = ...,
+        grace_seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "library_versions", b"library_versions", "max_batch_rows", b"max_batch_rows", "max_concurrent_calls", b"max_concurrent_calls", "max_held_bytes", b"max_held_bytes", "max_message_bytes", b"max_message_bytes", "max_rows_per_request", b"max_rows_per_request", "max_waiting_rows", b"max_waiting_rows", "quantum_rows", b"quantum_rows", "scheduling", b"scheduling", "threads", b"threads", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cuda_graphs", b"cuda_graphs", "device", b"device", "formats", b"formats", "front_ends", b"front_ends", "grace_seconds", b"grace_seconds", "library_versions", b"library_versions", "max_batch_rows", b"max_batch_rows", "max_concurrent_calls", b"max_concurrent_calls", "max_held_bytes", b"max_held_bytes", "max_message_bytes", b"max_message_bytes", "max_rows_per_request", b"max_rows_per_request", "max_waiting_rows", b"max_waiting_rows", "quantum_rows", b"quantum_rows", "scheduling", b"scheduling", "threads", b"threads", "version", b"version"]) -> None: ...
 
 Global___ServerInfo: typing_extensions.TypeAlias = ServerInfo
