@@ -44,6 +44,8 @@ def _load(path: Path) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            # Until 2.13 torch wraps the file's bytes; nobody writes to weights.
+            warnings.filterwarnings("ignore", r"The given buffer is not writable")
             return torch.export.load(path)
     except Exception as error:  # a file that is none raises anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
