@@ -152,18 +152,18 @@ def test_one_request_of_64_rows_is_64_requests_of_one(client: samovar.Client, fo
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_after_a_cancelled_neighbour_are_the_same_bytes(client: samovar.Client, format: str) -> None:
-    ask = Ask("digits-diffusion", "sample", {"steps": 60})
-    alone = ask(client, format, 0, 20, 7)["value"]
-    options: dict[str, Any] = {"format": format, "preview_every": 1, "parameters": ask.parameters}
+    model = "digits-diffusion"
+    options: dict[str, Any] = {"format": format, "parameters": {"steps": 60}}
+    ((name, alone),) = client.sample(model, 20, seed=7, **options).outputs.items()
     found: dict[int, NDArray[Any]] = {}
-    with client.stream(ask.model, 5_000, seed=1, **options) as neighbour:
+    with client.stream(model, 5_000, seed=1, preview_every=1, **options) as neighbour:
         next(neighbour)
-        with client.stream(ask.model, 20, seed=7, **options) as stream:
+        with client.stream(model, 20, seed=7, preview_every=1, **options) as stream:
             next(stream)
             neighbour.cancel()
             for event in stream:
                 if isinstance(event, samovar.Rows):
-                    found |= dict(zip(event.indices.tolist(), event.outputs["value"], strict=True))
+                    found |= dict(zip(event.indices.tolist(), event.outputs[name], strict=True))
     assert np.array_equal([found[row] for row in range(20)], alone)
 
 
