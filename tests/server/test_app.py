@@ -77,7 +77,10 @@ def test_metrics_count_what_happened(models: Path) -> None:
 
 
 def test_calls_beyond_the_limit_are_refused_and_counted_while_health_answers(models: Path) -> None:
-    with serving(models, max_concurrent_calls=1) as server, samovar.Client(server.address) as client:
+    with (
+        serving(models, formats=("onnx",), max_concurrent_calls=1) as server,
+        samovar.Client(server.address) as client,
+    ):
         with client.stream(DIFFUSION, 500, preview_every=1, parameters={"steps": 200}) as stream:
             next(iter(stream))
             with pytest.raises(samovar.Overloaded, match="1 calls are in flight") as refused:
