@@ -383,7 +383,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(erro
     engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(error)}))
     readers = [Reader(), Reader()]
     for reader in readers:
-        engine.submit(request(reader, rows=4, steps=50))
+        engine.submit(request(reader, rows=3, steps=50))
     engine.start()
     for reader in readers:
         assert isinstance(reader.error(), ServerUnavailable)
@@ -393,7 +393,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(erro
     assert later.rows() == {index: alone(1, index, 2, 1.0) for index in range(3)}
     assert ledger.restarts == 1
     assert ledger.faults == []
-    assert ledger.wasted_steps == {"failed": 2 * 8}
+    assert ledger.wasted_steps == {"failed": 2 * 6}
     engine.stop()
 
 
