@@ -160,8 +160,9 @@ def tolerance(value: samovar.Value, name: str, array: Array) -> float:
 def test_previews_are_readouts_on_the_way_and_change_nothing(
     client: samovar.Client, model: samovar.Model
 ) -> None:
-    """Images that take shape, energies of a chain, texts as far as they are written."""
-    for operation in (each for each in model.operations.values() if each.previewable):
+    """Images that take shape, states of a chain, texts as far as they are written."""
+    samples = (each for each in model.operations.values() if each.name.startswith("sample"))
+    for operation in (each for each in samples if each.previewable):
         settings: dict[str, Any] = {
             "seed": 7,
             "method": operation.method,
@@ -172,9 +173,13 @@ def test_previews_are_readouts_on_the_way_and_change_nothing(
             *previews, last = stream
         assert isinstance(last, samovar.Rows)
         assert previews
-        for number, preview in enumerate(previews, start=1):
+        done = 0
+        for preview in previews:
             assert isinstance(preview, samovar.Preview)
-            assert list(preview.steps_done) == [number]
+            # A reader that lags behind gets the newest.
+            (steps,) = preview.steps_done
+            assert steps > done
+            done = steps
             assert {name: array.shape for name, array in preview.outputs.items()} == {
                 spec.name: (1, *spec.shape) for spec in operation.outputs
             }
