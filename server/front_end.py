@@ -27,7 +27,7 @@ from server.link import Host, HostObserver, Link
 
 log = logging.getLogger("samovar")
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 # So many that ended by themselves within the period are one too many.
 MAX_RESTARTS = 5
 RESTART_PERIOD_SECONDS = 60.0
@@ -78,8 +78,9 @@ class FrontEnds:
         self._port = _reserved(self._config.host, port)
         for _ in range(self._config.front_ends):
             self._start()
-        for each in self._running:
-            await asyncio.to_thread(each.host.is_listening.wait, START_SECONDS)
+        for each in list(self._running):
+            if not await asyncio.to_thread(each.host.is_listening.wait, START_SECONDS):
+                raise RuntimeError(f"a front end did not listen within {START_SECONDS:g} s; the log says why")
         return _number(self._port)
 
     async def open(self) -> None:
