@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 
 import samovar
+from samovar import text
 from samovar.model import ParameterType
 
 from .asking import Answer, Request, Scalar, ask, judged
@@ -79,7 +80,8 @@ class Programs:
     def _heeded(self, name: str, value: Scalar, ways: Asked) -> Found:
         """The answer in the first way to ask in which the setting makes a difference, and which that was.
 
-        Fewer steps may lead to the same rows; that they were taken is seen in any answer.
+        Fewer steps may lead to the same rows; that they were taken is seen in any answer. And where a text is to
+        stop may never come: writing.py has one stop that does.
         """
         for way, without in ways:
             request = replace(way, parameters={**way.parameters, name: value})
@@ -89,7 +91,7 @@ class Programs:
                 found = judged(self.client, request, answer)
                 beside = _beside(way.parameters, self.base(way.operation))
                 return replace(found, rightly=f"{found.rightly}{beside}")
-        if name == request.operation.steps.parameter:
+        if name in (request.operation.steps.parameter, text.STOP):
             return judged(self.client, request, answer)
         return Found((), "", (f"{name} makes no difference in {len(ways)} ways to ask",))
 
