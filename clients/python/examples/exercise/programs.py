@@ -80,8 +80,8 @@ class Programs:
     def _heeded(self, name: str, value: Scalar, ways: Asked) -> Found:
         """The answer in the first way to ask in which the setting makes a difference, and which that was.
 
-        Fewer steps may lead to the same rows; that they were taken is seen in any answer. And where a text is to
-        stop may never come: writing.py has one stop that does.
+        Fewer steps may lead to the same rows; that they were taken is seen in any answer. What a text
+        is to stop at may never come; writing.py has a stop that does.
         """
         for way, without in ways:
             request = replace(way, parameters={**way.parameters, name: value})
