@@ -90,7 +90,7 @@ def server(info: ServerInfo) -> str:
         "threads": f"{info.threads} for each graph call",
         "formats": ", ".join(info.formats),
         "CUDA graphs": "on" if info.cuda_graphs else "off",
-        "front ends": f"{info.front_ends} processes" if info.front_ends else "none: the engine's own process",
+        "front ends": str(info.front_ends or "none beside the engine's process"),
         "stopping": f"calls in flight have {info.grace_seconds:g} s",
     }
     return "\n".join(_facts(facts))
