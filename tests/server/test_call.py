@@ -8,7 +8,7 @@ import pytest
 from server.call import MAX_PREVIEWS, Call, Exchange
 from server.engine import Engine
 from server.errors import Overloaded
-from server.request import Completed, Event, Preview, Request, Rows
+from server.request import Completed, Event, Preview, Request, Rows, Timings
 from server.scheduler import Limits, Scheduler
 from tests.toys import KEY, Ledger, Reader, program, request
 
@@ -84,3 +84,16 @@ async def test_a_reader_that_lags_behind_gets_the_newest_previews(engine: Engine
     assert [event.steps_done[0] for event in read if isinstance(event, Preview)] == list(
         range(3, MAX_PREVIEWS + 3)
     )
+
+
+@pytest.mark.asyncio
+async def test_one_who_wants_the_whole_answer_is_not_woken_before_its_end(engine: Engine) -> None:
+    call = Call(engine, Exchange(engine, asyncio.get_running_loop()), whole=True)
+    reading = asyncio.create_task(call.next())
+    parts: list[Event] = [Rows([0], {}), Rows([1], {}), Completed(Timings(0.0, 0.0, 0.0))]
+    call.deliver(parts[:1])
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    call.deliver(parts[1:])
+    assert await reading == parts
