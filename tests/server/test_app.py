@@ -41,9 +41,10 @@ def test_a_server_is_not_serving_until_its_models_are_loaded(models: Path) -> No
         assert not is_serving(server)
 
 
-def test_calls_in_flight_finish_while_the_server_drains(models: Path) -> None:
+@pytest.mark.parametrize("front_ends", [0, 2])
+def test_calls_in_flight_finish_while_the_server_drains(models: Path, front_ends: int) -> None:
     with (
-        serving(models, grace_seconds=60.0) as server,
+        serving(models, formats=("onnx",), grace_seconds=60.0, front_ends=front_ends) as server,
         samovar.Client(server.address, timeout=60.0) as client,
     ):
         parameters = {"steps": 20}

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -146,22 +145,6 @@ def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> 
         assert scrape(server)["samovar_front_end_restarts_total", ()] == 1
         in_flight = ("samovar_requests_in_flight", ())
         await_true(lambda: scrape(server)[in_flight] == 0, "a call that died is still counted")
-
-
-def test_calls_in_flight_finish_while_the_front_ends_drain(models: Path) -> None:
-    with (
-        serving(models, formats=ONNX, front_ends=2, grace_seconds=60.0) as server,
-        samovar.Client(server.address, timeout=60.0) as client,
-    ):
-        parameters = {"steps": 20}
-        with client.stream(DIFFUSION, 200, seed=1, preview_every=1, parameters=parameters) as stream:
-            events = iter(stream)
-            next(events)
-            stopper = threading.Thread(target=server.stop)
-            stopper.start()
-            rows = sum(len(event.indices) for event in events if isinstance(event, samovar.Rows))
-        stopper.join()
-    assert rows == 200
 
 
 def test_they_are_not_serving_until_the_models_are_loaded(models: Path) -> None:
