@@ -79,10 +79,12 @@ from export.workers import Crew
 
 class Told:
     def begin(self, name):
-        print("begun", name, flush=True)
+        self.update(name, f"begun {name}")
 
     def update(self, name, line):
-        print(line, flush=True)
+        # At one go: workers are told of by threads of their own.
+        sys.stdout.write(line + "\\n")
+        sys.stdout.flush()
 
     def end(self, result):
         pass
