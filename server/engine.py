@@ -7,13 +7,13 @@ acknowledge and leave, which never wait for a graph. Knows no transport.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
 from server.program import Program, Readout
 from server.request import Completed, Event, Failed, Preview, Request, Timings
+from server.restarts import Restarts
 from server.runtime import is_device_lost
 from server.scheduler import Scheduler, Turn
 from server.spec import ProgramKey
@@ -59,7 +59,7 @@ class Engine:
         self._clock = clock
         self._renew = renew
         self._on_death = on_death
-        self._restarts = deque[float](maxlen=MAX_RESTARTS)
+        self._restarts = Restarts(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
         self._programs: dict[ProgramKey, Program] = {}
         self._held: dict[ProgramKey, list[Readout]] = {}
         self._changed = threading.Condition()
@@ -148,9 +148,7 @@ class Engine:
 
     def _restart(self) -> bool:
         """Fail what is open and begin anew; False when that is no use."""
-        now = self._clock()
-        is_hopeless = len(self._restarts) == MAX_RESTARTS and now - self._restarts[0] < RESTART_PERIOD_SECONDS
-        self._restarts.append(now)
+        is_hopeless = self._restarts.is_hopeless(self._clock())
         with self._changed:
             self._is_down = True
         self._observer.restarted()

@@ -11,7 +11,6 @@ import multiprocessing
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ from server.catalogue import Catalogue, Model
 from server.config import Config
 from server.edge import DRAIN_NOTICE_SECONDS, Edge, binding
 from server.link import Host, HostObserver, Link
+from server.restarts import Restarts
 
 log = logging.getLogger("samovar")
 
@@ -64,7 +64,7 @@ class FrontEnds:
         self._on_death = on_death
         self._context = multiprocessing.get_context("spawn")
         self._running: list[Running] = []
-        self._restarts = deque[float](maxlen=MAX_RESTARTS)
+        self._restarts = Restarts(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
         self._port: socket.socket | None = None
         self._is_open = False
 
@@ -122,11 +122,9 @@ class FrontEnds:
         self._running.remove(ended)
         ended.process.join()
         log.error("a front end ended by itself, with exit code %s", ended.process.exitcode)
-        now = time.monotonic()
-        if len(self._restarts) == MAX_RESTARTS and now - self._restarts[0] < RESTART_PERIOD_SECONDS:
+        if self._restarts.is_hopeless(time.monotonic()):
             self._on_death()
             return
-        self._restarts.append(now)
         self._observer.replaced()
         self._start()
 
