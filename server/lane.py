@@ -105,6 +105,11 @@ class Room:
         # By level: what it and those above it may still take together.
         self._left = [capacity]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no slot is free, for whatever level."""
+        return self.num_taken >= self._capacity
+
     def of(self, level: int) -> int:
         """Slots for rows of a level."""
         while len(self._left) <= level:
@@ -277,6 +282,8 @@ class Lane:
 
     def _next_queue(self) -> Queue | None:
         """The queue whose request is visited next; None when nothing can enter."""
+        if self.room.is_full:
+            return None
         is_batch_due = self._visits >= BATCH_VISIT - 1
         able = [queue for queue in self.queues.values() if queue.ring and self.room.of(queue.level) > 0]
         return min(able, key=lambda queue: (queue.is_batch != is_batch_due, queue.number), default=None)

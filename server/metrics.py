@@ -1,4 +1,4 @@
-"""Every Prometheus metric, named and bucketed in one place."""
+"""Every Prometheus metric, named and bucketed here or, where it is of turns, in tally.py."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,13 +6,11 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from server.spec import ProgramKey
+from server.tally import Turns
 
 _REQUEST_SECONDS = [0.001 * 2**exponent for exponent in range(18)]
-_STEP_SECONDS = [0.00005 * 2**exponent for exponent in range(17)]
 _CALL = ("method", "model")
 _OPERATION = ("model", "operation")
-_PROGRAM = ("model", "operation", "format")
-_ROWS = [2**exponent for exponent in range(10)]
 
 WASTE_REASONS = ("cancelled", "deadline", "failed")
 FAULT_KINDS = ("graph", "non_finite", "out_of_memory")
@@ -45,12 +43,8 @@ class Metrics:
         self.rows = self._counter("rows", "Rows delivered.", *_OPERATION)
 
     def _add_engine(self) -> None:
-        self.steps = self._counter("steps", "Turns of a program: each advances all its rows.", *_PROGRAM)
-        self.step_seconds = self._histogram(
-            "step_duration_seconds", "Time of one turn of a program.", _STEP_SECONDS, *_PROGRAM
-        )
-        self.step_rows = self._histogram("step_rows", "Rows that shared a turn.", _ROWS, *_PROGRAM)
-        self.padding_rows = self._counter("padding_rows", "Rows computed only to fill a batch.", *_PROGRAM)
+        self.turns = Turns()
+        self.registry.register(self.turns)
         self.wasted_steps = self._counter(
             "wasted_steps", "Row steps taken for rows that were never delivered.", *_OPERATION, "reason"
         )
@@ -97,7 +91,7 @@ class Metrics:
         """Series of a program that is served start at 0, so that rates see their first event."""
         self.requests.labels(program.operation.capitalize(), program.model, "OK")
         self.rows.labels(program.model, program.name)
-        self.steps.labels(program.model, program.name, program.format)
+        self.turns.expect(program)
         for reason in WASTE_REASONS:
             self.wasted_steps.labels(program.model, program.name, reason)
         for kind in FAULT_KINDS:
@@ -105,21 +99,7 @@ class Metrics:
 
     def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""
-        steps, step_seconds, step_rows, padding_rows = self._step_series(program)
-        steps.inc()
-        step_seconds.observe(seconds)
-        step_rows.observe(rows)
-        padding_rows.inc(bucket - rows)
-
-    @cache  # noqa: B019 (there is one of these in a process, and every step asks)
-    def _step_series(self, program: ProgramKey) -> tuple[Counter, Histogram, Histogram, Counter]:
-        labels = program.model, program.name, program.format
-        return (
-            self.steps.labels(*labels),
-            self.step_seconds.labels(*labels),
-            self.step_rows.labels(*labels),
-            self.padding_rows.labels(*labels),
-        )
+        self.turns.stepped(program, rows, bucket, seconds)
 
     def delivered(self, program: ProgramKey, rows: int) -> None:
         """So many rows of a program went out to a request."""
@@ -148,7 +128,7 @@ class Metrics:
         """A front end ended by itself, and another was started."""
         self.front_end_restarts.inc()
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019 (there is one of these in a process, and every turn asks)
     def _delivery_series(self, program: ProgramKey) -> Counter:
         return self.rows.labels(program.model, program.name)
 

@@ -204,16 +204,22 @@ class Scheduler:
         return self.limits.batching != "step" and lane.num_active > 0
 
     def _can_pay(self, lane: Lane) -> bool:
-        """Whether a lane may run, once it has had its quantum of this round.
+        """Whether a lane may run, once it has had its quantum of this round."""
+        if self._granted is not lane:
+            self._granted = lane
+            lane.credit += self._quantum(lane)
+        return lane.credit >= 0
+
+    def _quantum(self, lane: Lane) -> float:
+        """Seconds that a lane earns in a round.
 
         The lane of the largest share gets the dearest turn or debt of any, the others their part of that:
         small quanta, so that one which has just woken waits for little, and yet a few rounds pay any debt.
         """
-        if self._granted is not lane:
-            self._granted = lane
-            dearest = max(max(each.pace.latest, -each.credit) for each in self._ring)
-            lane.credit += dearest * lane.part(max(each.share for each in self._ring))
-        return lane.credit >= 0
+        dearest = max(max(each.pace.latest, -each.credit) for each in self._ring)
+        if len(self._ring) == 1:
+            return dearest
+        return dearest * lane.part(max(each.share for each in self._ring))
 
     def _admit(self, lane: Lane) -> list[Admission]:
         if self._runs_on(lane):

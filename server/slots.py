@@ -19,6 +19,8 @@ from server.tape import Rows, Tape
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
+_NEVER = 1 << 62
+
 
 class Slots:
     """Tables of `capacity` rows: `device[name]` is a tensor [2 x capacity, *row shape].
@@ -40,6 +42,7 @@ class Slots:
         self.tape = tape or Tape((), capacity)
         self.num_active = 0
         self.num_started = 0
+        self.has_previews = False
         self._is_cpu = device.type == "cpu"
         slots = 2 * capacity
         self.device = {
@@ -49,11 +52,17 @@ class Slots:
             for tensor in tensors
         }
         self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
+        index = self.device.get(STEP_INDEX)
+        # On a CPU by numpy, of which a call takes a tenth of one of torch's.
+        self._step_index: Any = index.numpy() if index is not None and self._is_cpu else index
         self.side = 0
         self.seed = np.zeros(slots, np.uint64)
-        # One table, so that rows are written and moved in one go; its columns by name.
-        self._facts = np.zeros((slots, 5), np.int64)
-        self._owner, self.row, self.num_steps, self.preview_every, self.steps_done = self._facts.T
+        # One table, so that rows are written and moved in one go; its columns by name. When a row began and
+        # when it ends is counted in steps taken by whatever rows, so that a step changes nothing here.
+        self._facts = np.zeros((slots, 6), np.int64)
+        self._owner, self.row, self.num_steps, self.preview_every, self._began, self._ends = self._facts.T
+        self._num_taken = 0
+        self._next_end = _NEVER
         self._requests: dict[int, Request] = {}
         self._arriving: list[tuple[Request, int, int]] = []
 
@@ -70,6 +79,7 @@ class Slots:
         self.num_active += count
         assert self.num_active <= self.capacity, "more rows admitted than there are slots. This is a bug."
         self._requests[id(request)] = request
+        self.has_previews |= request.preview_every > 0
         self._arriving.append((request, first, count))
 
     def fill(self) -> None:
@@ -80,11 +90,13 @@ class Slots:
         requests, counts = [request for request, _, _ in arriving], [count for _, _, count in arriving]
         new = slice(self.num_active - sum(counts), self.num_active)
         self.seed[new] = _column([request.seed for request in requests], counts, np.uint64)
+        now = self._num_taken
         facts = [
-            (id(request), request.first_row + first, request.steps, request.preview_every, 0)
-            for request, first, _ in arriving
+            (id(each), each.first_row + first, each.steps, each.preview_every, now, now + each.steps)
+            for each, first, _ in arriving
         ]
         self._facts[new] = _column(facts, counts, np.int64)
+        self._next_end = min(self._next_end, now + min(request.steps for request in requests))
         self.row[new] += _offsets(counts)
         for name, column in self._columns(requests, arriving, new):
             if name in self.device:
@@ -108,18 +120,31 @@ class Slots:
         for name in self.next:
             self.device[name], self.next[name] = self.next[name], self.device[name]
         self.side = 1 - self.side
-        self.steps_done[: self.num_active] += 1
-        if STEP_INDEX in self.device:
-            index = self.device[STEP_INDEX]
+        self._num_taken += 1
+        if self._step_index is not None:
             # In place, and on a GPU without a copy from the host, which would wait for the step.
-            counts: Any = index.numpy() if self._is_cpu else index
-            counts[: self.num_active] += 1
+            self._step_index[: self.num_active] += 1
 
     @property
-    def rows(self) -> Rows:
-        """Whose numbers the active rows draw."""
-        active = slice(0, self.num_active)
-        return Rows(self.seed[active], self.row[active], self.steps_done[active], self.num_steps[active])
+    def steps_done(self) -> Array:
+        """Steps that each slot's row has taken."""
+        done: Array = self._num_taken - self._began
+        return done
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an active row has taken all its steps."""
+        return self._next_end <= self._num_taken
+
+    @property
+    def ended(self) -> Mask:
+        """Which of the active rows have taken all their steps."""
+        ended: Mask = self._ends[: self.num_active] <= self._num_taken
+        return ended
+
+    def rows(self, slots: slice) -> Rows:
+        """Whose numbers the rows in some slots draw."""
+        return Rows(self.seed[slots], self.row[slots], self.steps_done[slots], self.num_steps[slots])
 
     def move_to_tail(self, leaving: Mask) -> int:
         """Reorder the active rows so that the leaving ones come last; returns the first one's slot.
@@ -141,7 +166,7 @@ class Slots:
         return boundary
 
     def _put(self, name: str, slots: slice, rows: Array) -> None:
-        """Write rows into a table; on a CPU by numpy, of which a call takes a tenth of one of torch's."""
+        """Write rows into a table."""
         if self._is_cpu:
             self.device[name].numpy()[slots] = rows
         else:
@@ -162,6 +187,8 @@ class Slots:
         self.tape.keep(boundary)
         staying = set(self._owner[:boundary].tolist())
         self._requests = {owner: request for owner, request in self._requests.items() if owner in staying}
+        self.has_previews = any(request.preview_every for request in self._requests.values())
+        self._next_end = int(self._ends[:boundary].min(initial=_NEVER))
 
     def drop(self, request: Request) -> int:
         """Free the slots of one request; returns how many steps its rows had taken."""

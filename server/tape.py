@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from samovar import noise
 from server.spec import NoiseSpec
 
-MAX_STEPS_AHEAD = 16
-_BUDGET_BYTES = 4 << 20
+# To draw few numbers takes as long as to draw a thousand, so rows of a few draw more steps ahead; but what
+# is left of a stretch is drawn at once for a row that joins, which is much where a step has many.
+_LEAST_STEPS, _MOST_STEPS = 16, 64
+_ROW_BYTES = 1 << 10
+_TAPE_BYTES = 4 << 20
 
 Array = NDArray[Any]
 _DRAW = {"normal": noise.normal, "uniform": noise.uniform}
@@ -62,6 +65,12 @@ def draw(item: NoiseSpec, rows: Rows) -> Array:
     return _DRAW[item.distribution](rows.seed, rows.row, rows.step, item.stream, item.tensor.shape)
 
 
+def _stretch(row_bytes: int, slots: int) -> int:
+    """How many steps to draw at a time, where one has so many bytes of numbers for each row."""
+    wanted = min(max(_LEAST_STEPS, _ROW_BYTES // max(1, row_bytes)), _MOST_STEPS)
+    return max(1, min(wanted, _TAPE_BYTES // max(1, slots * row_bytes)))
+
+
 def _table(shape: Sequence[int], device: torch.device | None) -> Array:
     is_cuda = device is not None and device.type == "cuda"
     table: Array = torch.zeros(*shape, pin_memory=is_cuda).numpy()
@@ -82,8 +91,7 @@ class Tape:
         device: torch.device | None = None,
     ) -> None:
         row_bytes = sum(item.tensor.row_bytes for item in noise)
-        affordable = _BUDGET_BYTES // max(1, slots * row_bytes)
-        self.length = max(1, min(MAX_STEPS_AHEAD, affordable))
+        self.length = _stretch(row_bytes, slots)
         self._noise = tuple(noise)
         self._stretch, self._spare = (
             {item.tensor.name: _table((self.length, slots, *item.tensor.shape), device) for item in noise}
@@ -99,6 +107,11 @@ class Tape:
         """The numbers of the present step of the rows in the first slots, float32 [count, *shape]."""
         numbers: Array = self._stretch[name][self._position, :count]
         return numbers
+
+    @property
+    def num_ready(self) -> int:
+        """Of so many slots the numbers of the present step are there."""
+        return self._num_ready if self._position < self.length else 0
 
     def reach(self, rows: Rows) -> None:
         """Make sure that the numbers of these rows' present step are there."""

@@ -27,7 +27,7 @@ class TorchExportGraph:
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
             raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
-        if device.is_cuda:  # constants inside graphs have a device too
+        if device.name != "cpu":  # constants inside graphs have a device too
             program = move_to_device_pass(program, device.torch)
         self._module: Any = program.module()
 

@@ -24,6 +24,7 @@ class TorchScriptGraph:
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
             raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
+        _move_constants(self._module.graph, device)
 
     def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
@@ -32,6 +33,13 @@ class TorchScriptGraph:
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
         """A call on these very tensors."""
         return replayable(self, inputs, outputs, self._device)
+
+
+def _move_constants(graph: Any, device: Device) -> None:
+    """What a graph makes itself, such as a range, it makes where it was traced until it is told otherwise."""
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.output().type().kind() == "DeviceObjType":
+            node.s_("value", device.name)
 
 
 def _first_line(error: Exception) -> str:

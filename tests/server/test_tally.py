@@ -1,0 +1,39 @@
+"""Tallies say what Prometheus's own series would have said."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
+from server.metrics import Metrics
+from server.spec import ProgramKey
+from server.tally import Distribution
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 100.0])))
+def test_a_distribution_counts_as_a_histogram_does(values: list[float]) -> None:
+    bounds = (1.0, 2.0, 4.0)
+    registry = CollectorRegistry()
+    histogram, ours = Histogram("h", "h", buckets=bounds, registry=registry), Distribution(bounds)
+    for value in values:
+        histogram.observe(value)
+        ours.observe(value)
+    theirs = {bound: registry.get_sample_value("h_bucket", {"le": bound}) for bound, _ in ours.buckets}
+    assert dict(ours.buckets) == theirs
+    assert np.isclose(ours.total, registry.get_sample_value("h_sum") or 0.0)
+
+
+def test_versions_of_a_model_share_their_series_which_begin_at_zero() -> None:
+    metrics = Metrics(CollectorRegistry())
+    old, new = (ProgramKey("model", version, "onnx", "sample", "") for version in "12")
+    metrics.expect(old)
+    metrics.expect(new)
+    labels = {"model": "model", "operation": "sample", "format": "onnx"}
+    assert metrics.registry.get_sample_value("samovar_steps_total", labels) == 0
+    metrics.stepped(old, 3, 4, 0.001)
+    metrics.stepped(new, 8, 8, 0.002)
+    page = generate_latest(metrics.registry).decode()
+    assert page.count("samovar_steps_total{") == 1
+    for name, value in (("steps_total", 2), ("padding_rows_total", 1), ("step_rows_sum", 11)):
+        assert metrics.registry.get_sample_value(f"samovar_{name}", labels) == value
+    assert metrics.registry.get_sample_value("samovar_step_duration_seconds_count", labels) == 2
