@@ -154,7 +154,7 @@ class Call:
     async def next(self) -> list[Event]:
         """What has arrived since it was last asked, once there is any; nothing after the request's end.
 
-        Raises the error that the request failed with.
+        Raises the error that the request failed with, once what came before it has been read.
         """
         self._acknowledge()
         if self._read and isinstance(self._read[-1], Completed):
@@ -163,6 +163,8 @@ class Call:
             self._arrival = asyncio.get_running_loop().create_future()
             await self._arrival
         results, self._results = self._results, []
+        if len(results) > 1 and isinstance(results[-1], Failed):
+            self._results.append(results.pop())
         # Results last: no preview of a row ever follows the row itself.
         self._read = [*_drained(self._previews), *results]
         if isinstance(last := self._read[-1], Failed):

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # So many restarts within the period are one too many.
 MAX_RESTARTS = 3
 RESTART_PERIOD_SECONDS = 300.0
+# A request of which so many rows came out non-finite is not worth finishing.
+MAX_LOST_ROWS = 16
 
 
 class Observer(Protocol):
@@ -246,14 +248,26 @@ class Engine:
             return []
         if not readout.is_finished:
             return [Preview(readout.rows, readout.steps_done)]
-        if not readout.is_finite:
-            self._observer.faulted(request.program, "non_finite")
-            self._close(request, ModelFailed(f"{request.program}: a row came out non-finite"), "failed")
-            self._waste([readout])
-            return []
+        events: list[Event] = []
+        if readout.is_finite:
+            self._observer.delivered(request.program, count)
+            events.append(readout.rows)
+        else:
+            self._lose(readout)
         self._scheduler.finish(request, count)
-        self._observer.delivered(request.program, count)
-        return [readout.rows, Completed(self._timings(request))] if request.is_complete else [readout.rows]
+        if len(request.lost) >= MAX_LOST_ROWS:
+            self._scheduler.close(request, "failed")
+        if request.is_closed:
+            events.append(Failed(_loss(request)) if request.lost else Completed(self._timings(request)))
+        return events
+
+    def _lose(self, readout: Readout) -> None:
+        """Rows that came out non-finite are nobody's answer."""
+        request, indices = readout.request, readout.rows.indices
+        request.lost += tuple(indices)
+        for _ in indices:
+            self._observer.faulted(request.program, "non_finite")
+        self._observer.wasted(request.program, sum(readout.steps_done), "failed")
 
     def _timings(self, request: Request) -> Timings:
         return Timings(
@@ -296,3 +310,11 @@ class Engine:
     def _close(self, request: Request, error: Exception, reason: str) -> None:
         if self._scheduler.close(request, reason):
             request.deliver([Failed(error)])
+
+
+def _loss(request: Request) -> ModelFailed:
+    """What a request fails with of which rows came out non-finite."""
+    rows = "row" if len(request.lost) == 1 else "rows"
+    which = ", ".join(map(str, sorted(request.lost)[:MAX_LOST_ROWS]))
+    rest = "all others are done" if request.is_complete else "what was left has been dropped"
+    return ModelFailed(f"{request.program}: {rows} {which} came out non-finite; {rest}")

@@ -10,7 +10,7 @@ SamovarError
 │   ├── Overloaded               too many rows wait; says when to come back
 │   └── DeadlineExceeded         the caller's deadline passed before the rows were done
 ├── ServerError                  the caller can do nothing about it
-│   ├── ModelFailed              a graph raised, or a row came out non-finite
+│   ├── ModelFailed              a graph raised, or rows came out non-finite
 │   └── ServerUnavailable        starting or stopping: another replica may answer
 └── ArtifactRefused              an artifact that must not be served, and why
     └── RuntimeMissing           a format that cannot be run on this device, whatever the artifact
@@ -90,7 +90,7 @@ class DeadlineExceeded(RequestError):
 
 
 class ModelFailed(ServerError):
-    """The model's graphs raised, or a row came out non-finite."""
+    """The model's graphs raised, or rows came out non-finite; the message names those."""
 
 
 class ServerUnavailable(ServerError):

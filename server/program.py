@@ -6,7 +6,7 @@ counters, and pads every call to a bucket. Knows nothing of queues, time or clie
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,11 +24,16 @@ from server.spec import GraphSpec, ProgramSpec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Rows of one request by their places in a readout, and whether they are finite.
+Group = tuple[Request, NDArray[np.intp] | slice, bool]
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Rows of one request that were read out: finished ones, or previews of ones on the way."""
+    """Rows of one request that were read out: finished ones, or previews of ones on the way.
+
+    Those that are finite apart from those that are not.
+    """
 
     request: Request
     rows: Rows
@@ -195,14 +200,18 @@ class Program:
         }
         finite = self._finite(arrays, start)
         slots = np.arange(start, self.slots.num_active)
+        groups = [(*group, True) for group in self.slots.by_request(slots)]
+        if not finite.all():
+            groups = list(_apart(groups, finite))
+        steps_done = self.slots.steps_done
         readouts = []
-        for request, members in self.slots.by_request(slots):
+        for request, members, is_finite in groups:
+            chosen = slots[members]
             rows = Rows(
-                indices=self.slots.row[slots[members]].tolist(),
+                indices=self.slots.row[chosen].tolist(),
                 outputs={name: array[members] for name, array in arrays.items()},
             )
-            steps_done = self.slots.steps_done[slots[members]].tolist()
-            readouts.append(Readout(request, rows, steps_done, is_finished, bool(finite[members].all())))
+            readouts.append(Readout(request, rows, steps_done[chosen].tolist(), is_finished, is_finite))
         return readouts
 
     def _finite(self, outputs: Mapping[str, NDArray[Any]], start: int) -> NDArray[np.bool_]:
@@ -270,3 +279,13 @@ class Program:
         padded = np.zeros((end - start, *self._noise[name].tensor.shape), np.float32)
         padded[:count] = tape.draw(self._noise[name], rows)
         return torch.from_numpy(padded).to(self._device)
+
+
+def _apart(groups: Iterable[Group], finite: NDArray[np.bool_]) -> Iterator[Group]:
+    """Groups of rows of which each is either finite or not."""
+    for request, members, _ in groups:
+        positions = np.arange(len(finite))[members]
+        for is_finite in (True, False):
+            alike = positions[finite[positions] == is_finite]
+            if len(alike):
+                yield request, alike, is_finite

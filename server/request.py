@@ -9,6 +9,9 @@ from typing import Any
 
 from server.spec import ProgramKey
 
+# A window that holds whatever there is.
+UNBOUNDED = 1 << 32
+
 
 @dataclass(frozen=True)
 class Work:
@@ -71,7 +74,8 @@ class Request:
     """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times.
 
     At most `window` rows are on the way that the reader has not taken; inputs and those rows hold
-    `held_bytes` until the reader leaves. A batch request lets interactive ones go first.
+    `held_bytes` until the reader leaves. A batch request lets interactive ones go first. The rows that
+    are `lost` came out non-finite: they count as finished, and the request fails when the others are done.
     """
 
     program: ProgramKey
@@ -83,13 +87,14 @@ class Request:
     work: Work = Work()
     deadline: float | None = None
     preview_every: int = 0
-    window: int = 1 << 32
+    window: int = UNBOUNDED
     is_batch: bool = False
     may_end_early: bool = False
     held_bytes: int = 0
 
     admitted: int = 0
     finished: int = 0
+    lost: tuple[int, ...] = ()
     acknowledged: int = 0
     is_held: bool = False
     closed_because: str = ""

@@ -24,7 +24,7 @@ from server.catalogue import Catalogue, LoadedProgram, Model
 from server.codec import Job
 from server.errors import InvalidRequest, ServerUnavailable, Violation
 from server.manifest import name_of, public
-from server.request import Completed, Preview, Request, Rows, Timings
+from server.request import UNBOUNDED, Completed, Preview, Request, Rows, Timings
 from server.spec import ProgramSpec
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,8 +33,6 @@ Arrays = dict[str, NDArray[Any]]
 PAGE_SIZE = 100
 # Headroom for what a message holds besides its tensors.
 MESSAGE_OVERHEAD_BYTES = 4096
-# The window of a call that is answered with one message: it holds what there is.
-ALL = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -160,12 +158,12 @@ class InferenceService(pb_grpc.InferenceServicer):
         return max(2 * target.loaded.capacity, self._limits.window_bytes // row_bytes)
 
     def _submit(
-        self, job: Job, target: Target, context: Context, window: int = ALL, preview_every: int = 0
+        self, job: Job, target: Target, context: Context, window: int = UNBOUNDED, preview_every: int = 0
     ) -> Call:
         spec, capacity = target.loaded.spec, target.loaded.capacity
         previews = MAX_PREVIEWS * min(capacity, job.rows) if preview_every else 0
         unread = min(window, job.rows) + previews
-        call = Call(self._engine, self._exchange, whole=window == ALL)
+        call = Call(self._engine, self._exchange, whole=window == UNBOUNDED)
         remaining = context.time_remaining()
         call.submit(
             Request(

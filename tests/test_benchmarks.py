@@ -189,18 +189,24 @@ def test_single_steps_come_due_while_chains_are_under_way() -> None:
 
 def test_quick_schedulings_are_compared(bench: Bench) -> None:
     section = scheduling.run(bench)
-    bursts, poisson, among = section.tables
+    bursts, poisson = section.tables
     assert [row[0] for row in bursts.rows] == ["step", "request"]
     assert [row[:2] for row in poisson.rows] == [("60 %", "step"), ("60 %", "request")]
-    assert [row[0] for row in among.rows] == ["alone", "among an interactive request of 64 chains"]
     assert not any(cell == "–" for table in section.tables for row in table.rows for cell in row)
+
+
+def test_single_steps_are_measured_alone_and_among_chains(bench: Bench, server: RunningServer) -> None:
+    process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
+    among = chains.table(bench, process)
+    assert [row[0] for row in among.rows] == ["alone", "among an interactive request of 64 chains"]
+    assert not any(cell == "–" for row in among.rows for cell in row)
 
 
 def test_quick_efficiency_is_of_steps_and_of_one_shot(bench: Bench) -> None:
     steps, one_shot = efficiency.run(bench).tables
     assert [row[:2] for row in (*steps.rows, *one_shot.rows)] == [
-        ("digits-diffusion", "64"),
-        ("digits-vae", "64"),
+        (artifacts.LSTM, "64"),
+        (artifacts.GAN, "64"),
     ]
 
 

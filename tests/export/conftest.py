@@ -1,4 +1,4 @@
-"""The digits, and where the shared artifacts of every family are."""
+"""The digits, the moons, and where the shared artifacts of every family are."""
 
 from pathlib import Path
 
@@ -17,3 +17,15 @@ def digits() -> data.Dataset:
 def artifacts(models: Path) -> dict[str, Path]:
     """By family, those on its usual data."""
     return {pair.family: models / pair.model / "1" for pair in PAIRS if pair.is_usual}
+
+
+@pytest.fixture(scope="session")
+def moons() -> data.Dataset:
+    """Two moons, which nobody may change."""
+    return data.load("moons")
+
+
+@pytest.fixture(params=["digits", "moons"])
+def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
+    """Images, then points."""
+    return {"digits": digits, "moons": moons}[request.param]

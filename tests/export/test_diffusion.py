@@ -39,11 +39,6 @@ def network(digits: data.Dataset) -> Denoiser:
 
 
 @pytest.fixture(scope="module")
-def moons() -> data.Dataset:
-    return data.load("moons")
-
-
-@pytest.fixture(scope="module")
 def player(network: Denoiser, digits: data.Dataset) -> replay.Player:
     programs = FAMILY.programs(network, digits)
     return artifact.player(digits.value, programs)
@@ -55,11 +50,6 @@ def players(player: replay.Player, moons: data.Dataset) -> dict[str, replay.Play
         "digits": player,
         "moons": artifact.player(moons.value, FAMILY.programs(randomised(moons), moons)),
     }
-
-
-@pytest.fixture(params=["digits", "moons"])
-def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
-    return {"digits": digits, "moons": moons}[request.param]
 
 
 def play(

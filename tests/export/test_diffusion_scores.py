@@ -42,11 +42,6 @@ def pair() -> toys.Pair:
 
 
 @pytest.fixture(scope="module")
-def moons() -> data.Dataset:
-    return data.load("moons")
-
-
-@pytest.fixture(scope="module")
 def player(pair: toys.Pair) -> replay.Player:
     return toys.player(pair)
 

@@ -43,16 +43,6 @@ def randomised(dataset: data.Dataset, scale: float = 0.2) -> EnergyModel:
 
 
 @pytest.fixture(scope="module")
-def moons() -> data.Dataset:
-    return data.load("moons")
-
-
-@pytest.fixture(params=["digits", "moons"])
-def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
-    return {"digits": digits, "moons": moons}[request.param]
-
-
-@pytest.fixture(scope="module")
 def players(digits: data.Dataset, moons: data.Dataset) -> dict[str, replay.Player]:
     return {
         each.name: artifact.player(each.value, FAMILY.programs(randomised(each), each))

@@ -27,16 +27,6 @@ SMALL = Preset(width=16, depth=2, training=SETTINGS, measured_rows=16)
 ROWS = 6
 
 
-@pytest.fixture(scope="module")
-def moons() -> data.Dataset:
-    return data.load("moons")
-
-
-@pytest.fixture(params=["digits", "moons"])
-def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
-    return {"digits": digits, "moons": moons}[request.param]
-
-
 def randomised(family: str, dataset: data.Dataset) -> Network:
     torch.manual_seed(0)
     network = FAMILIES[family].load().network(dataset, SMALL)

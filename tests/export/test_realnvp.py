@@ -31,16 +31,6 @@ def randomised(dataset: data.Dataset, scale: float = 0.15) -> RealNVP:
     return flow.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def moons() -> data.Dataset:
-    return data.load("moons")
-
-
-@pytest.fixture(params=["digits", "moons"])
-def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
-    return {"digits": digits, "moons": moons}[request.param]
-
-
 def player(dataset: data.Dataset) -> replay.Player:
     return artifact.player(dataset.value, FAMILY.programs(randomised(dataset), dataset))
 

@@ -8,7 +8,7 @@ import pytest
 from server.call import MAX_PREVIEWS, Call, Exchange
 from server.engine import Engine
 from server.errors import Overloaded
-from server.request import Completed, Event, Preview, Request, Rows, Timings
+from server.request import Completed, Event, Failed, Preview, Request, Rows, Timings
 from server.scheduler import Limits, Scheduler
 from tests.toys import KEY, Ledger, Reader, program, request
 
@@ -97,3 +97,13 @@ async def test_one_who_wants_the_whole_answer_is_not_woken_before_its_end(engine
     assert not reading.done()
     call.deliver(parts[1:])
     assert await reading == parts
+
+
+@pytest.mark.asyncio
+async def test_what_was_done_before_a_failure_is_read_before_it(engine: Engine) -> None:
+    call = Call(engine, Exchange(engine, asyncio.get_running_loop()))
+    done = Rows([0], {})
+    call.take([done, Failed(Overloaded("no", 1.0))])
+    assert await call.next() == [done]
+    with pytest.raises(Overloaded):
+        await call.next()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import MAX_RESTARTS, Engine
+from server.engine import MAX_LOST_ROWS, MAX_RESTARTS, Engine
 from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
 from server.request import Completed, Event, Request, Work
 from server.runtime import Graph
@@ -273,18 +273,46 @@ def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
     broken.engine.stop()
 
 
-def test_a_non_finite_row_fails_alone() -> None:
-    def overflows(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        (total,) = toys.walk(inputs)
-        return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
+def poisoned_walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The walk, but for rows whose scale is 9, which lose all that they were."""
+    (total,) = toys.walk(inputs)
+    return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
 
-    bench = Bench({**toys.GRAPHS, "walk": overflows})
+
+def test_rows_that_are_no_numbers_leave_other_requests_alone() -> None:
+    bench = Bench({**toys.GRAPHS, "walk": poisoned_walk})
     _, poisoned = bench.submit(rows=2, steps=5, parameters={"scale": 9.0})
     _, neighbour = bench.submit(rows=2, steps=7, seed=1)
-    assert isinstance(poisoned.error(), ModelFailed)
+    error = poisoned.error()
+    assert isinstance(error, ModelFailed)
+    assert "rows 0, 1 came out non-finite" in str(error)
     assert neighbour.rows() == {index: alone(1, index, 7, 1.0) for index in range(2)}
-    assert bench.ledger.faults == ["non_finite"]
+    assert bench.ledger.faults == ["non_finite"] * 2
     assert bench.ledger.wasted_steps == {"failed": 10}
+    bench.engine.stop()
+
+
+def test_a_non_finite_row_fails_alone_and_is_named() -> None:
+    start = np.zeros((20, 2), np.float32)
+    start[13] = np.nan
+    bench = Bench()
+    work = Work({"steps": 2, "scale": 1.0}, {"start": start})
+    _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, work=work)
+    assert "row 113 came out non-finite; all others are done" in str(reader.error())
+    assert reader.rows() == {100 + i: alone(1, 100 + i, 2, 1.0) for i in range(20) if i != 13}
+    assert bench.ledger.rows == 19
+    assert bench.engine.num_active == 0
+    bench.engine.stop()
+
+
+def test_a_request_that_loses_many_rows_is_dropped() -> None:
+    bench = Bench({**toys.GRAPHS, "walk": poisoned_walk})
+    request, reader = bench.submit(rows=10_000, steps=2, parameters={"scale": 9.0})
+    assert "what was left has been dropped" in str(reader.error())
+    assert MAX_LOST_ROWS <= len(request.lost) <= MAX_LOST_ROWS + 8
+    assert request.finished < 100
+    _, fine = bench.submit(rows=3)
+    assert len(fine.rows()) == 3
     bench.engine.stop()
 
 

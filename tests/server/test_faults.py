@@ -115,7 +115,7 @@ def test_rows_that_are_no_numbers_are_an_internal_error_and_no_more(
     with pytest.raises(samovar.ServerError, match="non-finite"):
         sample(client)
     runtime.is_poisoned = False
-    assert faults(server) == before | {"non_finite": before["non_finite"] + 1}
+    assert faults(server)["non_finite"] > before["non_finite"]
     assert sample(client) == expected
 
 
