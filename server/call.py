@@ -10,8 +10,10 @@ from server.spec import ProgramKey
 
 MAX_PREVIEWS = 16
 
-# While other calls are open, so many rounds of the event loop may bring their next requests.
-ROUNDS = 128
+# While other calls are open, a bunch of requests waits for more: so many rounds of the event loop for each
+# that the last bunch had. One that comes by itself is soon handed over, and where many come bunches grow.
+ROUNDS_EACH = 32
+MOST_ROUNDS = 1024
 
 
 class Backend(Protocol):
@@ -58,12 +60,13 @@ class Exchange:
         self._requests: dict[Request, Call] = {}
         self._news: deque[tuple[Call, Sequence[Event]]] = deque()
         self._has_rung = False
+        self._rounds = ROUNDS_EACH
         self.num_open = 0
 
     def submit(self, request: Request, call: "Call") -> None:
         """Have a request submitted, on the event loop; if the engine will not, the call gets the error."""
         if not self._requests:
-            self._hand_over(ROUNDS if self.num_open else 0)
+            self._hand_over(self._rounds if self.num_open else 0)
         self._requests[request] = call
 
     def leave(self, request: Request) -> None:
@@ -84,6 +87,7 @@ class Exchange:
             self._loop.call_soon(self._hand_over, rounds - 1)
             return
         requests, self._requests = self._requests, {}
+        self._rounds = min(ROUNDS_EACH * len(requests), MOST_ROUNDS)
         for request, call in requests.items():
             try:
                 self._engine.submit(request, wakes=False)

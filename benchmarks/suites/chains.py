@@ -52,7 +52,7 @@ class Sample:
 
 def table(bench: Bench, server: Server) -> Table:
     """Single steps alone and among each kind of chains, in turns."""
-    number = int(bench.either(10, 60))
+    number = int(bench.either(10, 150))
     alone = [Arrival(GAP_SECONDS * i, SINGLE, artifacts.EBM, 1, i, {"steps": 1}) for i in range(number)]
     loads = {"alone": alone}
     for chains in NEIGHBOURS[1:2] if bench.is_quick else NEIGHBOURS:
