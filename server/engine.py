@@ -262,9 +262,10 @@ class Engine:
         return events
 
     def _lose(self, readout: Readout) -> None:
-        """Rows that came out non-finite are nobody's answer."""
+        """Rows that came out non-finite are nobody's answer, and no reader will acknowledge them."""
         request, indices = readout.request, readout.rows.indices
         request.lost += tuple(indices)
+        self._scheduler.acknowledge(request, len(indices))
         for _ in indices:
             self._observer.faulted(request.program, "non_finite")
         self._observer.wasted(request.program, sum(readout.steps_done), "failed")

@@ -53,6 +53,11 @@ async def test_a_stream_tells_of_rows_as_they_finish(aclient: AsyncClient) -> No
     assert [event.indices.tolist() for event in events[1:]] == [[5, 4], [3, 2], [1, 0]]
 
 
+async def test_a_stream_may_be_read_in_the_order_of_its_rows(aclient: AsyncClient) -> None:
+    events = [event async for event in aclient.stream("counter", 6, ordered=True)]
+    assert [event.indices.tolist() for event in events] == [list(range(6))]
+
+
 async def test_a_stream_does_not_know_what_runs_before_it_is_read(aclient: AsyncClient) -> None:
     with pytest.raises(ServerError, match="read its first event"):
         _ = aclient.stream("counter").run

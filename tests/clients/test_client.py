@@ -4,6 +4,8 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from samovar import (
     Cancelled,
@@ -18,6 +20,7 @@ from samovar import (
     Timings,
     Unavailable,
 )
+from samovar.result import InOrder
 from samovar.v1 import inference_pb2 as pb
 from tests.clients.counting import COUNTER, UNAVAILABLE, Counting, Server, images, version
 
@@ -87,6 +90,31 @@ def test_a_stream_tells_of_rows_as_they_finish_and_of_those_on_the_way(client: C
     assert [event.indices.tolist() for event in finished] == [[5, 4], [3, 2], [1, 0]]
     assert stream.run.seed == 0
     assert stream.timings.run == 1.0
+
+
+def test_a_stream_may_be_read_in_the_order_of_its_rows(client: Client) -> None:
+    with client.stream("counter", 6, seed=0, first_row=10, ordered=True) as stream:
+        (event,) = stream
+    assert event.indices.tolist() == list(range(10, 16))
+    assert event.outputs["image"].tolist() == images(0, np.arange(10, 16)).tolist()
+    assert stream.timings.run == 1.0
+
+
+@given(st.permutations(range(12)), st.integers(1, 5), st.integers(0, 9))
+def test_rows_wait_for_those_before_them_and_for_no_others(
+    order: list[int], size: int, first_row: int
+) -> None:
+    in_order, seen = InOrder(first_row), set[int]()
+    told: list[int] = []
+    for start in range(0, len(order), size):
+        indices = first_row + np.array(order[start : start + size])
+        seen |= set(indices.tolist())
+        following = in_order.follow(Rows(indices, {"square": indices**2}))
+        if following is not None:
+            assert (following.outputs["square"] == following.indices**2).all()
+            told += following.indices.tolist()
+        missing = next(index for index in range(first_row, first_row + 13) if index not in seen)
+        assert told == list(range(first_row, missing))
 
 
 def test_a_stream_does_not_know_what_runs_before_it_is_read(client: Client) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from server.engine import MAX_LOST_ROWS, MAX_RESTARTS, Engine
 from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
-from server.request import Completed, Event, Request, Work
+from server.request import Completed, Event, Request, Rows, Work
 from server.runtime import Graph
 from server.scheduler import Limits, Scheduler
 from tests import toys
@@ -302,6 +302,24 @@ def test_a_non_finite_row_fails_alone_and_is_named() -> None:
     assert reader.rows() == {100 + i: alone(1, 100 + i, 2, 1.0) for i in range(20) if i != 13}
     assert bench.ledger.rows == 19
     assert bench.engine.num_active == 0
+    bench.engine.stop()
+
+
+def test_lost_rows_take_no_room_in_the_window_of_a_reader() -> None:
+    start = np.zeros((20, 2), np.float32)
+    start[:9] = np.nan
+    bench, reader = Bench(), Reader()
+    work = Work({"steps": 1, "scale": 1.0}, {"start": start})
+    asked = request(reader, rows=20, steps=1, work=work, window=2)
+
+    def read(events: Sequence[Event]) -> None:
+        reader.deliver(events)
+        if not asked.is_closed:
+            bench.engine.acknowledge(asked, sum(len(e.indices) for e in events if isinstance(e, Rows)))
+
+    asked.deliver = read
+    bench.engine.submit(asked)
+    assert sorted(reader.rows()) == list(range(9, 20))
     bench.engine.stop()
 
 

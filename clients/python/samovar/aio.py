@@ -30,7 +30,19 @@ from samovar.messages import (
     transform_requests,
 )
 from samovar.model import Model, Operation
-from samovar.result import Canvas, Event, R, Result, Run, Scores, ServerInfo, Timings, merge, merge_scores
+from samovar.result import (
+    Canvas,
+    Event,
+    InOrder,
+    R,
+    Result,
+    Run,
+    Scores,
+    ServerInfo,
+    Timings,
+    merge,
+    merge_scores,
+)
 from samovar.v1 import inference_pb2
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
@@ -108,13 +120,19 @@ class AsyncClient:
         *,
         inputs: Mapping[str, ArrayLike] | None = None,
         preview_every: int = 0,
+        ordered: bool = False,
         **options: Unpack[Options],
     ) -> AsyncSampleStream:
-        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps."""
+        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
+
+        With `ordered`, finished rows come by their indices: one that is done waits for those before it, and
+        does not come when one of those fails.
+        """
         call, deadline = settle(model, options), self._deadline(options)
         request = partial(sample_request, call, rows, inputs or {}, preview_every)
         begin = partial(self._begin, request, call, deadline)
-        return AsyncSampleStream(begin, self._catalog, call.selector)
+        reader = StreamReader(InOrder(call.first_row) if ordered else None)
+        return AsyncSampleStream(begin, reader, self._catalog, call.selector)
 
     async def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
         """Send rows through the model and back."""
@@ -223,6 +241,7 @@ class AsyncSampleStream(AsyncIterator[Event]):
     def __init__(
         self,
         begin: Callable[[], Awaitable[tuple[Responses, Operation]]],
+        reader: StreamReader,
         catalog: Catalog,
         selector: Selector,
     ) -> None:
@@ -230,7 +249,7 @@ class AsyncSampleStream(AsyncIterator[Event]):
         self._catalog = catalog
         self._selector = selector
         self._responses: Responses | None = None
-        self._reader = StreamReader()
+        self._reader = reader
         self._cancelled = False
         self._events = self._read()
 

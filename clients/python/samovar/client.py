@@ -25,7 +25,19 @@ from samovar.messages import (
     transform_requests,
 )
 from samovar.model import Model, Operation
-from samovar.result import Canvas, Event, R, Result, Run, Scores, ServerInfo, Timings, merge, merge_scores
+from samovar.result import (
+    Canvas,
+    Event,
+    InOrder,
+    R,
+    Result,
+    Run,
+    Scores,
+    ServerInfo,
+    Timings,
+    merge,
+    merge_scores,
+)
 from samovar.v1 import inference_pb2
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
@@ -103,16 +115,22 @@ class Client:
         *,
         inputs: Mapping[str, ArrayLike] | None = None,
         preview_every: int = 0,
+        ordered: bool = False,
         **options: Unpack[Options],
     ) -> SampleStream:
-        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps."""
+        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
+
+        With `ordered`, finished rows come by their indices: one that is done waits for those before it, and
+        does not come when one of those fails.
+        """
         call, deadline = settle(model, options), self._deadline(options)
         with self._catalog.trusting(call.selector):
             described = self._known(call.selector, deadline)
             operation = described.operation("sample", call.method)
             request = sample_request(call, rows, inputs or {}, preview_every, operation)
             responses = self._stub.Sample(request, timeout=deadline.remaining())
-        return SampleStream(responses, operation, self._catalog, call.selector)
+        reader = StreamReader(InOrder(call.first_row) if ordered else None)
+        return SampleStream(responses, operation, reader, self._catalog, call.selector)
 
     def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
         """Send rows through the model and back."""
@@ -207,11 +225,16 @@ class SampleStream(Iterator[Event]):
     """Rows as they finish, and previews of those on the way. Leaving its `with` block cancels the rest."""
 
     def __init__(
-        self, responses: Responses, operation: Operation, catalog: Catalog, selector: Selector
+        self,
+        responses: Responses,
+        operation: Operation,
+        reader: StreamReader,
+        catalog: Catalog,
+        selector: Selector,
     ) -> None:
         self._responses = responses
         self._operation = operation
-        self._reader = StreamReader()
+        self._reader = reader
         self._catalog = catalog
         self._selector = selector
         self._events = self._read()

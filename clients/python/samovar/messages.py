@@ -153,9 +153,10 @@ def transform_requests(
 
 
 class StreamReader:
-    """Reads the messages of one stream, in order."""
+    """Reads the messages of one stream as they come; finished rows by their indices, when it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_order: result.InOrder | None = None) -> None:
+        self._in_order = in_order
         self._run: result.Run | None = None
         self.timings = result.Timings()
 
@@ -173,7 +174,10 @@ class StreamReader:
         if response.HasField("timings"):
             self.timings = _timings(response.timings)
         if response.rows.indices:
-            yield result.Rows(_indices(response.rows.indices), _outputs(response.rows.outputs, operation))
+            rows = result.Rows(_indices(response.rows.indices), _outputs(response.rows.outputs, operation))
+            following = self._in_order.follow(rows) if self._in_order else rows
+            if following:
+                yield following
         for preview in response.previews:
             yield result.Preview(
                 indices=_indices(preview.rows.indices),

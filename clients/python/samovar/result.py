@@ -168,6 +168,27 @@ class Canvas:
         return f"rows {self.first_row}..{self.first_row + self.rows - 1}"
 
 
+class InOrder:
+    """Holds finished rows of one stream back until those before them have come."""
+
+    def __init__(self, first_row: int = 0) -> None:
+        self._next = first_row
+        self._early: dict[int, Mapping[str, Array]] = {}
+
+    def follow(self, rows: Rows) -> Rows | None:
+        """The rows that come next, as far as they are there; None while the very next one is not."""
+        for place, index in enumerate(rows.indices.tolist()):
+            self._early[index] = {name: array[place] for name, array in rows.outputs.items()}
+        first, ready = self._next, list[Mapping[str, Array]]()
+        while self._next in self._early:
+            ready.append(self._early.pop(self._next))
+            self._next += 1
+        if not ready:
+            return None
+        outputs = {name: np.stack([row[name] for row in ready]) for name in rows.outputs}
+        return Rows(np.arange(first, self._next, dtype=np.int64), outputs)
+
+
 R = TypeVar("R", bound=Result)
 
 
