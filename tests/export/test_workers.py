@@ -74,8 +74,11 @@ time.sleep(60)
 """
 
 _CREW = """
-import json, sys
+import json, signal, sys
 from export.workers import Crew
+
+# Whoever is started in the background of a script is told to ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Told:
     def begin(self, name):
