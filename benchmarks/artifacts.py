@@ -21,6 +21,8 @@ FAMILIES = {
     name: name.partition("-")[2] for name in (DIFFUSION, PIXELCNN, EBM, LSTM, VAE, GAN, REALNVP, MLP, CNN)
 }
 DECODER, TINY = "decoder", "tiny"
+# A sampler and a model of one shot that are made in seconds: what quick benchmarks are content with.
+QUICK = (LSTM, GAN)
 
 
 def make(

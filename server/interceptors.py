@@ -91,7 +91,7 @@ class ObservedMethods(grpc.GenericRpcHandler):
         async def observed(request: Message | Unreadable, context: Context) -> Message:
             with _Observed(self, method, request, context) as call:
                 try:
-                    response: Message = await behaviour(self.admitted(request), context)
+                    response: Message = await behaviour(self._admitted(request), context)
                 except Exception as error:
                     await _abort(error, context, call)
                 return response
@@ -102,7 +102,7 @@ class ObservedMethods(grpc.GenericRpcHandler):
         async def observed(request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
             with _Observed(self, method, request, context) as call:
                 try:
-                    async with aclosing(behaviour(self.admitted(request), context)) as responses:
+                    async with aclosing(behaviour(self._admitted(request), context)) as responses:
                         async for response in responses:
                             yield response
                 except Exception as error:
@@ -122,7 +122,7 @@ class ObservedMethods(grpc.GenericRpcHandler):
         self._observer.ended(call.method, model, call.code.name, seconds)
         log.debug("%s %s %s %.1f ms", call.method, model, call.code.name, 1000 * seconds)
 
-    def admitted(self, request: Message | Unreadable) -> Message:
+    def _admitted(self, request: Message | Unreadable) -> Message:
         """The message of a call that there is room for."""
         if self._num_calls > self._max_calls:
             reason = f"{self._max_calls} calls are in flight, which is the limit"

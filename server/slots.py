@@ -57,10 +57,10 @@ class Slots:
         self._step_index: Any = index.numpy() if index is not None and self._is_cpu else index
         self.side = 0
         self.seed = np.zeros(slots, np.uint64)
-        # One table, so that rows are written and moved in one go; its columns by name. When a row began and
-        # when it ends is counted in steps taken by whatever rows, so that a step changes nothing here.
-        self._facts = np.zeros((slots, 6), np.int64)
-        self._owner, self.row, self.num_steps, self.preview_every, self._began, self._ends = self._facts.T
+        # One table, so that rows are written and moved in one go; its columns by name. When a row ends is
+        # counted in steps taken by whatever rows, so that a step changes nothing here.
+        self._facts = np.zeros((slots, 5), np.int64)
+        self._owner, self.row, self.num_steps, self.preview_every, self._ends = self._facts.T
         self._num_taken = 0
         self._next_end = _NEVER
         self._requests: dict[int, Request] = {}
@@ -92,7 +92,7 @@ class Slots:
         self.seed[new] = _column([request.seed for request in requests], counts, np.uint64)
         now = self._num_taken
         facts = [
-            (id(each), each.first_row + first, each.steps, each.preview_every, now, now + each.steps)
+            (id(each), each.first_row + first, each.steps, each.preview_every, now + each.steps)
             for each, first, _ in arriving
         ]
         self._facts[new] = _column(facts, counts, np.int64)
@@ -128,7 +128,8 @@ class Slots:
     @property
     def steps_done(self) -> Array:
         """Steps that each slot's row has taken."""
-        done: Array = self._num_taken - self._began
+        ahead = self._ends - self._num_taken
+        done: Array = self.num_steps - ahead
         return done
 
     @property

@@ -25,7 +25,7 @@ class Distribution:
 
     bounds: Sequence[float]
     total: float = 0.0
-    counts: list[int] = field(default_factory=list)
+    counts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)

@@ -197,7 +197,7 @@ def test_quick_schedulings_are_compared(bench: Bench) -> None:
 
 def test_single_steps_are_measured_alone_and_among_chains(bench: Bench, server: RunningServer) -> None:
     process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
-    among = chains.table(bench, process)
+    among = chains.table(bench, process, chains.NEIGHBOURS[1:2], number=10)
     assert [row[0] for row in among.rows] == ["alone", "among an interactive request of 64 chains"]
     assert not any(cell == "–" for row in among.rows for cell in row)
 

@@ -4,11 +4,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from benchmarks import artifacts
 from benchmarks.load import Callers
 from benchmarks.report import Section
+
+
+class OfModel(Protocol):
+    """What is measured of one model."""
+
+    @property
+    def model(self) -> str: ...
+
+
+M = TypeVar("M", bound=OfModel)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Bench:
     def either(self, quick: float, full: float) -> float:
         """A duration in seconds, or any other measure of thoroughness."""
         return quick if self.is_quick else full
+
+    def enough(self, cases: Sequence[M]) -> list[M]:
+        """All cases; when it is quick, those whose model is made in seconds."""
+        return [case for case in cases if not self.is_quick or case.model in artifacts.QUICK]
 
     def models(self, *names: str, formats: Sequence[str] = ("onnx",)) -> Path:
         """A directory that shows these artifacts and no others."""

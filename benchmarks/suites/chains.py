@@ -14,6 +14,7 @@ from samovar.messages import Priority
 
 CHAIN_STEPS = 400
 SINGLE = "one step"
+SINGLES = 150
 GAP_SECONDS = 0.04
 # Single steps come due while the chains are in full swing, and chains again when the last ones are done.
 FROM, TO, AGAIN = 0.1, 0.8, 1.5
@@ -50,12 +51,13 @@ class Sample:
     step: float
 
 
-def table(bench: Bench, server: Server) -> Table:
-    """Single steps alone and among each kind of chains, in turns."""
-    number = int(bench.either(10, 150))
+def table(
+    bench: Bench, server: Server, neighbours: Sequence[Chains] = NEIGHBOURS, number: int = SINGLES
+) -> Table:
+    """So many single steps alone and among each kind of chains, in turns."""
     alone = [Arrival(GAP_SECONDS * i, SINGLE, artifacts.EBM, 1, i, {"steps": 1}) for i in range(number)]
     loads = {"alone": alone}
-    for chains in NEIGHBOURS[1:2] if bench.is_quick else NEIGHBOURS:
+    for chains in neighbours:
         length = bench.callers.open(server.address, chains.arrivals(0.0)).seconds
         loads[f"among {chains.title}"] = among(chains, length, number)
     samples: dict[str, list[Sample]] = {name: [] for name in loads}

@@ -12,12 +12,10 @@ from benchmarks.servers import samovar_server
 from benchmarks.suites.base import Bench
 from benchmarks.suites.scheduling import Kind
 
-# Of the samplers it is the one that is made in seconds.
-QUICK_KINDS = (Kind(artifacts.LSTM, "tokens", (8, 32)),)
 KINDS = (
     Kind(artifacts.DIFFUSION, "steps", (2, 5, 10)),
     Kind(artifacts.EBM, "steps", (1, 10, 30)),
-    *QUICK_KINDS,
+    Kind(artifacts.LSTM, "tokens", (8, 32)),
     Kind(artifacts.PIXELCNN),
 )
 MOST_ROWS = 24
@@ -36,7 +34,7 @@ row's bytes are the same."""
 
 def run(bench: Bench) -> Section:
     """Draw traffic, run it twice, compare; then less of it in a second format."""
-    kinds = QUICK_KINDS if bench.is_quick else KINDS
+    kinds = bench.enough(KINDS)
     rows = compare(bench, kinds, "onnx", int(bench.either(120, 10_000)))
     if not bench.is_quick:
         rows += compare(bench, kinds, "torchscript", 400)

@@ -83,16 +83,11 @@ ONE_SHOT = (
     Case(artifacts.MLP, operation="classify"),
     Case(artifacts.CNN, operation="classify"),
 )
-# Models that are made in seconds.
-QUICK = (artifacts.LSTM, artifacts.GAN)
 
 
 def run(bench: Bench) -> Section:
     """Measure every family in every bucket."""
-    stepping, one_shot = (
-        [case for case in cases if case.model in QUICK or not bench.is_quick]
-        for cases in (STEPPING, ONE_SHOT)
-    )
+    stepping, one_shot = map(bench.enough, (STEPPING, ONE_SHOT))
     buckets = BUCKETS[-1:] if bench.is_quick else BUCKETS
     tables = (
         _table([row for bucket in buckets for row in _rows(bench, cases, bucket)], unit)

@@ -57,7 +57,6 @@ WORKLOADS: dict[str, Sequence[Kind]] = {
         TEXTS,
     ),
 }
-# Of the samplers it is the one that is made in seconds.
 QUICK_WORKLOADS: dict[str, Sequence[Kind]] = {"mixed lengths": (TEXTS,)}
 
 

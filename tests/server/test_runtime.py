@@ -46,6 +46,5 @@ def test_what_a_graph_makes_itself_moves_with_it(format_: str, tmp_path: Path) -
 def test_every_exported_program_moves_as_a_whole(pair: Pair, models: Path) -> None:
     # The weights of TorchScript cannot be loaded without memory for them; torch.export's can.
     _, spec = artifact.read(models / pair.model / "1")
-    graphs = {graph.name: graph for program in spec.programs.values() for graph in program.graphs}
-    for name, file in spec.files["torch_export"].items():
-        assert moved(file, "torch_export", graphs[name]) == {"meta"}, name
+    for name, graph_spec in spec.graphs().items():
+        assert moved(spec.files["torch_export"][name], "torch_export", graph_spec) == {"meta"}, name
