@@ -24,5 +24,5 @@ WORKDIR /app
 USER 10001
 EXPOSE 8001 8002
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
-    CMD ["python", "-m", "server.health", "--address", "127.0.0.1:8001"]
+    CMD ["python", "-m", "server.rpc.health", "--address", "127.0.0.1:8001"]
 ENTRYPOINT ["python", "-m", "server", "--models", "/models", "--host", "0.0.0.0"]

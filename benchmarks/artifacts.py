@@ -50,24 +50,25 @@ def view(names: Sequence[str], directory: Path) -> Path:
 
 def copies(count: int, directory: Path) -> Path:
     """So many tiny models under different names, tiny-0 and on."""
-    from export import own
+    from export import custom_model
 
     for index in tqdm(range(count), desc="making copies", unit="model", disable=None):
         if not (directory / f"{TINY}-{index}").exists():
-            own.write(OWN / f"{TINY}.py", directory, f"{TINY}-{index}", FORMATS)
+            custom_model.write(OWN / f"{TINY}.py", directory, f"{TINY}-{index}", FORMATS)
     return directory
 
 
 def _make(name: str, directory: Path, preset: str, formats: tuple[str, ...]) -> None:
-    from export import data, own, recipe
+    from export import custom_model, pipeline
+    from export.datasets import loading
     from export.families import FAMILIES as KNOWN
 
     if name not in FAMILIES:
-        own.write(OWN / f"{name}.py", directory, name, formats)
+        custom_model.write(OWN / f"{name}.py", directory, name, formats)
         return
     entry = KNOWN[FAMILIES[name]]
     family = _unmeasured(entry.load(), preset)
-    recipe.untrained(recipe.Recipe(family, data.load(entry.data[0]), directory, preset, formats))
+    pipeline.untrained(pipeline.Recipe(family, loading.load(entry.data[0]), directory, preset, formats))
 
 
 def _unmeasured(family: "Family", preset: str) -> "Family":

@@ -20,9 +20,9 @@ import grpc.aio
 import numpy as np
 
 import samovar
-from benchmarks.spread import Floats
-from samovar.connection import CHANNEL_OPTIONS
-from samovar.messages import Priority
+from benchmarks.statistics import Floats
+from samovar._channel import CHANNEL_OPTIONS
+from samovar._messages import Priority
 
 T = TypeVar("T")
 Method = Callable[[bytes], Awaitable[bytes]]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from export.own import Input, Model, Noise, Program, Score, TensorSpec, Value, module
+from export.custom_model import Input, Model, Noise, Program, Score, TensorSpec, Value, module
 
 SCALE, WINDING = torch.tensor([2.0, 0.2]), 1.5
 POINT, LATENT = TensorSpec("point", shape=(2,)), TensorSpec("latent", shape=(2,), doc="standard normal")

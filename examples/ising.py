@@ -7,7 +7,18 @@ neighbours: first the black squares of the checkerboard, then the white ones.
 import torch
 from torch import Tensor
 
-from export.own import Input, Model, Noise, Parameter, Program, Score, Steps, TensorSpec, Value, module
+from export.custom_model import (
+    Input,
+    Model,
+    Noise,
+    Parameter,
+    Program,
+    Score,
+    Steps,
+    TensorSpec,
+    Value,
+    module,
+)
 
 SIZE = 32
 SHAPE = (SIZE, SIZE)

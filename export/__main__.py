@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from export.commands import catalogue, collection, report, train, verify, write
+from export.commands import export, list_families, report, train, train_all, verify
 
 _EPILOG = """\
 examples:
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (catalogue, train, collection, verify, report, write):
+    for module in (list_families, train, train_all, verify, report, export):
         module.add(commands)
     return parser
 

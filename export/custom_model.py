@@ -2,7 +2,7 @@
 
 Such a file names its MODEL: what a row is, and the programs that compute it, as
 functions or modules whose argument names say what they read. `python -m export write
-FILE` exports it, verifies it and leaves it where a server finds it. docs/own-models.md
+FILE` exports it, verifies it and leaves it where a server finds it. docs/custom-models.md
 explains, examples/ shows.
 """
 
@@ -26,12 +26,13 @@ from google.protobuf import timestamp_pb2
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export import artifact, graph
-from export.formats import USUAL
-from export.golden import Example
-from export.graph import GraphError
-from export.layout import ArtifactError, sha256
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.artifacts import writer
+from export.artifacts.golden import Example
+from export.artifacts.reader import ArtifactError, sha256
+from export.graphs import graph
+from export.graphs.formats import USUAL
+from export.graphs.graph import GraphError
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
 from samovar.v1 import manifest_pb2
 
 __all__ = [
@@ -88,7 +89,7 @@ def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = USU
     model = load(path)
     with _blaming(path):
         whole = _completed(model, path, name)
-        return artifact.write(whole, models, formats=formats)
+        return writer.write(whole, models, formats=formats)
 
 
 def load(path: Path) -> Model:
@@ -177,10 +178,10 @@ def _is_same(filename: str, path: Path) -> bool:
     return Path(filename).resolve() == path.resolve()
 
 
-def _completed(model: Model, path: Path, name: str) -> artifact.Model:
+def _completed(model: Model, path: Path, name: str) -> writer.Model:
     for entry in graph.collect(model.programs):
         graph.examine(entry)
-    return artifact.Model(
+    return writer.Model(
         name=name or model.name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-"),
         family=model.family,
         description=model.description or _summary(path),

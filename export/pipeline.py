@@ -12,19 +12,22 @@ from pathlib import Path
 import torch
 from google.protobuf import timestamp_pb2
 
-from export import artifact, formats, quality, training
-from export.checkpoint import Checkpoint
-from export.data import Dataset
+from export.artifacts import writer
+from export.artifacts.reader import sha256
+from export.datasets.loading import Dataset
+from export.evaluation import formatting
+from export.evaluation.figures import draw
 from export.families.base import Family, Preset
-from export.figure import draw
-from export.layout import sha256
-from export.program import Program
+from export.graphs import formats
+from export.graphs.program import Program
+from export.training import trainer
+from export.training.checkpoint import Checkpoint
 from samovar.v1 import manifest_pb2
 
 PICTURE = "samples.png"
 CURVE = "training.json"
 _NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "sampled_rows", "kinds")
-_UNTRAINED = training.Outcome(seconds=0, best=training.Point(0, math.nan, math.nan), curve=())
+_UNTRAINED = trainer.Outcome(seconds=0, best=trainer.Point(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -57,7 +60,7 @@ class Recipe:
         return self.family.presets[self.preset].suiting(self.data.value)
 
     @property
-    def training(self) -> training.Settings:
+    def training(self) -> trainer.Settings:
         """The preset's settings with those that were given."""
         preset = self.suited.training
         return dataclasses.replace(
@@ -76,22 +79,22 @@ def make(recipe: Recipe) -> Path:
     A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
     TrainingError when its loss is no number; then nothing is left behind.
     """
-    artifact.destination(recipe.models, recipe.model_name, recipe.version)
+    writer.destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)
     network = recipe.family.network(recipe.data, recipe.suited)
     checkpoint = Checkpoint(recipe.models / recipe.model_name, _identity(recipe, network))
     if recipe.fresh:
         checkpoint.remove()
-    outcome = training.fit(network, recipe.data, recipe.training, checkpoint=checkpoint)
+    outcome = trainer.fit(network, recipe.data, recipe.training, checkpoint=checkpoint)
     model = _measured(recipe, _model(recipe, outcome, network))
     model = dataclasses.replace(model, pictures={**model.pictures, CURVE: _curve(outcome)})
     print("  writing and verifying the graphs ...", flush=True)
-    path = artifact.write(model, recipe.models, recipe.version, recipe.formats)
+    path = writer.write(model, recipe.models, recipe.version, recipe.formats)
     checkpoint.remove()
     return path
 
 
-def _identity(recipe: Recipe, network: training.Network) -> dict[str, str]:
+def _identity(recipe: Recipe, network: trainer.Network) -> dict[str, str]:
     """All that the trained weights depend on."""
     shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
     size = {name: value for name, value in vars(recipe.suited).items() if name not in _NOT_OF_THE_NETWORK}
@@ -106,7 +109,7 @@ def _identity(recipe: Recipe, network: training.Network) -> dict[str, str]:
     return {name: str(value) for name, value in known.items()}
 
 
-def _curve(outcome: training.Outcome) -> bytes:
+def _curve(outcome: trainer.Outcome) -> bytes:
     points = [dataclasses.asdict(point) for point in outcome.curve]
     return (json.dumps({"curve": points, "best_step": outcome.best.step}, indent=1) + "\n").encode()
 
@@ -120,11 +123,11 @@ def untrained(recipe: Recipe) -> Path:
         # Layers that begin as zeros would hide what goes wrong before them.
         weights.add_(0.05 * torch.randn_like(weights))
     model = _model(recipe, _UNTRAINED, network)
-    return artifact.write(model, recipe.models, recipe.version, recipe.formats)
+    return writer.write(model, recipe.models, recipe.version, recipe.formats)
 
 
-def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network) -> artifact.Model:
-    return artifact.Model(
+def _model(recipe: Recipe, outcome: trainer.Outcome, network: trainer.Network) -> writer.Model:
+    return writer.Model(
         name=recipe.model_name,
         family=recipe.family.name,
         description=recipe.family.description,
@@ -136,12 +139,12 @@ def _model(recipe: Recipe, outcome: training.Outcome, network: training.Network)
     )
 
 
-def _measured(recipe: Recipe, model: artifact.Model) -> artifact.Model:
-    player, family = artifact.player(model.value, model.programs), recipe.family
+def _measured(recipe: Recipe, model: writer.Model) -> writer.Model:
+    player, family = writer.player(model.value, model.programs), recipe.family
     figures = family.quality(player, recipe.data, recipe.suited)
     for figure in figures:
-        print(f"  {quality.line(figure)}")
-    caption = "\n".join(map(quality.line, figures))
+        print(f"  {formatting.line(figure)}")
+    caption = "\n".join(map(formatting.line, figures))
     picture = draw(model.name, caption, family.panels(player, recipe.data), model.value.levels)
     return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
 
@@ -152,7 +155,7 @@ def _evaluating(program: Program) -> Program:
     return program
 
 
-def _provenance(recipe: Recipe, outcome: training.Outcome) -> manifest_pb2.Provenance:
+def _provenance(recipe: Recipe, outcome: trainer.Outcome) -> manifest_pb2.Provenance:
     settings = {
         "preset": recipe.preset,
         "best_step": outcome.best.step,

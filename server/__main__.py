@@ -4,11 +4,8 @@ import asyncio
 import logging
 import sys
 
-from server import config, logs, memory
+from server import config, process
 from server.app import App
-
-# The device thread waits so long for the interpreter at most; Python's own 5 ms are longer than most steps.
-SWITCH_SECONDS = 0.0005
 
 
 async def _serve(settings: config.Config) -> None:
@@ -18,9 +15,7 @@ async def _serve(settings: config.Config) -> None:
 def main() -> int:
     """Serve until told to stop: 0 after an orderly stop, 1 without a start, 130 when interrupted twice."""
     settings = config.parse()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    memory.keep()
-    logs.configure(settings.log_level)
+    process.configure(settings.log_level)
     try:
         asyncio.run(_serve(settings))
     except (OSError, RuntimeError) as error:

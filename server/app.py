@@ -20,17 +20,17 @@ import torch
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import manifest_pb2
 from server import __version__
-from server.catalogue import Model
 from server.config import Config
-from server.edge import Edge, binding
-from server.engine import Engine
-from server.errors import ArtifactRefused
-from server.front_end import FrontEnds
+from server.core.errors import ArtifactRefused
+from server.engine.engine import Engine
+from server.engine.scheduler import Limits, Scheduler
 from server.metrics import Metrics
-from server.repository import Repository
+from server.models.registry import Model
+from server.models.repository import Repository
+from server.rpc.grpc_server import Edge, binding
+from server.rpc.servicer import library_versions
+from server.rpc.workers import FrontEnds
 from server.runtime import RUNTIMES, Device, OpenGraph
-from server.scheduler import Limits, Scheduler
-from server.service import library_versions
 
 log = logging.getLogger("samovar")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from server.scheduler import Batching
-from server.spec import FORMATS
+from server.core.spec import FORMATS
+from server.engine.scheduler import Batching
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_ROWS = 2**32 - 1

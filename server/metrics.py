@@ -5,8 +5,8 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from server.spec import ProgramKey
-from server.tally import Turns
+from server.core.spec import ProgramKey
+from server.step_metrics import Turns
 
 _REQUEST_SECONDS = [0.001 * 2**exponent for exponent in range(18)]
 _CALL = ("method", "model")

@@ -12,7 +12,7 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.spec import ProgramKey
+from server.core.spec import ProgramKey
 
 _SECONDS = tuple(0.00005 * 2**exponent for exponent in range(17))
 _ROWS = tuple(float(2**exponent) for exponent in range(10))

@@ -1,17 +1,16 @@
 """What several tests share: tiny untrained artifacts, and a real server over them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import samovar
-from export import recipe
-from export.families import FAMILIES
-from export.formats import FORMATS, USUAL
-from tests.families import PAIRS, Pair
-from tests.serving import RunningServer, serving
+from export.graphs.formats import FORMATS, USUAL
+from tests.support import artifact_cache
+from tests.support.datasets import PAIRS
+from tests.support.live_server import RunningServer, serving
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,22 +23,14 @@ def _one_thread() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny untrained artifact of every family on its usual data, in every format: digits-vae/1, say."""
     usual = (pair for pair in PAIRS if pair.is_usual)
-    return _write(usual, FORMATS, tmp_path_factory.mktemp("models"))
+    return artifact_cache.link(usual, FORMATS, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of every family on each of its other data sets, in the usual formats: moons-gan/1, say."""
     others = (pair for pair in PAIRS if not pair.is_usual)
-    return _write(others, USUAL, tmp_path_factory.mktemp("others"))
-
-
-def _write(pairs: Iterable[Pair], formats: Sequence[str], directory: Path) -> Path:
-    for pair in pairs:
-        family = FAMILIES[pair.family].load()
-        order = recipe.Recipe(family, pair.dataset(), directory, preset="tiny", formats=tuple(formats))
-        recipe.untrained(order)
-    return directory
+    return artifact_cache.link(others, USUAL, tmp_path_factory.mktemp("others"))
 
 
 @pytest.fixture(scope="session")

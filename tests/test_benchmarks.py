@@ -12,13 +12,23 @@ from benchmarks import __main__ as command
 from benchmarks import artifacts, load, report, servers
 from benchmarks.load import Arrival, Callers, Closed
 from benchmarks.servers import bare_server
-from benchmarks.spread import Spread, latencies, percentile, ratio, short, spread
-from benchmarks.suites import NAMES, Bench, calls, chains, chosen, determinism, efficiency, scale, scheduling
+from benchmarks.statistics import Spread, latencies, percentile, ratio, short, spread
+from benchmarks.suites import (
+    NAMES,
+    Bench,
+    calls,
+    chosen,
+    determinism,
+    efficiency,
+    scale,
+    scheduling,
+    short_among_long,
+)
 from benchmarks.suites import device as on_device
 from benchmarks.suites import load as load_suite
 from samovar.v1 import inference_pb2 as pb
 from server.runtime import Device
-from tests.serving import RunningServer, serving
+from tests.support.live_server import RunningServer, serving
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +190,9 @@ def test_drawn_traffic_has_the_rows_that_were_asked_for() -> None:
 
 
 def test_single_steps_come_due_while_chains_are_under_way() -> None:
-    due = chains.among(chains.NEIGHBOURS[1], length=1.0, number=40)
-    single = [arrival.at for arrival in due if arrival.kind == chains.SINGLE]
-    begun = [arrival.at for arrival in due if arrival.kind != chains.SINGLE]
+    due = short_among_long.among(short_among_long.NEIGHBOURS[1], length=1.0, number=40)
+    single = [arrival.at for arrival in due if arrival.kind == short_among_long.SINGLE]
+    begun = [arrival.at for arrival in due if arrival.kind != short_among_long.SINGLE]
     assert len(single) >= 40
     assert all(any(0 < at - start < 1.0 for start in begun) for at in single)
 
@@ -197,7 +207,7 @@ def test_quick_schedulings_are_compared(bench: Bench) -> None:
 
 def test_single_steps_are_measured_alone_and_among_chains(bench: Bench, server: RunningServer) -> None:
     process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
-    among = chains.table(bench, process, chains.NEIGHBOURS[1:2], number=10)
+    among = short_among_long.table(bench, process, short_among_long.NEIGHBOURS[1:2], number=10)
     assert [row[0] for row in among.rows] == ["alone", "among an interactive request of 64 chains"]
     assert not any(cell == "–" for row in among.rows for cell in row)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import samovar
 from export.__main__ import main
-from tests.serving import serving
+from tests.support.live_server import serving
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FORMATS = ("onnx", "torchscript")

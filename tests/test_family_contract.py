@@ -15,14 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 import samovar
-from export.program import OPERATIONS
+from export.graphs.program import OPERATIONS
 from samovar import tensors
 from samovar.errors import from_rpc
 from samovar.model import ParameterType, ValueKind
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
-from tests.families import Pair, each_pair
-from tests.serving import RunningServer
+from tests.support.datasets import Pair, each_pair
+from tests.support.live_server import RunningServer
 
 pytestmark = [each_pair, pytest.mark.timeout(600)]
 
@@ -139,7 +139,7 @@ def refusal(
 
 
 def test_formats_agree_on_every_operation(client: samovar.Client, model: samovar.Model) -> None:
-    """As far as docs/own-models.md says that golden rows may differ."""
+    """As far as docs/custom-models.md says that golden rows may differ."""
     for operation in model.operations.values():
         first, *others = (
             ask(client, model, operation, inputs_of(operation), format=format) for format in model.formats

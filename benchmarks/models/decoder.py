@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from export.own import Input, Model, Program, TensorSpec, Value
+from export.custom_model import Input, Model, Program, TensorSpec, Value
 
 torch.manual_seed(0)
 IMAGE = TensorSpec("image", shape=(1, 32, 32), minimum=0, maximum=1)

@@ -18,11 +18,11 @@ from benchmarks import artifacts
 from benchmarks.load import CALLERS_A_CHANNEL, Closed, Observed
 from benchmarks.report import Line, Plot, Section, Table
 from benchmarks.servers import Server, bare_server, device, samovar_server
-from benchmarks.spread import LATENCIES, latencies, ratio, spread
+from benchmarks.statistics import LATENCIES, latencies, ratio, spread
 from benchmarks.suites.base import Bench, per_second
 from samovar.tensors import pack
 from samovar.v1 import inference_pb2 as pb
-from server import artifact
+from server.models import artifact
 from server.runtime import RUNTIMES, Device
 
 METHOD = "/samovar.v1.Inference/Decode"

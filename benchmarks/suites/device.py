@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Line, Plot, Section, Table
-from benchmarks.spread import milliseconds, short
+from benchmarks.statistics import milliseconds, short
 from benchmarks.suites.base import Bench
 from benchmarks.suites.efficiency import ONE_SHOT, STEPPING, Case, tables, zeros
-from server import artifact
+from server.models import artifact
 from server.runtime import RUNTIMES, Device, bound
 
 BATCHES = tuple(2**exponent for exponent in range(11))

@@ -18,13 +18,13 @@ import samovar
 from benchmarks import artifacts
 from benchmarks.report import Section, Table
 from benchmarks.servers import Server, device, samovar_server
-from benchmarks.spread import ratio, spread
+from benchmarks.statistics import ratio, spread
 from benchmarks.suites.base import Bench, per_second
-from samovar.messages import Options
-from server import artifact
-from server.lane import RESERVED_SHARE
+from samovar._messages import Options
+from server.core.spec import GraphSpec, ProgramSpec, TensorSpec
+from server.engine.program_queue import RESERVED_SHARE
+from server.models import artifact
 from server.runtime import RUNTIMES, Device, Graph, bound
-from server.spec import GraphSpec, ProgramSpec, TensorSpec
 
 BUCKETS = (8, 16, 32, 64)
 WITH_TARGETS = (8, 64)

@@ -13,12 +13,12 @@ from benchmarks import artifacts
 from benchmarks.load import Arrival, Closed
 from benchmarks.report import Line, Plot, Section, Table
 from benchmarks.servers import Server, samovar_server
-from benchmarks.spread import milliseconds, percentile, short, spread
+from benchmarks.statistics import milliseconds, percentile, short, spread
 from benchmarks.suites.base import Bench
 from benchmarks.suites.calls import METHOD, request
-from server.request import Request, Work
-from server.scheduler import Limits, Scheduler
-from server.spec import ProgramKey
+from server.core.request import Request, Work
+from server.core.spec import ProgramKey
+from server.engine.scheduler import Limits, Scheduler
 
 WAITING = (10, 100, 1000, 10_000, 100_000)
 MODELS = (1, 10, 50)

@@ -11,8 +11,8 @@ from benchmarks import artifacts
 from benchmarks.load import Arrival, Observed, poisson
 from benchmarks.report import Line, Plot, Section, Table
 from benchmarks.servers import Server, samovar_server
-from benchmarks.spread import LATENCIES, latencies, of_each, ratio, spread
-from benchmarks.suites import chains
+from benchmarks.statistics import LATENCIES, latencies, of_each, ratio, spread
+from benchmarks.suites import short_among_long
 from benchmarks.suites.base import Bench
 
 MODES = ("step", "request", "none")
@@ -86,7 +86,7 @@ def run(bench: Bench) -> Section:
                 tables.append(_by_kind(name, kinds, outcomes[TARGET_LOAD]))
             plots.append(_plot(name, outcomes))
         if not bench.is_quick:
-            tables.append(chains.table(bench, servers["step"]))
+            tables.append(short_among_long.table(bench, servers["step"]))
     return Section("Scheduling", TEXT, tables, plots)
 
 

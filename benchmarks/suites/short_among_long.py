@@ -8,9 +8,9 @@ from benchmarks import artifacts
 from benchmarks.load import Arrival
 from benchmarks.report import Table
 from benchmarks.servers import Server
-from benchmarks.spread import LATENCIES, Floats, latencies, of_each, spread
+from benchmarks.statistics import LATENCIES, Floats, latencies, of_each, spread
 from benchmarks.suites.base import Bench
-from samovar.messages import Priority
+from samovar._messages import Priority
 
 CHAIN_STEPS = 400
 SINGLE = "one step"

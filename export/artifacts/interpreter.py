@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.graph import Call
-from export.program import program_name
+from export.graphs.graph import Call
+from export.graphs.program import program_name
 from samovar import noise
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2

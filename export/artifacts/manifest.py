@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from export.graph import Graph
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.graphs.graph import Graph
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
 from samovar.tensors import data_type, pack
 from samovar.v1 import manifest_pb2
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from export import graph, replay
+from export.artifacts import interpreter
+from export.graphs import graph
 from samovar.v1 import manifest_pb2
 
 MANIFEST = "manifest.json"
@@ -36,7 +37,7 @@ def read(directory: Path) -> manifest_pb2.Manifest:
         raise ArtifactError(f"{path}: expected a manifest of the artifact contract: {error}") from error
 
 
-def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> replay.Player:
+def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> interpreter.Player:
     """The programs of an artifact run by its files in one format."""
     graphs = {
         entry.name: graph.load(directory / file.path, format)
@@ -44,7 +45,7 @@ def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> repla
         for file in entry.files
         if file.format == format
     }
-    return replay.Player(manifest, graphs)
+    return interpreter.Player(manifest, graphs)
 
 
 def is_sealed(directory: Path) -> bool:

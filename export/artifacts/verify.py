@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export import golden, layout, replay
-from export.graph import GraphError
-from export.program import program_name
+from export.artifacts import golden, interpreter, reader
+from export.graphs.graph import GraphError
+from export.graphs.program import program_name
 from samovar.v1 import manifest_pb2
 
 _STRANGERS = 5
@@ -68,14 +68,14 @@ class Report:
 
 def verify(directory: Path) -> Report:
     """Check an artifact's files, replay its golden rows in every format; ArtifactError without a manifest."""
-    manifest = layout.read(directory)
+    manifest = reader.read(directory)
     problems = [*_file_problems(directory, manifest), *_manifest_problems(manifest)]
     if problems:
         return Report((), tuple(problems))
     findings: list[Finding] = []
     for format in formats(manifest):
         try:
-            player = layout.load(directory, manifest, format)
+            player = reader.load(directory, manifest, format)
         except GraphError as error:
             problems.append(str(error))
             continue
@@ -116,8 +116,8 @@ def table(report: Report) -> str:
 
 
 def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator[str]:
-    if not layout.is_sealed(directory):
-        yield f"{layout.MANIFEST}: it is not what {layout.CHECKSUM} was made for: it was changed after export"
+    if not reader.is_sealed(directory):
+        yield f"{reader.MANIFEST}: it is not what {reader.CHECKSUM} was made for: it was changed after export"
     for graph in manifest.graphs:
         for file in graph.files:
             path = directory / file.path
@@ -125,7 +125,7 @@ def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator
                 yield f"{file.path}: expected a file name inside the artifact"
             elif not path.is_file():
                 yield f"{file.path}: the manifest names it, but it is missing"
-            elif layout.sha256(path.read_bytes()) != file.sha256:
+            elif reader.sha256(path.read_bytes()) != file.sha256:
                 yield f"{file.path}: its SHA-256 is not the one in the manifest; export it again"
 
 
@@ -155,12 +155,14 @@ def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
 class _Proof:
     """Golden rows of one program, as requested and as answered."""
 
-    rows: replay.Rows
+    rows: interpreter.Rows
     outputs: Mapping[str, NDArray[Any]]
     tolerance: Mapping[str, float]
 
 
-def _program_findings(player: replay.Player, program: manifest_pb2.Program, format: str) -> Iterator[Finding]:
+def _program_findings(
+    player: interpreter.Player, program: manifest_pb2.Program, format: str
+) -> Iterator[Finding]:
     proofs = [
         _Proof(
             golden.request(program, entry),
@@ -195,15 +197,15 @@ def _independence(proof: _Proof, format: str) -> Mapping[str, float]:
 
 
 def _in_company(
-    player: replay.Player, program: manifest_pb2.Program, proofs: list[_Proof], seed: int
+    player: interpreter.Player, program: manifest_pb2.Program, proofs: list[_Proof], seed: int
 ) -> list[dict[str, NDArray[Any]]]:
     strangers = _strangers(proofs[0].rows, seed)
-    answers = player.play(_name(program), replay.join([strangers, *(proof.rows for proof in proofs)]))
+    answers = player.play(_name(program), interpreter.join([strangers, *(proof.rows for proof in proofs)]))
     bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
     return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
 
 
-def _strangers(rows: replay.Rows, seed: int) -> replay.Rows:
+def _strangers(rows: interpreter.Rows, seed: int) -> interpreter.Rows:
     """Rows with other noise and other inputs: their elements change places, which keeps them in bounds."""
     strangers = rows[np.arange(_STRANGERS) * seed % len(rows)]
     return replace(

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from export import golden, graph, manifest, replay
-from export.formats import USUAL
-from export.golden import Example
-from export.layout import VERSION, ArtifactError, seal, sha256, versions
-from export.program import Program, ProgramError, Value
-from export.verify import verify
+from export.artifacts import golden, interpreter, manifest
+from export.artifacts.golden import Example
+from export.artifacts.reader import VERSION, ArtifactError, seal, sha256, versions
+from export.artifacts.verify import verify
+from export.graphs import graph
+from export.graphs.formats import USUAL
+from export.graphs.program import Program, ProgramError, Value
 from samovar.v1 import manifest_pb2
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -45,7 +46,7 @@ class Model:
     refusals: Mapping[str, str] = field(default_factory=dict)
 
 
-def player(value: Value, programs: Sequence[Program]) -> replay.Player:
+def player(value: Value, programs: Sequence[Program]) -> interpreter.Player:
     """The programs run by their own modules, before any file is written."""
     _refuse_namesakes(programs)
     graphs = graph.collect(programs)
@@ -54,7 +55,7 @@ def player(value: Value, programs: Sequence[Program]) -> replay.Player:
         graphs=map(manifest.graph_message, graphs),
         programs=(manifest.program_message(program, graphs) for program in programs),
     )
-    return replay.Player(described, {entry.name: graph.eager(entry.module) for entry in graphs})
+    return interpreter.Player(described, {entry.name: graph.eager(entry.module) for entry in graphs})
 
 
 def _refuse_namesakes(programs: Sequence[Program]) -> None:

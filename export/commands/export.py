@@ -4,15 +4,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import formats
-from export.commands.arguments import add_format, add_models, command
+from export.commands.options import add_format, add_models, command
+from export.graphs import formats
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _DESCRIPTION = """\
 Run a Python file, take the model that it calls MODEL, write MODELS/NAME/VERSION and verify it.
-examples/ holds such files, docs/own-models.md explains them."""
+examples/ holds such files, docs/custom-models.md explains them."""
 _ENDINGS = {"image": ".png", "tokens": ".txt", "vector": ".npy"}
 
 
@@ -27,11 +27,12 @@ def add(commands: "Commands") -> None:
 
 
 def _write(options: argparse.Namespace) -> int:
-    from export import layout, own
+    from export import custom_model
+    from export.artifacts import reader
 
     chosen = formats.CHOICES[options.format]
-    path = own.write(options.file, options.models, options.name, chosen)
-    written = layout.read(path)
+    path = custom_model.write(options.file, options.models, options.name, chosen)
+    written = reader.read(path)
     operations = list(dict.fromkeys(program.operation for program in written.programs))
     print(f"Wrote {path}, verified in {' and '.join(chosen)}: {', '.join(operations)}")
     print(f"  serve it:  python -m server --models {options.models}")

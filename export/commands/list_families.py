@@ -3,12 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from export import plan
-from export.commands.arguments import command
+from export.commands import jobs
+from export.commands.options import command
 from export.families import FAMILIES
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _DATA = {
     "digits": "8x8 handwritten digits, 17 levels, 1797 images; comes with scikit-learn",
@@ -32,7 +32,7 @@ def add(commands: "Commands") -> None:
 
 def _list(options: argparse.Namespace) -> int:
     print("families, with minutes on one core for the starter preset")
-    minutes = {(job.family, job.data): job.seconds / 60 for job in plan.jobs()}
+    minutes = {(job.family, job.data): job.seconds / 60 for job in jobs.jobs()}
     for name, entry in FAMILIES.items():
         suits = ", ".join(f"{data} ({minutes[name, data]:.1f} min)" for data in entry.data)
         print(f"  {name:<10} {entry.summary}\n  {'':<10} {', '.join(entry.operations)}\n  {'':<10} {suits}")

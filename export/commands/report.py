@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.arguments import add_models, command
+from export.commands.options import add_models, command
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _DESCRIPTION = """\
 Write a page of HTML for each artifact, and an index of them: samples, reconstructions, ways between latents,
@@ -39,10 +39,11 @@ def add(commands: "Commands") -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from export import data, report
+    from export.datasets import loading
+    from export.report import pages
 
-    library = report.Library([data.folder(directory) for directory in options.data_dir])
-    directories = report.artifacts(options.models, options.names)
-    pages = report.write(directories, options.output, library, options.models)
-    print(f"Wrote {len(pages)} page(s); open {options.output / report.INDEX}")
+    library = pages.Library([loading.folder(directory) for directory in options.data_dir])
+    directories = pages.artifacts(options.models, options.names)
+    written = pages.write(directories, options.output, library, options.models)
+    print(f"Wrote {len(written)} page(s); open {options.output / pages.INDEX}")
     return 0

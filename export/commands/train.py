@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import formats
-from export.commands.arguments import add_training, command, positive, positive_number
+from export.commands.options import add_training, command, positive, positive_number
 from export.families import FAMILIES
+from export.graphs import formats
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _DESCRIPTION = """\
 Train, measure on held-out data, write models/NAME/VERSION and verify it.
@@ -48,14 +48,15 @@ def _train(options: argparse.Namespace) -> int:
         _check_suits(options.family, data_name)
     import torch
 
-    from export import data, recipe
+    from export import pipeline
+    from export.datasets import loading
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = recipe.make(
-        recipe.Recipe(
+    path = pipeline.make(
+        pipeline.Recipe(
             family=FAMILIES[options.family].load(),
-            data=data.load(data_name, options.data_dir),
+            data=loading.load(data_name, options.data_dir),
             models=options.models,
             preset=options.preset,
             formats=formats.CHOICES[options.format],

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import plan, workers
-from export.commands.arguments import add_models, add_training, command, positive
-from export.plan import Job
-from export.workers import Result
+from export.commands import jobs, process_pool
+from export.commands.jobs import Job
+from export.commands.options import add_models, add_training, command, positive
+from export.commands.process_pool import Result
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _ALL = """\
 Make every artifact that is missing of data that needs no download, or those that are named, such as
@@ -36,7 +36,7 @@ def add(commands: "Commands") -> None:
     starter = command(commands, "starter", "make the starter models that are missing", _STARTER)
     add_models(starter)
     _add_jobs(starter)
-    starter.set_defaults(command=_make, names=plan.STARTERS, **_STARTER_SETTINGS)
+    starter.set_defaults(command=_make, names=jobs.STARTERS, **_STARTER_SETTINGS)
 
 
 _STARTER_SETTINGS = {"preset": "starter", "format": "both", "seed": 0, "device": "cpu", "fresh": False}
@@ -53,12 +53,12 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 def _make(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    todo = missing(plan.jobs(options.names), options.models)
+    todo = missing(jobs.jobs(options.names), options.models)
     if not todo:
         return 0
     size = min(options.jobs, len(todo))
     print(f"Making {len(todo)} artifact(s), {size} at a time.", flush=True)
-    crew = workers.Crew(size, workers.display(size, len(todo)))
+    crew = process_pool.Crew(size, process_pool.display(size, len(todo)))
     results = crew.run({job.name: _command(job, options) for job in todo})
     _print_results(results, options.models)
     failed = [result.name for result in results if result.status]
@@ -107,8 +107,9 @@ def _print_results(results: Sequence[Result], models: Path) -> None:
 def _headline(result: Result, models: Path) -> str:
     if result.status:
         return "FAILED"
-    from export import layout, quality
+    from export.artifacts import reader
+    from export.evaluation import formatting
 
     directory = models / result.name
-    manifest = layout.read(directory / str(max(layout.versions(directory))))
-    return quality.line(manifest.quality[0]) if manifest.quality else ""
+    manifest = reader.read(directory / str(max(reader.versions(directory))))
+    return formatting.line(manifest.quality[0]) if manifest.quality else ""

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.arguments import command
+from export.commands.options import command
 
 if TYPE_CHECKING:
-    from export.commands.arguments import Commands
+    from export.commands.options import Commands
 
 _DESCRIPTION = """\
 Check the digests of an artifact's files, then replay its golden rows in every format: alone, among strangers,
@@ -24,7 +24,7 @@ def add(commands: "Commands") -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from export.verify import table, verify
+    from export.artifacts.verify import table, verify
 
     report = verify(options.path)
     print(table(report))

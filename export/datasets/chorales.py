@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export.text import Corpus, Tokens
+from export.datasets.text import Corpus, Tokens
 
 VOICES = 4
 FRAMES_PER_QUARTER = 2

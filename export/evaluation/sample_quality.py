@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from export import replay
-from export.data import Dataset, Part
-from export.figure import cells
-from export.replay import Player
-from export.training import Network, Settings, fit
+from export.artifacts import interpreter
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset, Part
+from export.evaluation.figures import cells
+from export.training.trainer import Network, Settings, fit
 from samovar.v1 import manifest_pb2
 
 FEATURES = 16
@@ -43,7 +43,7 @@ CLASSIFIER = "our-cnn"
 Rows = NDArray[Any]
 
 
-def play(player: Player, name: str, rows: replay.Rows, title: str) -> replay.Tensors:
+def play(player: Player, name: str, rows: interpreter.Rows, title: str) -> interpreter.Tensors:
     """Run many rows in chunks under a progress bar; returns the outputs by name."""
     bounds = range(0, len(rows), _CHUNK_ROWS)
     chunks = [
@@ -58,7 +58,7 @@ def sampler(player: Player) -> Callable[[int, int], Rows]:
     program, name = player.program("sample"), player.manifest.value.tensor.name
 
     def draw(count: int, number: int) -> Rows:
-        rows = replay.request(program, number, range(count))
+        rows = interpreter.request(program, number, range(count))
         return play(player, "sample", rows, f"samples {number + 1}/{SETS}")[name]
 
     return draw
@@ -68,7 +68,7 @@ def density(player: Player, name: str, limit: float, count: int) -> NDArray[np.f
     """The density of points in the cells of a square, [count, count], by the program `score`, say."""
     points = cells(limit, count)
     given = {player.manifest.value.tensor.name: points}
-    rows = replay.request(player.program(name), 0, range(len(points)), inputs=given)
+    rows = interpreter.request(player.program(name), 0, range(len(points)), inputs=given)
     nats = player.play(name, rows)[player.program(name).score.nats]
     return np.asarray(np.exp(nats).reshape(count, count), np.float32)
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from export.data import Dataset
-from export.figure import Drawing
-from export.golden import Example
-from export.program import Input, Program, TensorSpec, Value
-from export.replay import Player
-from export.training import Network, Settings
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset
+from export.evaluation.figures import Drawing
+from export.graphs.program import Input, Program, TensorSpec, Value
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 

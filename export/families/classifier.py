@@ -25,16 +25,16 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tqdm import tqdm
 
-from export import replay
-from export.calibration import BINS, TEMPERATURES, calibration, fit_temperature
-from export.data import Dataset, Part
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset, Part
+from export.evaluation.calibration import BINS, TEMPERATURES, calibration, fit_temperature
+from export.evaluation.figures import Panel
+from export.evaluation.sample_quality import accuracy, mean, play
 from export.families.base import Preset
-from export.figure import Panel
-from export.golden import Example
-from export.measure import accuracy, mean, play
-from export.program import Input, Parameter, Program, TensorSpec
-from export.replay import Player
-from export.training import Network
+from export.graphs.program import Input, Parameter, Program, TensorSpec
+from export.training.trainer import Network
 from samovar.v1 import manifest_pb2
 
 RANKED = 10
@@ -230,13 +230,13 @@ def _logits(served: Classifier, part: Part) -> NDArray[np.float32]:
 
 def _answers(
     player: Player, images: NDArray[Any], title: str, parameters: Mapping[str, float] | None = None
-) -> replay.Tensors:
+) -> interpreter.Tensors:
     program = player.program("classify")
-    rows = replay.request(program, 0, range(len(images)), parameters, {"image": images})
+    rows = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})
     return play(player, "classify", rows, title)
 
 
-def _cross_entropy(answers: replay.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
+def _cross_entropy(answers: interpreter.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
     scaled = answers["logits"].astype(np.float64) / temperature
     nats = np.logaddexp.reduce(scaled, 1) - scaled[np.arange(len(held_out)), held_out.labels]
     doc = (
@@ -246,7 +246,9 @@ def _cross_entropy(answers: replay.Tensors, held_out: Part, temperature: float) 
     return mean("cross-entropy", nats, "nats", doc)
 
 
-def _calibration_error(answers: replay.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
+def _calibration_error(
+    answers: interpreter.Tensors, held_out: Part, temperature: float
+) -> manifest_pb2.Quality:
     found = calibration(answers["probabilities"].max(1), answers["top_label"] == held_out.labels)
     return manifest_pb2.Quality(
         name=f"calibration error, temperature {temperature:g}",

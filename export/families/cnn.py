@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from export.data import Dataset
+from export.datasets.loading import Dataset
 from export.families.base import Preset
 from export.families.classifier import Classifier, ClassifierFamily, Unit
-from export.training import Settings
+from export.training.trainer import Settings
 
 FEATURES = 128
 

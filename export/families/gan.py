@@ -33,16 +33,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import replay
-from export.data import Dataset
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset
+from export.evaluation.figures import Drawing, Panel, Scatter
+from export.evaluation.sample_quality import SETS, Judge, play, sampler, two_sample_test
 from export.families.base import Preset, label_input
-from export.figure import Drawing, Panel, Scatter
-from export.golden import Example
-from export.measure import SETS, Judge, play, sampler, two_sample_test
-from export.pixels import nearest, scaled
-from export.program import Input, Noise, Parameter, Program, TensorSpec, Value
-from export.replay import Player
-from export.training import Network, Objective, Settings
+from export.graphs.program import Input, Noise, Parameter, Program, TensorSpec, Value
+from export.probability.discretized_logistic import nearest, scaled
+from export.training.trainer import Network, Objective, Settings
 from samovar.v1 import manifest_pb2
 
 # By kind of value.
@@ -383,7 +383,7 @@ class Family:
             return [two_sample_test(data, draw, count)]
         judge = Judge.train(data, preset.judge)
         labels = np.arange(count) % len(data.value.class_labels)
-        rows = replay.request(player.program("sample"), SETS, range(count), inputs={"label": labels})
+        rows = interpreter.request(player.program("sample"), SETS, range(count), inputs={"label": labels})
         labelled = play(player, "sample", rows, "labelled samples")[data.value.tensor.name]
         return [
             *judge.similarity(draw, count),
@@ -406,7 +406,7 @@ class Family:
 
 
 def _play(player: Player, operation: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    rows = replay.request(player.program(operation), 0, range(len(inputs["label"])), inputs=inputs)
+    rows = interpreter.request(player.program(operation), 0, range(len(inputs["label"])), inputs=inputs)
     return player.play(operation, rows)[player.manifest.value.tensor.name]
 
 

@@ -23,17 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import chorales, replay, text
-from export.data import DataError, Dataset
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets import chorales, text
+from export.datasets.loading import DataError, Dataset
+from export.evaluation.figures import Drawing, Panel
+from export.evaluation.ngram import ORDER, WittenBell
+from export.evaluation.sample_quality import play
 from export.families.base import Preset
-from export.figure import Drawing, Panel
-from export.golden import Example
-from export.measure import play
-from export.ngram import ORDER, WittenBell
-from export.packets import PACKET
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
-from export.replay import Player
-from export.training import Network, Settings
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
+from export.probability.batch_invariant_ops import PACKET
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 # Tokens that a step of training reads of a text: a window from anywhere, as the rows are that are scored.
@@ -360,7 +361,7 @@ class Family:
     def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Exact log-masses of test rows beside those of an n-gram model of the same training rows."""
         rows = data.test.rows[: preset.measured_rows]
-        given = replay.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
+        given = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
         scores = play(player, "score", given, "log-mass of test rows")
         nats, lengths = scores["log_mass"].astype(np.float64), scores["length"]
         rival = WittenBell(data.train.rows, len(data.value.vocabulary) - 1).log_masses(rows)
@@ -373,7 +374,9 @@ class Family:
         """Test rows beside samples, as text or as the pitches that sound."""
         real, vocabulary = data.test.rows[:PICTURED], data.value.vocabulary
         drawn = {
-            title: player.play("sample", replay.request(player.program("sample"), 0, range(PICTURED), given))
+            title: player.play(
+                "sample", interpreter.request(player.program("sample"), 0, range(PICTURED), given)
+            )
             for title, given in {"samples": {}, "samples, temperature 0.7": {"temperature": 0.7}}.items()
         }
         shown = {"test rows": real} | {title: outputs["sequence"] for title, outputs in drawn.items()}

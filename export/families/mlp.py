@@ -11,10 +11,10 @@ from itertools import pairwise
 
 from torch import nn
 
-from export.data import Dataset
+from export.datasets.loading import Dataset
 from export.families.base import Preset
 from export.families.classifier import Classifier, ClassifierFamily, Unit
-from export.training import Settings
+from export.training.trainer import Settings
 
 
 class Family(ClassifierFamily):

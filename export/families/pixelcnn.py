@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import replay
-from export.data import DataError, Dataset, first_half
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import DataError, Dataset, first_half
+from export.evaluation.figures import Panel
+from export.evaluation.sample_quality import SETS, Judge, accuracy, exact_bits_per_dimension, play, sampler
 from export.families.base import Preset
-from export.figure import Panel
-from export.golden import Example
-from export.measure import SETS, Judge, accuracy, exact_bits_per_dimension, play, sampler
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
-from export.replay import Player
-from export.training import Network, Settings
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 FIRST_REACH = 3
@@ -369,14 +369,14 @@ def _sample_quality(player: Player, data: Dataset, preset: Preset) -> list[manif
     return [*judge.similarity(sampler(player), preset.samples), judge.agreement(labelled, labels)]
 
 
-def _labelled(player: Player, labels: NDArray[np.int64]) -> replay.Rows:
-    return replay.request(player.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
+def _labelled(player: Player, labels: NDArray[np.int64]) -> interpreter.Rows:
+    return interpreter.request(player.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
 
 
 def _given(
     player: Player, operation: str, images: NDArray[np.uint8], **inputs: NDArray[np.uint8]
-) -> replay.Rows:
-    return replay.request(
+) -> interpreter.Rows:
+    return interpreter.request(
         player.program(operation), 0, range(len(images)), inputs={"image": images, **inputs}
     )
 

@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export import importance, replay
-from export.data import Dataset
-from export.families.base import Preset
-from export.figure import Drawing, Heatmap, Panel, Scatter
-from export.golden import Example
-from export.measure import (
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset
+from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
+from export.evaluation.sample_quality import (
     Judge,
     bits_per_dimension,
     density,
@@ -38,10 +38,11 @@ from export.measure import (
     sampler,
     two_sample_test,
 )
-from export.packets import total
-from export.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
-from export.replay import Player
-from export.training import Network, Settings
+from export.families.base import Preset
+from export.graphs.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.probability import importance_weighting
+from export.probability.batch_invariant_ops import total
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 HIDDEN_LAYERS = 2
@@ -335,7 +336,7 @@ class ScoreImageInit(nn.Module):
     """Sums without a draw."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        return importance.nothing(image.flatten(1)[:, 0].to(torch.float32))
+        return importance_weighting.nothing(image.flatten(1)[:, 0].to(torch.float32))
 
 
 class ScoreImageStep(_Part):
@@ -352,7 +353,7 @@ class ScoreImageStep(_Part):
     ) -> tuple[Tensor, Tensor]:
         corner = image.flatten(1).to(torch.float32).unsqueeze(1)
         log_weights = self.flow.log_density(corner + pixel_noise.flatten(2))
-        return importance.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
+        return importance_weighting.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
 
 
 # Of the starter and of medium.
@@ -471,7 +472,7 @@ class Family:
 def _samples(
     player: Player, count: int, parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.generic]:
-    rows = replay.request(player.program("sample"), 0, range(count), parameters)
+    rows = interpreter.request(player.program("sample"), 0, range(count), parameters)
     return player.play("sample", rows)[player.manifest.value.tensor.name]
 
 
@@ -479,7 +480,7 @@ def _scores(
     player: Player, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.float32]:
     program, given = player.program("score"), {player.manifest.value.tensor.name: values}
-    rows = replay.request(program, 0, range(len(values)), parameters, given)
+    rows = interpreter.request(program, 0, range(len(values)), parameters, given)
     return play(player, "score", rows, "log-density of test rows")[program.score.nats]
 
 
@@ -585,18 +586,18 @@ def _score_image(flow: RealNVP, value: Value) -> Program:
         operation="score",
         init=ScoreImageInit(),
         step=ScoreImageStep(flow),
-        readout=importance.Bound(),
-        outputs=(TensorSpec("log_likelihood", doc=doc), importance.STANDARD_ERROR),
+        readout=importance_weighting.Bound(),
+        outputs=(TensorSpec("log_likelihood", doc=doc), importance_weighting.STANDARD_ERROR),
         doc="Lower bound on the log-mass of an image, from the density at uniform draws from its unit cube.",
-        state=importance.STATE,
-        steps=importance.STEPS,
-        parameters=(importance.draws("draws from the unit cube of each image"),),
+        state=importance_weighting.STATE,
+        steps=importance_weighting.STEPS,
+        parameters=(importance_weighting.draws("draws from the unit cube of each image"),),
         inputs=(Input(value.tensor),),
         noise=(
             Noise(
                 "pixel_noise",
                 "uniform",
-                (importance.DRAWS_PER_STEP, *shape),
+                (importance_weighting.DRAWS_PER_STEP, *shape),
                 0,
                 "what each draw adds to every pixel",
             ),

@@ -22,16 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export import importance, replay
-from export.data import Dataset, first_half
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset, first_half
+from export.evaluation.figures import Panel
+from export.evaluation.sample_quality import Judge, bits_per_dimension, play, sampler
 from export.families.base import Preset
-from export.figure import Panel
-from export.golden import Example
-from export.measure import Judge, bits_per_dimension, play, sampler
-from export.pixels import PixelMixture
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
-from export.replay import Player
-from export.training import Network, Settings
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
+from export.probability import importance_weighting
+from export.probability.discretized_logistic import PixelMixture
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 LATENT_DIMENSIONS = 16
@@ -178,7 +179,7 @@ class ScoreInit(_Part):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std = self.vae.encode(image)
-        return mean, std, *importance.nothing(mean[:, 0])
+        return mean, std, *importance_weighting.nothing(mean[:, 0])
 
 
 class ScoreStep(_Part):
@@ -196,7 +197,7 @@ class ScoreStep(_Part):
         step_index: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_weights = self.vae.log_weights(image, mean, std, latent_noise)
-        sums = importance.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
+        sums = importance_weighting.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
         return mean, std, *sums
 
 
@@ -291,16 +292,18 @@ class Family:
             player.program("sample"),
             player.program("reconstruct"),
         )
-        seen = replay.request(reconstruct, 0, range(len(real)), inputs={"image": real})
+        seen = interpreter.request(reconstruct, 0, range(len(real)), inputs={"image": real})
         return [
             Panel("test images", real),
             Panel("their reconstructions", player.play("reconstruct", seen)["image"]),
-            Panel("samples", player.play("sample", replay.request(sample, 0, range(PICTURED)))["image"]),
+            Panel("samples", player.play("sample", interpreter.request(sample, 0, range(PICTURED)))["image"]),
         ]
 
 
 def _bits_per_dimension(player: Player, images: NDArray[np.uint8], draws: int) -> manifest_pb2.Quality:
-    rows = replay.request(player.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images})
+    rows = interpreter.request(
+        player.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images}
+    )
     answers = play(player, "score", rows, f"bound with {draws} draws")
     return bits_per_dimension(answers["log_likelihood"], images[0].size, draws)
 
@@ -424,22 +427,22 @@ def _score(vae: VAE, image: TensorSpec, space: str) -> Program:
         operation="score",
         init=ScoreInit(vae),
         step=ScoreStep(vae),
-        readout=importance.Bound(),
+        readout=importance_weighting.Bound(),
         outputs=(
             TensorSpec(
                 "log_likelihood", doc="importance-weighted bound on the log-mass of the image, in nats"
             ),
-            importance.STANDARD_ERROR,
+            importance_weighting.STANDARD_ERROR,
         ),
         doc="Importance-weighted lower bound on the log-mass of an image; tighter with more draws.",
         state=(
             *_posterior("of the latent given the image"),
-            *importance.STATE,
+            *importance_weighting.STATE,
         ),
-        steps=importance.STEPS,
-        parameters=(importance.draws("importance draws per image"),),
+        steps=importance_weighting.STEPS,
+        parameters=(importance_weighting.draws("importance draws per image"),),
         inputs=(Input(image),),
-        noise=(_latent_noise(0, "latent_noise", importance.DRAWS_PER_STEP),),
+        noise=(_latent_noise(0, "latent_noise", importance_weighting.DRAWS_PER_STEP),),
         score=Score("lower_bound", vae.dimensions, space, "log_likelihood", "standard_error", "draws"),
     )
 

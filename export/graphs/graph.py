@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
-from export import purity
-from export.formats import SUFFIXES
-from export.program import Program, ProgramError, TensorSpec, arguments
+from export.graphs import purity
+from export.graphs.formats import SUFFIXES
+from export.graphs.program import Program, ProgramError, TensorSpec, arguments
 
 Array = NDArray[Any]
 Call = Callable[[Sequence[Array]], list[Array]]

@@ -12,7 +12,7 @@ logarithms of two running sums. Knows no family: log-weights come as a tensor.
 import torch
 from torch import Tensor, nn
 
-from export.program import Parameter, Steps, TensorSpec
+from export.graphs.program import Parameter, Steps, TensorSpec
 
 # Sums over rows of whole SIMD packets do not depend on where in memory, so in which slot, a row lies.
 DRAWS_PER_STEP = 16

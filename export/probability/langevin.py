@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from export.packets import total
+from export.probability.batch_invariant_ops import total
 
 
 class Landscape(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.packets import PACKET, total
+from export.probability.batch_invariant_ops import PACKET, total
 
 # The log-weight of a component that is only there to fill a SIMD packet.
 _NEVER = -1e30

@@ -14,8 +14,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from export import calibration
-from export.figure import Panel, grid
+from export.evaluation import calibration
+from export.evaluation.figures import Panel, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

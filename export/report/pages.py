@@ -15,11 +15,13 @@ import jinja2
 from markupsafe import Markup
 from tqdm import tqdm
 
-from export import anchors, chart, layout, quality, usage, verify
-from export.data import DATASETS, DataError, Dataset, Part
-from export.exhibit import EXHIBITS, NEGATED_KINDS, Exhibit, Subject
-from export.formats import FORMATS
-from export.program import program_name
+from export.artifacts import reader, verify
+from export.datasets.loading import DATASETS, DataError, Dataset, Part
+from export.evaluation import formatting
+from export.graphs.formats import FORMATS
+from export.graphs.program import program_name
+from export.report import baselines, charts, snippets
+from export.report.sections import EXHIBITS, NEGATED_KINDS, Exhibit, Subject
 from samovar.v1 import manifest_pb2
 
 INDEX = "index.html"
@@ -82,14 +84,14 @@ class Library:
 
 def artifacts(models: Path, names: Sequence[str] = ()) -> list[Path]:
     """The directories of all versions of all models, or of these; ArtifactError when there are none."""
-    held = sorted(path.name for path in models.iterdir() if layout.versions(path)) if models.is_dir() else []
+    held = sorted(path.name for path in models.iterdir() if reader.versions(path)) if models.is_dir() else []
     if not held:
-        raise layout.ArtifactError(f"{models}: expected artifacts; python -m export starter makes some")
+        raise reader.ArtifactError(f"{models}: expected artifacts; python -m export starter makes some")
     for name in names:
         if name not in held:
-            raise layout.ArtifactError(f"expected models of {models}: {', '.join(held)}; got {name!r}")
+            raise reader.ArtifactError(f"expected models of {models}: {', '.join(held)}; got {name!r}")
     return [
-        models / name / str(version) for name in names or held for version in layout.versions(models / name)
+        models / name / str(version) for name in names or held for version in reader.versions(models / name)
     ]
 
 
@@ -104,18 +106,18 @@ def write(directories: Sequence[Path], out: Path, library: Library, models: Path
 
 
 def _write_page(directory: Path, out: Path, library: Library, bar: "tqdm[Never]") -> Page:
-    manifest = layout.read(directory)
+    manifest = reader.read(directory)
     bar.set_description(f"  {manifest.name} {manifest.version}")
     format = _format(manifest)
     test = library.test(manifest.provenance)
-    subject = Subject(layout.load(directory, manifest, format), test)
+    subject = Subject(reader.load(directory, manifest, format), test)
     exhibits = list(_shown(subject, bar))
     page = Page(f"{manifest.name}-{manifest.version}.html", manifest, _thumbnail(exhibits))
     template = _environment().get_template("artifact.html")
     html = template.render(
         manifest=manifest,
         programs=subject.programs,
-        is_sealed=layout.is_sealed(directory),
+        is_sealed=reader.is_sealed(directory),
         facts=_facts(directory, manifest),
         settings=_settings(manifest.provenance),
         format=format,
@@ -133,7 +135,7 @@ def _format(manifest: manifest_pb2.Manifest) -> str:
     """The first format that every graph has a file in."""
     common = verify.formats(manifest)
     if not common:
-        raise layout.ArtifactError(f"{manifest.name}: expected a format that all of its graphs have")
+        raise reader.ArtifactError(f"{manifest.name}: expected a format that all of its graphs have")
     return min(common, key=FORMATS.index)
 
 
@@ -152,9 +154,9 @@ def _thumbnail(exhibits: Sequence[Exhibit]) -> Markup:
 def _facts(directory: Path, manifest: manifest_pb2.Manifest) -> dict[str, str]:
     made = manifest.provenance
     facts = {
-        "artifact": layout.sha256((directory / layout.MANIFEST).read_bytes()),
+        "artifact": reader.sha256((directory / reader.MANIFEST).read_bytes()),
         "family": manifest.family,
-        "a row": usage.tensor(manifest.value.tensor)
+        "a row": snippets.tensor(manifest.value.tensor)
         + (f", {doc}" if (doc := manifest.value.tensor.doc) else ""),
         "classes": ", ".join(manifest.value.class_labels),
         "made": f"{made.created.ToDatetime():%Y-%m-%d %H:%M} UTC",
@@ -173,7 +175,7 @@ def _settings(made: manifest_pb2.Provenance) -> dict[str, str]:
 
 
 def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Board]:
-    for table in anchors.tables(manifest.provenance):
+    for table in baselines.tables(manifest.provenance):
         own = [each for each in manifest.quality if table.suits(each)]
         if own:
             lines = [
@@ -185,7 +187,7 @@ def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Board]:
             yield Board(table.name, table.unit, tuple(line for _, line in lines))
 
 
-def _ranked(anchor: anchors.Anchor) -> tuple[float, Line]:
+def _ranked(anchor: baselines.Anchor) -> tuple[float, Line]:
     error = "" if anchor.error is None else f" ± {anchor.error:.3f}"
     value = f"{anchor.value:.3f}{error}"
     return anchor.value, Line(anchor.model, value, anchor.kind, anchor.source, anchor.remark)
@@ -207,7 +209,7 @@ def _curve(directory: Path) -> Markup | None:
         "training": [point["training_loss"] for point in points],
         "validation": [point["validation_loss"] for point in points],
     }
-    return chart.curve([point["step"] for point in points], losses, recorded["best_step"], "Loss")
+    return charts.curve([point["step"] for point in points], losses, recorded["best_step"], "Loss")
 
 
 def _pictures(directory: Path) -> Mapping[str, Markup]:
@@ -227,15 +229,15 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "line": quality.line,
+        "line": formatting.line,
         "value": _value,
         "kind": _kind,
-        "steps": usage.steps,
+        "steps": snippets.steps,
         "score": _score,
-        "bounds": usage.bounds,
-        "tensor": usage.tensor,
-        "command": usage.command,
-        "call": usage.call,
+        "bounds": snippets.bounds,
+        "tensor": snippets.tensor,
+        "command": snippets.command,
+        "call": snippets.call,
     }
     return environment
 

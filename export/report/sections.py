@@ -14,13 +14,15 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from export import chart, chorales, replay, text, usage
-from export.data import Part, first_half
-from export.figure import cells
-from export.measure import standard_error
-from export.program import program_name
-from export.replay import Player
-from export.usage import required
+from export.artifacts import interpreter
+from export.artifacts.interpreter import Player
+from export.datasets import chorales, text
+from export.datasets.loading import Part, first_half
+from export.evaluation.figures import cells
+from export.evaluation.sample_quality import standard_error
+from export.graphs.program import program_name
+from export.report import charts, snippets
+from export.report.snippets import required
 from samovar.v1 import manifest_pb2
 
 Rows = NDArray[Any]
@@ -138,10 +140,10 @@ class Subject:
         """The main output of a program, [N, *shape]."""
         return next(iter(self.outputs(name, inputs, count).values()))
 
-    def outputs(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> replay.Tensors:
+    def outputs(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> interpreter.Tensors:
         """All outputs of a program by name, for as many rows as there are of inputs."""
         total = count or len(next(iter(inputs.values())))
-        rows = replay.request(self.programs[name], SEED, range(total), inputs=inputs)
+        rows = interpreter.request(self.programs[name], SEED, range(total), inputs=inputs)
         size = max(1, _ELEMENTS_AT_ONCE // math.prod(self.value.tensor.shape))
         chunks = [self.player.play(name, rows[first : first + size]) for first in range(0, total, size)]
         return {output: np.concatenate([chunk[output] for chunk in chunks]) for output in chunks[0]}
@@ -178,7 +180,7 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
                 f"Completed by {name}",
                 f"Upper halves of {subject.origin}, the model's lower halves, and the originals. "
                 f"{program.doc}",
-                chart.tiles(subject.bright(sheet), COLUMNS, f"Completed by {name}"),
+                charts.tiles(subject.bright(sheet), COLUMNS, f"Completed by {name}"),
             )
 
 
@@ -214,7 +216,7 @@ def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
         for start in range(0, len(above) - columns + 1, columns)
         for part in (above, below)
     ]
-    return chart.tiles(subject.bright(np.concatenate(lines)), columns, title)
+    return charts.tiles(subject.bright(np.concatenate(lines)), columns, title)
 
 
 def _ways(subject: Subject) -> Iterator[Exhibit]:
@@ -226,10 +228,10 @@ def _ways(subject: Subject) -> Iterator[Exhibit]:
     ways, caption = _encoded_ways(subject, latent) or _drawn_ways(latent)
     rows = subject.play("decode", {given: ways.reshape(-1, *latent.shape), **_one_class_a_line(subject)})
     if subject.value.kind == IMAGE:
-        figure = chart.tiles(subject.bright(rows), COLUMNS, "Between two")
+        figure = charts.tiles(subject.bright(rows), COLUMNS, "Between two")
     else:
         cloud = (rows if subject.real is None else subject.real)[: _DRAWN[VECTOR]]
-        figure = chart.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
+        figure = charts.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
     yield Exhibit("Between two", caption, figure)
 
 
@@ -289,7 +291,7 @@ def _density(subject: Subject) -> Iterator[Exhibit]:
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
     mass = density.sum() * (2 * limit / CELLS) ** 2
     caption = f"By {name}, {_kind(program, KINDS)}. It adds up to {mass:.3f} within these bounds."
-    yield Exhibit("Density", caption, chart.field(density, subject.limits, "Density"))
+    yield Exhibit("Density", caption, charts.field(density, subject.limits, "Density"))
 
 
 def _is_density(program: Program) -> bool:
@@ -312,7 +314,7 @@ def _scores(subject: Subject) -> Iterator[Exhibit]:
         means = "; ".join(f"{origin} {_mean(numbers)}" for origin, numbers in series.items())
         label, title = _label(subject, program), f"Distribution of the {name}"
         caption = f"{label}: {means}. {program.doc}"
-        yield Exhibit(title, caption, chart.histogram(series, label, title))
+        yield Exhibit(title, caption, charts.histogram(series, label, title))
 
 
 def _figures(subject: Subject, name: str, rows: Rows) -> NDArray[np.float64]:
@@ -350,7 +352,7 @@ def _calibration(subject: Subject) -> Iterator[Exhibit]:
     test = subject.test[: 5 * SCORED]
     probabilities = subject.play("classify", {given: test.rows})
     hits = probabilities.argmax(1) == test.labels
-    figure = chart.reliability(probabilities.max(1), hits, "Calibration")
+    figure = charts.reliability(probabilities.max(1), hits, "Calibration")
     yield Exhibit(
         "Calibration",
         f"How often the top label is right, by its probability, on {len(test)} test rows: {hits.mean():.3f} "
@@ -374,12 +376,12 @@ EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
 def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
     value, few = subject.value, rows[: _DRAWN[subject.value.kind]]
     if value.kind == IMAGE:
-        return chart.tiles(subject.bright(few), _columns(value), title)
+        return charts.tiles(subject.bright(few), _columns(value), title)
     if value.kind == TOKENS:
         return Markup("").join(_rolls(few, title) if _is_music(value) else _texts(few, value))
     if not subject.is_plane:
-        return chart.histogram({title: few.reshape(-1)}, value.tensor.name, title)
-    return chart.points(few, subject.limits, title)
+        return charts.histogram({title: few.reshape(-1)}, value.tensor.name, title)
+    return charts.points(few, subject.limits, title)
 
 
 def _is_music(value: manifest_pb2.Value) -> bool:
@@ -388,7 +390,7 @@ def _is_music(value: manifest_pb2.Value) -> bool:
 
 def _rolls(rows: Rows, title: str) -> Iterator[Markup]:
     for number, roll in enumerate(chorales.roll(rows)):
-        yield chart.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}")
+        yield charts.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}")
 
 
 def _texts(rows: Rows, value: manifest_pb2.Value) -> Iterator[Markup]:
@@ -436,4 +438,4 @@ def _input_like(program: Program, spec: manifest_pb2.TensorSpec) -> str:
 
 
 def _settings(program: Program) -> str:
-    return ", ".join(f"{each.name} {usage.default(each)}" for each in program.parameters)
+    return ", ".join(f"{each.name} {snippets.default(each)}" for each in program.parameters)

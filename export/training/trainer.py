@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from export.checkpoint import Checkpoint, State
-from export.data import Dataset, Part
-from export.interrupt import held_back
+from export.datasets.loading import Dataset, Part
+from export.training.checkpoint import Checkpoint, State
+from export.training.signals import held_back
 
 _CHUNK_ROWS = 256
 # Of how many steps the mean loss is shown.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.spec import ProgramKey
+from server.core.spec import ProgramKey
 
 # A window that holds whatever there is.
 UNBOUNDED = 1 << 32

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from server.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
-from server.program import Program, Readout
-from server.request import Completed, Event, Failed, Preview, Request, Timings
-from server.restarts import Restarts
+from server.core.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
+from server.core.request import Completed, Event, Failed, Preview, Request, Timings
+from server.core.restart_policy import Restarts
+from server.core.spec import ProgramKey
+from server.engine.scheduler import Scheduler, Turn
+from server.execution.program_runner import Program, Readout
 from server.runtime import is_device_lost
-from server.scheduler import Scheduler, Turn
-from server.spec import ProgramKey
 
 log = logging.getLogger(__name__)
 

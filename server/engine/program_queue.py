@@ -16,8 +16,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.request import Request
-from server.spec import ProgramKey
+from server.core.request import Request
+from server.core.spec import ProgramKey
 
 # Of this many visits one is paid to requests of low priority while others wait as well.
 BATCH_VISIT = 8

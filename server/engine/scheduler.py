@@ -14,10 +14,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from server.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
-from server.lane import RESERVED_SHARE, Admission, Lane, Room
-from server.request import Request
-from server.spec import ProgramKey
+from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
+from server.core.request import Request
+from server.core.spec import ProgramKey
+from server.engine.program_queue import RESERVED_SHARE, Admission, Lane, Room
 
 MIN_CROWD = 64
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from samovar import noise
-from server.spec import NoiseSpec
+from server.core.spec import NoiseSpec
 
 # To draw few numbers takes as long as to draw a thousand, so rows of a few draw more steps ahead; but what
 # is left of a stretch is drawn at once for a row that joins, which is much where a step has many.

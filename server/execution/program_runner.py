@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server import tape
-from server.request import Request, Rows
+from server.core.request import Request, Rows
+from server.core.spec import GraphSpec, ProgramSpec
+from server.execution import noise_buffer
+from server.execution.slots import Slots
 from server.runtime import Graph, Tensors, bound, current, is_out_of_memory
-from server.slots import Slots
-from server.spec import GraphSpec, ProgramSpec
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Program:
             if name in read
         }
         drawn = [self._noise[name] for name in self._step_noise]
-        numbers = tape.Tape(drawn, self.capacity, self._ahead, self._device)
+        numbers = noise_buffer.Tape(drawn, self.capacity, self._ahead, self._device)
         self._copied = torch.cuda.Event() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.slots = Slots(self.capacity, tables, self._device, spec.state, numbers)
         self._steps: dict[tuple[int, int, int], Callable[[], None]] = {}
@@ -277,7 +277,7 @@ class Program:
     def _draw(self, name: str, start: int, count: int, end: int) -> torch.Tensor:
         rows = self.slots.rows(slice(start, start + count))
         padded = np.zeros((end - start, *self._noise[name].tensor.shape), np.float32)
-        padded[:count] = tape.draw(self._noise[name], rows)
+        padded[:count] = noise_buffer.draw(self._noise[name], rows)
         return torch.from_numpy(padded).to(self._device)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.request import Request
-from server.spec import NUM_STEPS, STEP_INDEX, TensorSpec
-from server.tape import Rows, Tape
+from server.core.request import Request
+from server.core.spec import NUM_STEPS, STEP_INDEX, TensorSpec
+from server.execution.noise_buffer import Rows, Tape
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]

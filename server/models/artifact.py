@@ -11,9 +11,9 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from samovar.v1 import manifest_pb2
-from server import audit, manifest
-from server.errors import ArtifactRefused
-from server.spec import ModelSpec
+from server.core.errors import ArtifactRefused
+from server.core.spec import ModelSpec
+from server.models import manifest, validation
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
@@ -26,7 +26,7 @@ def read(directory: Path) -> tuple[manifest_pb2.Manifest, ModelSpec]:
     """
     text, digest = _read_sealed(directory)
     message = _parse(text)
-    problems = list(audit.problems(message, directory)) or list(_changed_files(message, directory))
+    problems = list(validation.problems(message, directory)) or list(_changed_files(message, directory))
     if problems:
         raise ArtifactRefused("; ".join(problems))
     return message, manifest.model_spec(message, directory, digest)

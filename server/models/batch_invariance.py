@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.defaults import default_inputs
-from server.errors import ArtifactRefused
-from server.program import Program
-from server.request import Request, Work
+from server.core.errors import ArtifactRefused
+from server.core.request import Request, Work
+from server.core.spec import GoldenRows, ProgramKey, ProgramSpec
+from server.execution.program_runner import Program
+from server.models.default_inputs import default_inputs
 from server.runtime import Graph, bound
-from server.spec import GoldenRows, ProgramKey, ProgramSpec
 
 # Of a graph that is called in every step, as many batches are compared with what they are elsewhere.
 MAX_RECORDED = 5

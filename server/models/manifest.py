@@ -8,7 +8,7 @@ from pathlib import Path
 
 from samovar import tensors
 from samovar.v1 import inference_pb2, manifest_pb2
-from server.spec import (
+from server.core.spec import (
     GoldenRows,
     GraphSpec,
     InputSpec,

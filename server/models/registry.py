@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from samovar.v1 import manifest_pb2
-from server.errors import InvalidRequest, ModelNotFound, OperationNotSupported, Violation
-from server.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
+from server.core.errors import InvalidRequest, ModelNotFound, OperationNotSupported, Violation
+from server.core.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 
 @dataclass(frozen=True)

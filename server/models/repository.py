@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from server import artifact
-from server.catalogue import Catalogue, LoadedProgram, Model
-from server.errors import ArtifactRefused, RuntimeMissing
-from server.lane import RESERVED_SHARE
-from server.probe import Probe, is_steady
-from server.program import Program
+from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.spec import ModelSpec, ProgramKey
+from server.engine.program_queue import RESERVED_SHARE
+from server.execution.program_runner import Program
+from server.models import artifact
+from server.models.batch_invariance import Probe, is_steady
+from server.models.registry import Catalogue, LoadedProgram, Model
 from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current, prefer_same_bits
-from server.spec import ModelSpec, ProgramKey
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from samovar import tensors
 from samovar.v1 import manifest_pb2
-from server import manifest as messages
-from server.spec import ProgramSpec, TensorSpec
+from server.core.spec import ProgramSpec, TensorSpec
+from server.models import manifest as messages
 
 FORMAT_VERSION = 1
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from samovar import tensors
 from samovar.noise import MAX_ROW_INDEX
 from samovar.v1 import inference_pb2 as pb
-from server.catalogue import LoadedProgram, Model
-from server.defaults import default_inputs
-from server.errors import InvalidRequest, Violation
-from server.request import Preview, Rows, Timings, Work
-from server.spec import ParameterSpec, ProgramSpec, TensorSpec
+from server.core.errors import InvalidRequest, Violation
+from server.core.request import Preview, Rows, Timings, Work
+from server.core.spec import ParameterSpec, ProgramSpec, TensorSpec
+from server.models.default_inputs import default_inputs
+from server.models.registry import LoadedProgram, Model
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]

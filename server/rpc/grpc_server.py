@@ -12,12 +12,12 @@ from grpc_reflection.v1alpha import reflection
 
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
-from server.call import Backend, CallObserver
-from server.catalogue import Catalogue
 from server.config import Config
-from server.health import Health
-from server.interceptors import ObservedMethods
-from server.service import InferenceService, ServiceLimits
+from server.models.registry import Catalogue
+from server.rpc.health import Health
+from server.rpc.instrumentation import ObservedMethods
+from server.rpc.response_stream import Backend, CallObserver
+from server.rpc.servicer import InferenceService, ServiceLimits
 
 DRAIN_NOTICE_SECONDS = 0.2
 

@@ -1,6 +1,6 @@
 """Health, by grpc.health.v1: NOT_SERVING until every model is warm, and while draining.
 
-`python -m server.health` asks a server and exits with 0 when it serves.
+`python -m server.rpc.health` asks a server and exits with 0 when it serves.
 """
 
 import argparse
@@ -49,7 +49,7 @@ async def is_serving(address: str, seconds: float) -> bool:
 def main() -> int:
     """Ask, print and exit: the container's health check."""
     parser = argparse.ArgumentParser(
-        prog="python -m server.health", description="Exit with 0 when a server serves."
+        prog="python -m server.rpc.health", description="Exit with 0 when a server serves."
     )
     parser.add_argument("--address", default="127.0.0.1:8001", help="HOST:PORT (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds to wait (default: %(default)s)")

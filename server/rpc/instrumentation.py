@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from server.call import CallObserver
-from server.errors import InvalidRequest, Overloaded, SamovarError, Violation
-from server.status import status_of
+from server.core.errors import InvalidRequest, Overloaded, SamovarError, Violation
+from server.rpc.response_stream import CallObserver
+from server.rpc.status import status_of
 
 log = logging.getLogger(__name__)
 

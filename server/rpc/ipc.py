@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from server.call import Backend, CallObserver
-from server.catalogue import Model
-from server.errors import SamovarError, ServerUnavailable
-from server.request import Completed, Event, Failed, Request, Work
-from server.spec import ProgramKey
+from server.core.errors import SamovarError, ServerUnavailable
+from server.core.request import Completed, Event, Failed, Request, Work
+from server.core.spec import ProgramKey
+from server.models.registry import Model
+from server.rpc.response_stream import Backend, CallObserver
 
 log = logging.getLogger(__name__)
 

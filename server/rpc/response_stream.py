@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from server.request import Completed, Event, Failed, Preview, Request, Rows
-from server.spec import ProgramKey
+from server.core.request import Completed, Event, Failed, Preview, Request, Rows
+from server.core.spec import ProgramKey
 
 MAX_PREVIEWS = 16
 

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from server import codec
-from server.call import MAX_PREVIEWS, Backend, Call, CallObserver, Exchange
-from server.catalogue import Catalogue, LoadedProgram, Model
-from server.codec import Job
-from server.errors import InvalidRequest, ServerUnavailable, Violation
-from server.manifest import name_of, public
-from server.request import UNBOUNDED, Completed, Preview, Request, Rows, Timings
-from server.spec import ProgramSpec
+from server.core.errors import InvalidRequest, ServerUnavailable, Violation
+from server.core.request import UNBOUNDED, Completed, Preview, Request, Rows, Timings
+from server.core.spec import ProgramSpec
+from server.models.manifest import name_of, public
+from server.models.registry import Catalogue, LoadedProgram, Model
+from server.rpc import codec
+from server.rpc.codec import Job
+from server.rpc.response_stream import MAX_PREVIEWS, Backend, Call, CallObserver, Exchange
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Arrays = dict[str, NDArray[Any]]

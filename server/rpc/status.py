@@ -12,7 +12,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from server.errors import (
+from server.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     ModelFailed,

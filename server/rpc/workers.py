@@ -17,13 +17,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from samovar.v1 import inference_pb2 as pb
-from server import logs, memory
-from server.call import Backend
-from server.catalogue import Catalogue, Model
+from server import process
 from server.config import Config
-from server.edge import DRAIN_NOTICE_SECONDS, Edge, binding
-from server.link import Host, HostObserver, Link
-from server.restarts import Restarts
+from server.core.restart_policy import Restarts
+from server.models.registry import Catalogue, Model
+from server.rpc.grpc_server import DRAIN_NOTICE_SECONDS, Edge, binding
+from server.rpc.ipc import Host, HostObserver, Link
+from server.rpc.response_stream import Backend
 
 log = logging.getLogger("samovar")
 
@@ -151,8 +151,7 @@ def serve(config: Config, info: pb.ServerInfo, connection: Connection, port: int
     """A front end's life, as a process: until the engine's process asks it to end, or is gone."""
     # An interrupt from the keyboard reaches every process; the engine's asks the others to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logs.configure(config.log_level)
-    memory.keep()
+    process.configure(config.log_level)
     asyncio.run(_serve(config, info, connection, port))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from server.spec import GraphSpec
+from server.core.spec import GraphSpec
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime
 import torch
 
-from server.errors import ArtifactRefused, RuntimeMissing
+from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.spec import GraphSpec, TensorSpec
 from server.runtime.base import Device, Tensors
-from server.spec import GraphSpec, TensorSpec
 
 # A server reports to its own operators, and to nobody else.
 onnxruntime.disable_telemetry_events()

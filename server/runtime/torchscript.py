@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from server.errors import ArtifactRefused
+from server.core.errors import ArtifactRefused
+from server.core.spec import GraphSpec
 from server.runtime.base import Device, Tensors, fresh, replayable
-from server.spec import GraphSpec
 
 
 class TorchScriptGraph:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from samovar import Client
-from tests.clients.counting import Counting, Server
+from tests.support.fake_server import Counting, Server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from samovar import AsyncClient, Cancelled, Client, DeadlineExceeded, InvalidRequest, Preview, ServerError
-from tests.clients.counting import UNAVAILABLE, Counting, Server, bad_request, images
+from tests.support.fake_server import UNAVAILABLE, Counting, Server, bad_request, images
 
 pytestmark = pytest.mark.asyncio
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samovar.cli import main
-from samovar.progress import Bar
-from tests.clients.counting import Counting, Server, bad_request, images, overloaded
+from samovar.cli.main import main
+from samovar.cli.progress import Bar
+from tests.support.fake_server import Counting, Server, bad_request, images, overloaded
 
 
 class Ended(NamedTuple):

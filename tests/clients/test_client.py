@@ -22,7 +22,7 @@ from samovar import (
 )
 from samovar.result import InOrder
 from samovar.v1 import inference_pb2 as pb
-from tests.clients.counting import COUNTER, UNAVAILABLE, Counting, Server, images, version
+from tests.support.fake_server import COUNTER, UNAVAILABLE, Counting, Server, images, version
 
 
 def test_samples_come_in_the_order_of_their_rows(client: Client) -> None:

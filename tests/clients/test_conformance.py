@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from export import artifact, data, golden, program, recipe
+from export import pipeline
+from export.artifacts import golden, writer
+from export.datasets import loading
 from export.families import lstm
+from export.graphs import program
 from samovar import midi
-from tests.cooking import cook, run
-from tests.serving import RunningServer, serving
+from tests.support.live_server import RunningServer, serving
+from tests.support.run_example import run_conformance
 
 # Of the table of operations, a line for each cell that no other test here would miss.
 CELLS = (
@@ -46,7 +49,7 @@ CELLS = (
 
 @pytest.mark.timeout(300)
 def test_every_cell_of_the_table_of_operations_is_exercised(server: RunningServer) -> None:
-    said = cook(server, "operations", "--steps", 12)
+    said = run_conformance(server, "--steps", 12).stdout
     missing = [cell for cell in CELLS if not re.search(f"^{cell}", said, re.MULTILINE)]
     assert not missing, said
     assert "FAILED" not in said
@@ -68,10 +71,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     words = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
     sequence = program.TensorSpec("sequence", "uint8", (24,), 0, len(words) - 1)
     rows = np.random.default_rng(0).integers(1, len(words), (4, 24)).astype(np.uint8)
-    part = data.Part(rows, np.zeros(4, np.int64))
+    part = loading.Part(rows, np.zeros(4, np.int64))
     value = program.Value("tokens", sequence, len(words), words)
-    pitches = data.Dataset("pitches", value, part, part, part, sha256="")
-    recipe.untrained(recipe.Recipe(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",)))
+    pitches = loading.Dataset("pitches", value, part, part, part, sha256="")
+    pipeline.untrained(pipeline.Recipe(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",)))
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     sample = program.Program(
         "sample",
@@ -81,7 +84,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         parameters=(program.Parameter("scale", "float", 1.0, 0.0, 2.0, doc="of nothing"),),
         noise=(program.Noise("noise", "normal", (2,), 0),),
     )
-    heedless = artifact.Model(
+    heedless = writer.Model(
         name="heedless",
         family="toy",
         description="noise",
@@ -89,18 +92,18 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         programs=(sample,),
         examples=(golden.Example("sample"),),
     )
-    artifact.write(heedless, models)
+    writer.write(heedless, models)
     with serving(models) as running:
         yield running
 
 
 def test_music_is_played(odd: RunningServer) -> None:
-    said = cook(odd, "operations", "pitches-lstm")
+    said = run_conformance(odd, "pitches-lstm").stdout
     assert re.search(r"^pitches-lstm +sample +MIDI bytes .* format 1$", said, re.MULTILINE), said
 
 
 def test_what_is_not_heeded_and_not_explained_fails(odd: RunningServer) -> None:
-    ended = run("operations", "--address", odd.address, "heedless")
+    ended = run_conformance(odd, "heedless")
     assert ended.returncode == 1
     assert "FAILED: scale makes no difference in 1 ways to ask" in ended.stdout
     assert re.search(r"^heedless +score +FAILED, without a reason: ", ended.stdout, re.MULTILINE)

@@ -18,7 +18,7 @@ from samovar import (
     Violation,
 )
 from samovar.errors import Details, read_details
-from tests.clients.counting import Counting, bad_request, overloaded, status, unsupported
+from tests.support.fake_server import Counting, bad_request, overloaded, status, unsupported
 
 
 def test_an_invalid_request_carries_every_violation(client: Client, service: Counting) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from samovar import InvalidRequest
-from samovar.inputs import named_arrays, num_rows
+from samovar._inputs import named_arrays, num_rows
 from samovar.model import Input, Operation, Steps, TensorSpec
 from samovar.tensors import Array
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from samovar import Client, InvalidRequest, UnsupportedOperation, latent, noise
 from samovar.tensors import Array, unpack
 from samovar.v1 import inference_pb2
-from tests.clients.counting import LEVELS, Counting
+from tests.support.fake_server import LEVELS, Counting
 
 SHARES = np.linspace(0, 1, 7)
 SEEDS = 1, 3

@@ -33,7 +33,7 @@ def hexadecimal(text: str) -> NDArray[np.uint64]:
     return np.array([int(word, 16) for word in text.split()], np.uint64)
 
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "seeds.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reproducibility.md"
 
 
 def test_the_documented_example_is_what_the_code_draws() -> None:

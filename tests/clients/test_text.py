@@ -9,23 +9,24 @@ import numpy as np
 import pytest
 
 import samovar
-from export import data, recipe
+from export import pipeline
+from export.datasets import loading
 from export.families.lstm import FAMILY
-from export.program import TensorSpec, Value
-from samovar import midi, text, vocabulary
-from samovar.cli import main
-from tests.serving import serving
+from export.graphs.program import TensorSpec, Value
+from samovar import midi, text, tokens
+from samovar.cli.main import main
+from tests.support.live_server import serving
 
 CONTEXT = 24
 LETTERS = ("", "\n", " ", *"abcdefgh")
 PITCHES = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
 
 
-def dataset(name: str, words: tuple[str, ...]) -> data.Dataset:
+def dataset(name: str, words: tuple[str, ...]) -> loading.Dataset:
     rows = np.random.default_rng(0).integers(1, len(words), (4, CONTEXT)).astype(np.uint8)
     tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(words) - 1)
-    part = data.Part(rows, np.zeros(4, np.int64))
-    return data.Dataset(name, Value("tokens", tensor, len(words), words), part, part, part, sha256="")
+    part = loading.Part(rows, np.zeros(4, np.int64))
+    return loading.Dataset(name, Value("tokens", tensor, len(words), words), part, part, part, sha256="")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a writer of letters and one of pitches, both untrained."""
     models = tmp_path_factory.mktemp("writers")
     for given in (dataset("letters", LETTERS), dataset("pitches", PITCHES)):
-        recipe.untrained(recipe.Recipe(FAMILY, given, models, preset="tiny", formats=("onnx",)))
+        pipeline.untrained(pipeline.Recipe(FAMILY, given, models, preset="tiny", formats=("onnx",)))
     with serving(models) as running:
         yield running.address
 
@@ -59,17 +60,17 @@ def letters(client: samovar.Client) -> samovar.Value:
 
 
 def test_words_are_tokens_and_tokens_words(letters: samovar.Value) -> None:
-    rows = vocabulary.encode(["abba", ""], letters)
+    rows = tokens.encode(["abba", ""], letters)
     assert rows.dtype == np.uint8
     assert rows[:, :5].tolist() == [[3, 4, 4, 3, 0], [0] * 5]
-    assert vocabulary.decode(rows, letters) == ["abba", ""]
+    assert tokens.decode(rows, letters) == ["abba", ""]
 
 
 def test_words_of_more_than_one_character_have_blanks_between_them(client: samovar.Client) -> None:
     value = client.model("pitches-lstm").value
-    rows = vocabulary.encode(["60 hold  67\nend"], value)
+    rows = tokens.encode(["60 hold  67\nend"], value)
     assert rows[0, :5].tolist() == [4, 2, 11, 1, 0]
-    assert vocabulary.decode(rows, value) == ["60 hold 67 end"]
+    assert tokens.decode(rows, value) == ["60 hold 67 end"]
 
 
 def test_a_text_is_continued_the_same_for_the_same_seed(client: samovar.Client) -> None:
@@ -143,7 +144,7 @@ def test_what_is_out_of_bounds_is_refused_by_the_server(
 def test_a_score_is_per_token_and_its_bits_are_of_the_rows_own_length(
     client: samovar.Client, letters: samovar.Value
 ) -> None:
-    scores = client.score("letters-lstm", vocabulary.encode(["abcdef", "ab"], letters))
+    scores = client.score("letters-lstm", tokens.encode(["abcdef", "ab"], letters))
     assert scores.kind is samovar.ScoreKind.EXACT
     assert scores.outputs["length"].tolist() == [6, 2]
     masses = scores.outputs["log_mass_by_token"]
@@ -154,7 +155,7 @@ def test_a_score_is_per_token_and_its_bits_are_of_the_rows_own_length(
 
 def test_what_it_lacks_is_refused_with_the_reason(client: samovar.Client, letters: samovar.Value) -> None:
     with pytest.raises(samovar.UnsupportedOperation, match="cannot be decoded; sample continues"):
-        client.reconstruct("letters-lstm", vocabulary.encode(["ab"], letters))
+        client.reconstruct("letters-lstm", tokens.encode(["ab"], letters))
 
 
 def test_the_command_writes_on(command: Callable[..., tuple[int, str, str]], client: samovar.Client) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from export import data
-from tests.families import PAIRS
+from export.datasets import loading
+from tests.support.datasets import PAIRS
 
 
 @pytest.fixture(scope="session")
-def digits() -> data.Dataset:
-    return data.load("digits")
+def digits() -> loading.Dataset:
+    return loading.load("digits")
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +20,14 @@ def artifacts(models: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def moons() -> data.Dataset:
+def moons() -> loading.Dataset:
     """Two moons, which nobody may change."""
-    return data.load("moons")
+    return loading.load("moons")
 
 
 @pytest.fixture(params=["digits", "moons"])
-def dataset(request: pytest.FixtureRequest, digits: data.Dataset, moons: data.Dataset) -> data.Dataset:
+def dataset(
+    request: pytest.FixtureRequest, digits: loading.Dataset, moons: loading.Dataset
+) -> loading.Dataset:
     """Images, then points."""
     return {"digits": digits, "moons": moons}[request.param]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import graph, layout, own
+from export import custom_model
 from export.__main__ import main
-from export.program import TensorSpec, Value
+from export.artifacts import reader
+from export.graphs import graph
+from export.graphs.program import TensorSpec, Value
 
 GOOD = '''\
 """Doubling.
@@ -40,17 +42,17 @@ def saved(directory: Path, text: str, name: str = "My Model_2.py") -> Path:
 
 
 def refusal(path: Path, models: Path) -> str:
-    with pytest.raises((own.OwnFileError, graph.GraphError, layout.ArtifactError)) as caught:
-        own.write(path, models, formats=("torchscript",))
+    with pytest.raises((custom_model.OwnFileError, graph.GraphError, reader.ArtifactError)) as caught:
+        custom_model.write(path, models, formats=("torchscript",))
     assert not models.exists() or list(models.iterdir()) == []
     return str(caught.value)
 
 
 def test_name_description_golden_rows_and_provenance_come_from_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path, GOOD)
-    manifest = layout.read(own.write(path, tmp_path / "models", formats=("torchscript",)))
+    manifest = reader.read(custom_model.write(path, tmp_path / "models", formats=("torchscript",)))
     assert (manifest.name, manifest.family, manifest.description) == ("my-model-2", "own", "Doubling.")
-    assert manifest.provenance.settings["file_sha256"] == layout.sha256(path.read_bytes())
+    assert manifest.provenance.settings["file_sha256"] == reader.sha256(path.read_bytes())
     assert [dict(entry.parameters) for entry in manifest.golden_rows] == [{}, {"factor": 1.0}]
 
 
@@ -80,7 +82,7 @@ def test_a_module_with_dropout_and_batch_norm_is_put_to_sleep(tmp_path: Path) ->
         "    def forward(self, x, factor):\n"
         "        return self.layers(x) * factor.unsqueeze(1)",
     )
-    assert own.write(saved(tmp_path, text), tmp_path / "models", formats=("torchscript",)).is_dir()
+    assert custom_model.write(saved(tmp_path, text), tmp_path / "models", formats=("torchscript",)).is_dir()
 
 
 def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
     text = GOOD.replace("X, Y =", "from own_neighbour import WEIGHT\nX, Y =").replace(
         "x * f", "WEIGHT * x * f"
     )
-    assert own.write(saved(tmp_path, text), tmp_path / "models", formats=("torchscript",)).is_dir()
+    assert custom_model.write(saved(tmp_path, text), tmp_path / "models", formats=("torchscript",)).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_drawn_inputs_keep_their_bounds() -> None:
         TensorSpec("label", "int64", (50,), 0, 9),
     )
     positive = TensorSpec("positive", shape=(50,), minimum=0)
-    drawn = own._draw([tokens, share, label, positive], value, seed=0)
+    drawn = custom_model._draw([tokens, share, label, positive], value, seed=0)
     assert set(np.unique(drawn["tokens"])) == {0, 1, 2}
     assert set(np.unique(drawn["label"])) == set(range(10))
     assert 0 <= drawn["share"].min() < drawn["share"].max() <= 1
@@ -154,7 +156,7 @@ def test_drawn_inputs_keep_their_bounds() -> None:
 
 
 def test_a_function_of_several_results_becomes_a_module() -> None:
-    @own.module
+    @custom_model.module
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         return x + 1, x - 1
 

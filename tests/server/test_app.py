@@ -17,10 +17,10 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import samovar
-from server import health
 from server.config import parse
+from server.rpc import health
 from server.runtime import RUNTIMES
-from tests.serving import RunningServer, await_true, listening, scrape, serving
+from tests.support.live_server import RunningServer, await_true, listening, scrape, serving
 
 ROOT = Path(__file__).parents[2]
 DIFFUSION = "digits-diffusion"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import samovar
+from server.core.spec import GraphSpec
 from server.runtime import Device, Graph, OnnxGraph, Tensors
-from server.spec import GraphSpec
-from tests.serving import RunningServer, scrape, serving
+from tests.support.live_server import RunningServer, scrape, serving
 
 MODEL = "digits-diffusion"
 ROWS = 20

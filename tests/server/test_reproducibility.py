@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import samovar
 from export.families import FAMILIES
-from tests.serving import RunningServer
+from tests.support.live_server import RunningServer
 
 FORMATS = ("onnx", "torchscript", "torch_export")
 ROWS = 64

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from server.core.spec import ProgramKey
 from server.metrics import Metrics
-from server.spec import ProgramKey
-from server.tally import Distribution
+from server.step_metrics import Distribution
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 100.0])))

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from export import chorales
-from export.data import Dataset, Part, load
+from export.datasets import chorales
+from export.datasets.loading import Dataset, Part, load
 from export.families import FAMILIES
-from export.program import TensorSpec, Value
+from export.graphs.program import TensorSpec, Value
 
 
 @dataclass(frozen=True)

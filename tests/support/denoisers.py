@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export import artifact, data, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser, Perceptron
-from export.program import TensorSpec, Value
-from export.training import Settings
+from export.graphs.program import TensorSpec, Value
+from export.training.trainer import Settings
 
 PRESET = Preset(width=4, depth=1, training=Settings(steps=1))
 
@@ -93,13 +94,13 @@ class Hasty(Pair):
         return 1.2 * super().denoise(x, variance)
 
 
-def player(network: Exact) -> replay.Player:
+def player(network: Exact) -> interpreter.Player:
     """The programs of a diffusion model of points with this network."""
     rows = np.array([[-1, -1], [1, 1]], np.float32)
-    part = data.Part(rows, np.array([0, 1]))
+    part = loading.Part(rows, np.array([0, 1]))
     value = Value("vector", TensorSpec("point", shape=(2,), doc="the plane"), class_labels=("a", "b"))
-    dataset = data.Dataset("toy", value, part, part, part, "")
+    dataset = loading.Dataset("toy", value, part, part, part, "")
     denoiser = Denoiser(dataset, PRESET)
     denoiser.network = network
     network.spread = denoiser.data_std
-    return artifact.player(value, FAMILY.programs(denoiser.eval(), dataset))
+    return writer.player(value, FAMILY.programs(denoiser.eval(), dataset))

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from server.program import Program
-from server.request import Completed, Deliver, Event, Failed, Preview, Request, Rows, Work
-from server.runtime import Graph
-from server.spec import (
+from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, Rows, Work
+from server.core.spec import (
     GraphSpec,
     InputSpec,
     NoiseSpec,
@@ -20,6 +18,8 @@ from server.spec import (
     StepCount,
     TensorSpec,
 )
+from server.execution.program_runner import Program
+from server.runtime import Graph
 
 Tensors = Sequence[torch.Tensor]
 

@@ -1,20 +1,33 @@
-"""The client's examples run as a reader runs them, warnings being errors."""
+"""Run the client's examples and its conformance suite as a user does, with warnings as errors."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.serving import RunningServer
+from tests.support.live_server import RunningServer
 
-RECIPES = Path(__file__).parent.parent / "clients" / "python" / "examples"
-
-
-def run(recipe: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(RECIPES / f"{recipe}.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+CLIENT = Path(__file__).parents[2] / "clients" / "python"
+EXAMPLES = CLIENT / "examples"
 
 
-def cook(server: RunningServer, recipe: str, *words: object) -> str:
-    ended = run(recipe, "--address", server.address, *words)
+def run_example(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run an example of the client and return what it printed."""
+    return _run([str(EXAMPLES / f"{name}.py"), *map(str, arguments)])
+
+
+def run_example_on(server: RunningServer, name: str, *arguments: object) -> str:
+    """Run an example against a server, expect success, and return its standard output."""
+    ended = run_example(name, "--address", server.address, *arguments)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+def run_conformance(server: RunningServer, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the conformance suite against a server."""
+    return _run(["-m", "conformance", "--address", server.address, *map(str, arguments)])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *command], cwd=CLIENT, capture_output=True, text=True, timeout=250
+    )

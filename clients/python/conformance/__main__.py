@@ -25,13 +25,13 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import grpc
-from exercise import given, latents, mixed, table
-from exercise.pantry import Pantry
-from exercise.programs import Programs
-from exercise.refusals import OPERATIONS, refuse
-from exercise.writing import Writer
 
 import samovar
+from conformance import concurrent, latents, masks, results
+from conformance.programs import Programs
+from conformance.rejections import OPERATIONS, refuse
+from conformance.sample_inputs import Pantry
+from conformance.tokens import Writer
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
 
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         stub = InferenceStub(channel)
         models = [each for each in client.models() if not options.models or each.name in options.models]
-        table.head()
-        done = [table.perform(exercise) for exercise in _exercises(client, models, options)]
+        results.head()
+        done = [results.perform(exercise) for exercise in _exercises(client, models, options)]
         print("\nWhat the models lack")
         lacking = [(model, name) for model in models for name in OPERATIONS if name not in model.operations]
         refused = [refuse(stub, model, name) for model, name in lacking]
@@ -55,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exercises(
     client: samovar.Client, models: Sequence[samovar.Model], options: argparse.Namespace
-) -> Iterator[table.Exercise]:
+) -> Iterator[results.Exercise]:
     pantry = Pantry(client, models, options.rows)
     everything = [Programs(client, model, pantry, options.steps) for model in models]
     for programs in everything:
         yield from programs.exercises()
-        yield from given.exercises(programs)
+        yield from masks.exercises(programs)
         yield from latents.exercises(client, programs.model, pantry)
         yield from Writer(client, programs.model).exercises()
-    yield from mixed.exercises(client, [pair for programs in everything for pair in programs.asked])
+    yield from concurrent.exercises(client, [pair for programs in everything for pair in programs.asked])
 
 
 def _parser() -> argparse.ArgumentParser:

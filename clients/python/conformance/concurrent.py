@@ -9,10 +9,9 @@ from functools import partial
 from itertools import groupby
 
 import samovar
-
-from .asking import Answer, Request, ask
-from .programs import Asked
-from .table import Exercise, Found
+from conformance.programs import Asked
+from conformance.requests import Answer, Request, ask
+from conformance.results import Exercise, Found
 
 AT_ONCE = 32
 

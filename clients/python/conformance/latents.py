@@ -5,14 +5,12 @@ from functools import partial
 from typing import get_args
 
 import numpy as np
-import pictures
 
 import samovar
+from conformance.requests import Array, misfits
+from conformance.results import Exercise, Found
+from conformance.sample_inputs import Pantry
 from samovar import latent
-
-from .asking import Array, misfits
-from .pantry import Pantry
-from .table import Exercise, Found
 
 # Between levels of an image, and between numbers, that went through float32 on two ways.
 _NEAR = {"i": 1, "u": 1, "f": 1e-3}
@@ -22,7 +20,7 @@ def exercises(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> I
     """What to do with a model that decodes."""
     if "decode" not in model.operations:
         return
-    encodes = pictures.encodes(model)
+    encodes = _encodes(model)
     name, ends = ("encode+decode", "rows") if encodes else ("decode", "draws")
     for path in get_args(latent.Path):
         do = partial(_walk, client, model, pantry, path, encodes)
@@ -90,3 +88,11 @@ def _near(rows: Array, others: Array) -> bool:
 
 def _moved(rows: Array, before: Array) -> float:
     return float((rows != before).mean())
+
+
+def _encodes(model: samovar.Model) -> bool:
+    """Whether the outputs of encode are the inputs of decode."""
+    if not {"encode", "decode"} <= set(model.operations):
+        return False
+    required = [each.tensor.shape for each in model.operations["decode"].inputs if not each.optional]
+    return required == [model.operations["encode"].outputs[0].shape]

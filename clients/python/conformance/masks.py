@@ -6,10 +6,9 @@ from functools import partial
 import numpy as np
 
 import samovar
-
-from .asking import Array, Request, judged
-from .programs import Programs
-from .table import Exercise, Found
+from conformance.programs import Programs
+from conformance.requests import Array, Request, judged
+from conformance.results import Exercise, Found
 
 KNOWN = "known"
 

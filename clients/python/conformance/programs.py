@@ -11,12 +11,11 @@ from functools import partial
 from itertools import product
 
 import samovar
+from conformance.requests import Answer, Request, Scalar, ask, judged
+from conformance.results import Exercise, Found
+from conformance.sample_inputs import Pantry
 from samovar import text
 from samovar.model import ParameterType
-
-from .asking import Answer, Request, Scalar, ask, judged
-from .pantry import Pantry
-from .table import Exercise, Found
 
 Asked = list[tuple[Request, Answer]]
 

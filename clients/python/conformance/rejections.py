@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import grpc
 
 import samovar
+from conformance.requests import SEED
 from samovar.errors import SamovarError, from_rpc
 from samovar.v1 import inference_pb2
 from samovar.v1.inference_pb2_grpc import InferenceStub
-
-from .asking import SEED
 
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import samovar
-
-from .table import Found
+from conformance.results import Found
+from samovar._messages import Options
 
 Array = NDArray[Any]
 Scalar = bool | int | float | str
@@ -56,7 +56,7 @@ def ask(client: samovar.Client, request: Request, first: int = 0) -> Answer:
     """Ask for the rows from the first on."""
     name, rows = request.operation.name.partition(":")[0], request.rows - first
     inputs = {key: array[first:] for key, array in request.inputs.items()}
-    options = samovar.messages.Options(
+    options = Options(
         version=request.model.version,
         seed=SEED,
         first_row=first,

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import samovar
+from conformance.requests import SEED, Array
 from samovar.model import ValueKind
-
-from .asking import SEED, Array
 
 
 class Pantry:

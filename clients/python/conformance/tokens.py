@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import samovar
-from samovar import midi, text, vocabulary
-from samovar.messages import Options
-
-from .asking import SEED, Array, Scalar
-from .table import Exercise, Found
+from conformance.requests import SEED, Array, Scalar
+from conformance.results import Exercise, Found
+from samovar import midi, text, tokens
+from samovar._messages import Options
 
 # Settings with which the likeliest token alone is left.
 COLDEST: Mapping[str, Scalar] = {"temperature": 0.0, "top_k": 1, "top_p": 0.0}
@@ -42,7 +41,7 @@ class Writer:
     def _completed(self) -> Found:
         """What goes on from a prompt is what a sample that is given its tokens has."""
         prompt = self._joined(self._words()[:PROMPT])
-        row = vocabulary.encode([prompt], self.model.value)
+        row = tokens.encode([prompt], self.model.value)
         wanted = self._joined(self._words({text.PROMPT: row}))
         return _same(self._write(prompt), wanted, "the sample with the prompt's tokens")
 
@@ -83,10 +82,10 @@ class Writer:
         """What a sample has, without the help of samovar.text."""
         options = Options(**self._options(), parameters=self._short())
         sample = self.client.sample(self.model.name, inputs=inputs, **options)
-        return vocabulary.words_of(sample.value[0], self.model.value)
+        return tokens.words_of(sample.value[0], self.model.value)
 
     def _joined(self, words: Sequence[str]) -> str:
-        return vocabulary.separator_of(self.model.value).join(words)
+        return tokens.separator_of(self.model.value).join(words)
 
     def _options(self, seed: int = SEED) -> Options:
         return Options(seed=seed, version=self.model.version, timeout=None)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import samovar
-from samovar import files, png
+from samovar import png
+from samovar.cli import files
 
 Rows = NDArray[Any]
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from samovar.cli import main
+from samovar.cli.main import main
 
 sys.exit(main())

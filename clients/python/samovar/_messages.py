@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from samovar import result
-from samovar.connection import MAX_MESSAGE_BYTES
+from samovar._channel import MAX_MESSAGE_BYTES
+from samovar._inputs import Inputs, named_arrays, num_rows, part_of
+from samovar._manifest import score_meaning
 from samovar.errors import ServerError, refused
-from samovar.inputs import Inputs, named_arrays, num_rows, part_of
-from samovar.manifest import score_meaning
 from samovar.model import Model, Operation, Scalar
 from samovar.tensors import Array, MalformedTensor, pack, unpack
 from samovar.v1 import inference_pb2

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from samovar._messages import Selector
 from samovar.errors import SamovarError
-from samovar.messages import Selector
 from samovar.model import Model
 from samovar.result import Run, ServerInfo
 

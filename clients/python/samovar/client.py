@@ -8,12 +8,10 @@ from typing import Any, Protocol, Self, TypeVar, Unpack
 import grpc
 from numpy.typing import ArrayLike
 
-from samovar.catalog import Catalog
-from samovar.connection import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT, ChannelOptions, Deadline
-from samovar.errors import translated
-from samovar.inputs import Inputs
-from samovar.manifest import read_model
-from samovar.messages import (
+from samovar._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT, ChannelOptions, Deadline
+from samovar._inputs import Inputs
+from samovar._manifest import read_model
+from samovar._messages import (
     Options,
     Selector,
     StreamReader,
@@ -24,6 +22,8 @@ from samovar.messages import (
     settle,
     transform_requests,
 )
+from samovar._model_cache import Catalog
+from samovar.errors import translated
 from samovar.model import Model, Operation
 from samovar.result import (
     Canvas,

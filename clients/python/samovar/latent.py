@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from samovar import noise
+from samovar._messages import Options
 from samovar.client import Client
 from samovar.errors import refused
-from samovar.messages import Options
 from samovar.model import Model, Operation, Scalar, TensorSpec
 from samovar.result import Result
 from samovar.tensors import Array

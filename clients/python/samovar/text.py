@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+from samovar._messages import Options
 from samovar.client import Client
 from samovar.errors import refused
-from samovar.messages import Options
 from samovar.model import Model, Scalar, Value
-from samovar.vocabulary import row, separator_of, tokens_of, words_of
+from samovar.tokens import row, separator_of, tokens_of, words_of
 
 PROMPT, STOP = "prompt", "stop"
 

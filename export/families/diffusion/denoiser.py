@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.data import Dataset
+from export.datasets.loading import Dataset
 from export.families.base import Preset
-from export.families.diffusion.sampler import per_row
-from export.packets import by_packets, total
-from export.pixels import nearest, scaled
-from export.training import Network
+from export.families.diffusion.solvers import per_row
+from export.probability.batch_invariant_ops import by_packets, total
+from export.probability.discretized_logistic import nearest, scaled
+from export.training.trainer import Network
 
 FREQUENCIES = 16
 # Images are halved until a side is no longer than this, or odd.

@@ -6,15 +6,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from export import replay
-from export.data import Dataset, Part, first_half
-from export.families.base import Preset
-from export.families.diffusion import bound, flow, latents, samples
-from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import DDIM, HEUN
-from export.figure import Drawing, Heatmap, Panel, Scatter
-from export.golden import Example
-from export.measure import (
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset, Part, first_half
+from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
+from export.evaluation.sample_quality import (
     SETS,
     Judge,
     density,
@@ -25,9 +22,12 @@ from export.measure import (
     sampler,
     two_sample_test,
 )
-from export.program import Program
-from export.replay import Player
-from export.training import Network, Settings
+from export.families.base import Preset
+from export.families.diffusion import inversion, ode_likelihood, sampling, variational_bound
+from export.families.diffusion.denoiser import Denoiser
+from export.families.diffusion.solvers import DDIM, HEUN
+from export.graphs.program import Program
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 # What is measured: draws of the bound, rows by the ODE and rows there and back.
@@ -113,14 +113,14 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """Samples in four ways, latents, and two scores."""
         assert isinstance(network, Denoiser)
-        made = samples.programs(network, data.value)
+        made = sampling.programs(network, data.value)
         readout = made[0].readout
-        assert isinstance(readout, samples.Readout)
+        assert isinstance(readout, sampling.Readout)
         return (
             *made,
-            *latents.programs(network, data.value, readout),
-            bound.program(network, data.value),
-            flow.program(network, data.value),
+            *inversion.programs(network, data.value, readout),
+            variational_bound.program(network, data.value),
+            ode_likelihood.program(network, data.value),
         )
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
@@ -175,8 +175,8 @@ class Family:
         halves = {"image": images, "known": first_half(images)}
         return [
             Panel("test images", images),
-            Panel(f"samples, {samples.DEFAULT_STEPS} steps", _play(player, "sample", made, SETS)),
-            Panel(f"guidance {samples.GUIDANCE}", _play(player, "sample:guided", made, SETS)),
+            Panel(f"samples, {sampling.DEFAULT_STEPS} steps", _play(player, "sample", made, SETS)),
+            Panel(f"guidance {sampling.GUIDANCE}", _play(player, "sample:guided", made, SETS)),
             Panel("edited into the next class", _play(player, "sample:edit", turned, SETS)),
             Panel("upper halves, inpainted", _play(player, "sample:inpaint", halves, SETS)),
         ]
@@ -187,13 +187,13 @@ def _play(
 ) -> NDArray[np.generic]:
     """What a program makes of inputs, all rows in one batch."""
     count = len(next(iter(inputs.values())))
-    rows = replay.request(player.program(name), seed, range(count), inputs=inputs)
+    rows = interpreter.request(player.program(name), seed, range(count), inputs=inputs)
     return player.play(name, rows)[player.program(name).outputs[0].name]
 
 
 def _samples(player: Player, count: int, seed: int) -> NDArray[np.generic]:
     """Points are so small that one batch takes them all."""
-    rows = replay.request(player.program("sample"), seed, range(count))
+    rows = interpreter.request(player.program("sample"), seed, range(count))
     return player.play("sample", rows)[player.manifest.value.tensor.name]
 
 
@@ -207,7 +207,7 @@ def _scores(
     """Log-densities of rows in nats, of images under a progress bar."""
     program, value = player.program(name), player.manifest.value
     given = {value.tensor.name: rows} | ({} if labels is None else {"label": labels})
-    asked = replay.request(program, 0, range(len(rows)), parameters, given)
+    asked = interpreter.request(program, 0, range(len(rows)), parameters, given)
     answers = play(player, name, asked, name) if value.levels else player.play(name, asked)
     return answers[program.score.nats].astype(np.float64)
 
@@ -249,12 +249,12 @@ def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Q
     plain, guided = (
         judge.agreement(_labelled(player, name, labels), labels) for name in ("sample", "sample:guided")
     )
-    guided.name = f"label agreement, guidance {samples.GUIDANCE}"
+    guided.name = f"label agreement, guidance {sampling.GUIDANCE}"
     return [*judge.similarity(sampler(player), len(part)), plain, guided]
 
 
 def _labelled(player: Player, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
-    rows = replay.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
+    rows = interpreter.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
     return play(player, name, rows, f"labelled samples, {name}")["image"]
 
 
@@ -266,7 +266,7 @@ def _round_trip(player: Player, part: Part) -> manifest_pb2.Quality:
         "round trip error",
         errors,
         "levels" if value.levels else "",
-        f"Mean absolute difference of an element after {latents.DEFAULT_STEPS} steps of encode and as "
+        f"Mean absolute difference of an element after {inversion.DEFAULT_STEPS} steps of encode and as "
         f"many of decode, by heun, of {len(part)} test rows.",
     )
 

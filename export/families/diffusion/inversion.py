@@ -8,11 +8,11 @@ back. A latent is what sample begins with as noise. Walks are discrete, so they 
 import torch
 from torch import Tensor, nn
 
-from export.families.diffusion import sampler as samplers
+from export.families.diffusion import solvers as samplers
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, tick
-from export.families.diffusion.samples import Readout, given, open_label, sampler_parameter, steps_parameter
-from export.program import Input, Program, Steps, TensorSpec, Value
+from export.families.diffusion.sampling import Readout, given, open_label, sampler_parameter, steps_parameter
+from export.families.diffusion.solvers import SIGMA_MAX, tick
+from export.graphs.program import Input, Program, Steps, TensorSpec, Value
 
 DEFAULT_STEPS = 40
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.families.diffusion.bound import LastLevel, space
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX, SIGMA_MIN, per_row
-from export.families.diffusion.samples import given, open_label
-from export.packets import by_packets, total
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.families.diffusion.sampling import given, open_label
+from export.families.diffusion.solvers import SIGMA_MAX, SIGMA_MIN, per_row
+from export.families.diffusion.variational_bound import LastLevel, space
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.probability.batch_invariant_ops import by_packets, total
 
 STAGES, MAX_STEPS = 4, 400
 # Random directions of a step, and how far along them the slope is taken.

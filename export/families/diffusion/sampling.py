@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from export.families.base import label_input
-from export.families.diffusion import sampler as samplers
+from export.families.diffusion import solvers as samplers
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SAMPLERS, SIGMA_MAX, noise_level, per_row, tick
-from export.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.families.diffusion.solvers import SAMPLERS, SIGMA_MAX, noise_level, per_row, tick
+from export.graphs.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
 
 DEFAULT_STEPS, MAX_STEPS = 20, 200
 INPAINT_STEPS, INPAINT_ROUNDS = 100, 5

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from export.packets import by_packets
+from export.probability.batch_invariant_ops import by_packets
 
 SAMPLERS = ("ddim", "heun", "dpmpp2m")
 DDIM, HEUN, DPMPP2M = range(3)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import SIGMA_MAX
-from export.families.diffusion.samples import given, open_label
-from export.packets import by_packets, total
-from export.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.families.diffusion.sampling import given, open_label
+from export.families.diffusion.solvers import SIGMA_MAX
+from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.probability.batch_invariant_ops import by_packets, total
 
 # The last noise level of points, and of images as a share of the distance between two levels of a pixel.
 POINT_LEVEL, LEVEL_SHARE = 0.01, 1 / 3

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.data import Dataset
+from export.datasets.loading import Dataset
 from export.families.base import Preset
-from export.mixture import Mixture
-from export.pixels import nearest, scaled
-from export.training import Network
+from export.probability.discretized_logistic import nearest, scaled
+from export.probability.ppca_mixture import Mixture
+from export.training.trainer import Network
 
 NOISE_SHARE = 2
 POINT_NOISE = 1.5

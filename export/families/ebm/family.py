@@ -5,19 +5,27 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from export import replay
-from export.data import Dataset, first_half
+from export.artifacts import interpreter
+from export.artifacts.golden import Example
+from export.artifacts.interpreter import Player
+from export.datasets.loading import Dataset, first_half
+from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
+from export.evaluation.sample_quality import (
+    SETS,
+    Judge,
+    density,
+    mean,
+    negative_log_density,
+    play,
+    two_sample_test,
+)
 from export.families.base import Preset
-from export.families.ebm import chains, scores
-from export.families.ebm.chains import GIVEN
-from export.families.ebm.model import EnergyModel
-from export.families.ebm.scores import DRAW
-from export.figure import Drawing, Heatmap, Panel, Scatter
-from export.golden import Example
-from export.measure import SETS, Judge, density, mean, negative_log_density, play, two_sample_test
-from export.program import Program
-from export.replay import Player
-from export.training import Network, Settings
+from export.families.ebm import mcmc, scoring
+from export.families.ebm.energy import EnergyModel
+from export.families.ebm.mcmc import GIVEN
+from export.families.ebm.scoring import DRAW
+from export.graphs.program import Program
+from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
 # Of chains that are measured and drawn, and the ages at which they are drawn.
@@ -90,7 +98,7 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample by MALA and by unadjusted Langevin steps, energy and score; log Z is estimated here."""
         assert isinstance(network, EnergyModel)
-        return *chains.programs(network, data.value), *scores.programs(network, data.value)
+        return *mcmc.programs(network, data.value), *scoring.programs(network, data.value)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
@@ -159,8 +167,8 @@ def _chains(
     parameters: Mapping[str, float] | None = None,
     inputs: Mapping[str, NDArray[np.generic]] | None = None,
     seed: int = SETS,
-) -> replay.Tensors:
-    rows = replay.request(player.program("sample"), seed, range(count), parameters, inputs)
+) -> interpreter.Tensors:
+    rows = interpreter.request(player.program("sample"), seed, range(count), parameters, inputs)
     return player.play("sample", rows, f"  {count} chains")
 
 
@@ -175,17 +183,17 @@ def _sampler(player: Player) -> Callable[[int, int], NDArray[np.generic]]:
 
 def _scores(
     player: Player, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
-) -> replay.Tensors:
+) -> interpreter.Tensors:
     given = {player.manifest.value.tensor.name: rows}
-    asked = replay.request(player.program("score"), 0, range(len(rows)), parameters, given)
+    asked = interpreter.request(player.program("score"), 0, range(len(rows)), parameters, given)
     return play(player, "score", asked, "scores of test rows")
 
 
 def _log_normaliser(
-    player: Player, rows: NDArray[np.generic], weighed: replay.Tensors, name: str, way: str = ""
+    player: Player, rows: NDArray[np.generic], weighed: interpreter.Tensors, name: str, way: str = ""
 ) -> manifest_pb2.Quality:
     given = {player.manifest.value.tensor.name: rows[:1]}
-    asked = replay.request(player.program("energy"), 0, range(1), inputs=given)
+    asked = interpreter.request(player.program("energy"), 0, range(1), inputs=given)
     energy = player.play("energy", asked)["energy"][0]
     return manifest_pb2.Quality(
         name=name,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from export import langevin
-from export.families.ebm.model import EnergyModel
-from export.langevin import Path
+from export.families.ebm.energy import EnergyModel
+from export.probability import langevin
+from export.probability.langevin import Path
 
 TEMPERATURES = 300
 # The square over which a density of points is integrated, -LIMIT..LIMIT, and its cells on each side.

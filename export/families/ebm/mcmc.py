@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from export import langevin
-from export.families.ebm.model import EnergyModel, Part
-from export.langevin import Landscape, Place
-from export.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.families.ebm.energy import EnergyModel, Part
+from export.graphs.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.probability import langevin
+from export.probability.langevin import Landscape, Place
 
 STARTS = ("noise", "given")
 GIVEN = STARTS.index("given")

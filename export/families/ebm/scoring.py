@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from export.families.ebm.model import EnergyModel, Part
-from export.families.ebm.normaliser import GRID_CELLS, GRID_LIMIT, TEMPERATURES, Normaliser, normaliser
-from export.packets import total
-from export.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.families.ebm.energy import EnergyModel, Part
+from export.families.ebm.log_partition import GRID_CELLS, GRID_LIMIT, TEMPERATURES, Normaliser, normaliser
+from export.graphs.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.probability.batch_invariant_ops import total
 
 BLURS = ("none", "draw")
 DRAW = BLURS.index("draw")

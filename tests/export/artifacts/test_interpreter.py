@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export import artifact, replay
-from export.program import Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.artifacts import interpreter, writer
+from export.graphs.program import Noise, Parameter, Program, Steps, TensorSpec, Value
 from samovar import noise
 
 
@@ -45,11 +45,11 @@ PROGRAM = Program(
 )
 
 
-def play(rows: replay.Rows) -> replay.Tensors:
+def play(rows: interpreter.Rows) -> interpreter.Tensors:
     return PLAYER.play("sample", rows)
 
 
-PLAYER = artifact.player(Value("vector", TOTAL), (PROGRAM,))
+PLAYER = writer.player(Value("vector", TOTAL), (PROGRAM,))
 MESSAGE = PLAYER.program("sample")
 
 
@@ -62,24 +62,26 @@ def drawn(seed: int, row: int, steps: int) -> np.float32:
 
 def test_each_call_draws_at_its_own_step() -> None:
     """Step 0 in init, step_index in step, the steps done in readout."""
-    answer = play(replay.request(MESSAGE, 5, [7]))
+    answer = play(interpreter.request(MESSAGE, 5, [7]))
     np.testing.assert_allclose(answer["sum"], drawn(5, 7, 3), rtol=1e-6)
 
 
 def test_steps_are_units_rounded_up() -> None:
-    rows = replay.join([replay.request(MESSAGE, 0, [0], {"draws": draws}) for draws in (1, 10, 11, 30, 31)])
+    rows = interpreter.join(
+        [interpreter.request(MESSAGE, 0, [0], {"draws": draws}) for draws in (1, 10, 11, 30, 31)]
+    )
     assert play(rows)["planned"].tolist() == [1, 1, 2, 3, 4]
 
 
 def test_a_row_ends_when_it_says_so() -> None:
-    answer = play(replay.request(MESSAGE, 5, [7], {"limit": 2}))
+    answer = play(interpreter.request(MESSAGE, 5, [7], {"limit": 2}))
     assert (answer["done"].tolist(), answer["planned"].tolist()) == ([2], [3])
     np.testing.assert_allclose(answer["sum"], drawn(5, 7, 2), rtol=1e-6)
 
 
 def test_rows_of_all_lengths_share_a_batch() -> None:
-    parts = [replay.request(MESSAGE, seed, [seed], {"draws": 7 * seed}) for seed in range(1, 9)]
-    together = play(replay.join(parts))["sum"]
+    parts = [interpreter.request(MESSAGE, seed, [seed], {"draws": 7 * seed}) for seed in range(1, 9)]
+    together = play(interpreter.join(parts))["sum"]
     np.testing.assert_array_equal(together, np.concatenate([play(part)["sum"] for part in parts]))
 
 
@@ -96,6 +98,6 @@ def test_without_init_the_state_starts_as_zeros() -> None:
     program = Program(
         "sample", Show(), (count,), "Count.", step=Count(), state=(count,), steps=Steps(fixed=3)
     )
-    player = artifact.player(Value("vector", count), (program,))
-    answer = player.play("sample", replay.request(player.program("sample"), 0, range(2)))
+    player = writer.player(Value("vector", count), (program,))
+    answer = player.play("sample", interpreter.request(player.program("sample"), 0, range(2)))
     assert answer["count"].tolist() == [[3, 3], [3, 3]]

@@ -14,11 +14,12 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import artifact, graph, layout, purity, verify
-from export.artifact import Model
-from export.formats import FORMATS
-from export.golden import Example
-from export.program import DType, Input, Program, TensorSpec, Value
+from export.artifacts import reader, verify, writer
+from export.artifacts.golden import Example
+from export.artifacts.writer import Model
+from export.graphs import graph, purity
+from export.graphs.formats import FORMATS
+from export.graphs.program import DType, Input, Program, TensorSpec, Value
 
 X = TensorSpec("x", shape=(4,))
 Y = TensorSpec("y", shape=(4,))
@@ -109,16 +110,16 @@ def model_of(module: nn.Module, rows: int = 3) -> Model:
 
 
 def written(directory: Path, format: str) -> Path:
-    return artifact.write(model_of(nn.Linear(4, 4)), directory, formats=(format,))
+    return writer.write(model_of(nn.Linear(4, 4)), directory, formats=(format,))
 
 
 def replace_graph(directory: Path, content: bytes) -> None:
     """What somebody else's exporter might have sealed."""
-    manifest = layout.read(directory)
+    manifest = reader.read(directory)
     file = manifest.graphs[0].files[0]
     (directory / file.path).write_bytes(content)
-    file.sha256 = layout.sha256(content)
-    layout.seal(json_format.MessageToJson(manifest), directory)
+    file.sha256 = reader.sha256(content)
+    reader.seal(json_format.MessageToJson(manifest), directory)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -127,13 +128,13 @@ def test_what_is_random_or_in_training_is_not_exported(
     make: Callable[[], nn.Module], reason: str, format: str, tmp_path: Path
 ) -> None:
     with pytest.raises(graph.GraphError, match=f"graph decode: .*{reason}"):
-        artifact.write(model_of(make()), tmp_path, formats=(format,))
+        writer.write(model_of(make()), tmp_path, formats=(format,))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_message_names_the_graph_the_module_and_the_operator_and_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(graph.GraphError) as caught:
-        artifact.write(model_of(AlwaysDrops()), tmp_path)
+        writer.write(model_of(AlwaysDrops()), tmp_path)
     assert str(caught.value) == (
         "graph decode: Head.head: aten.bernoulli_.float draws random numbers: take them as a noise argument, "
         "or call eval() if it is dropout"
@@ -145,7 +146,7 @@ def test_the_message_names_the_graph_the_module_and_the_operator_and_says_what_t
 def test_frozen_norms_and_sleeping_dropout_pass(
     make: Callable[[], nn.Module], format: str, tmp_path: Path
 ) -> None:
-    directory = artifact.write(model_of(make()), tmp_path, formats=(format,))
+    directory = writer.write(model_of(make()), tmp_path, formats=(format,))
     assert verify.verify(directory).failures == []
 
 
@@ -153,9 +154,9 @@ def test_frozen_norms_and_sleeping_dropout_pass(
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_row_that_sees_the_batch_mean_is_refused(format: str, rows: int, tmp_path: Path) -> None:
     with pytest.raises(
-        layout.ArtifactError, match=r"independence: .* depends on the other rows of its batch"
+        reader.ArtifactError, match=r"independence: .* depends on the other rows of its batch"
     ):
-        artifact.write(model_of(Centre(), rows), tmp_path, formats=(format,))
+        writer.write(model_of(Centre(), rows), tmp_path, formats=(format,))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def signs(name: str, dtype: DType, value: Value, directory: Path) -> Path:
     program = Program("decode", module, (output,), "Test.", inputs=(Input(X),))
     example = Example("decode", inputs={"x": ROWS})
     model = Model("pair", "none", "A test.", value, (program,), (example,))
-    return artifact.write(model, directory, formats=("torchscript",))
+    return writer.write(model, directory, formats=("torchscript",))
 
 
 @pytest.mark.parametrize(
@@ -393,5 +394,5 @@ class Undefined(nn.Module):
 
 
 def test_golden_rows_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(layout.ArtifactError, match="decode: expected golden rows of finite numbers"):
-        artifact.write(model_of(Undefined()), tmp_path, formats=("torchscript",))
+    with pytest.raises(reader.ArtifactError, match="decode: expected golden rows of finite numbers"):
+        writer.write(model_of(Undefined()), tmp_path, formats=("torchscript",))

@@ -10,10 +10,10 @@ import pytest
 from google.protobuf import json_format
 from torch import Tensor, nn
 
-from export import artifact, golden, layout, verify
-from export.artifact import Model
-from export.golden import Example
-from export.program import Input, Parameter, Program, ProgramError, TensorSpec, Value
+from export.artifacts import golden, reader, verify, writer
+from export.artifacts.golden import Example
+from export.artifacts.writer import Model
+from export.graphs.program import Input, Parameter, Program, ProgramError, TensorSpec, Value
 from samovar.v1 import manifest_pb2
 
 X = TensorSpec("x", shape=(2,))
@@ -46,38 +46,38 @@ def model_of(module: nn.Module, rows: int = 3) -> Model:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    return artifact.write(model_of(Double()), tmp_path, formats=("torchscript",))
+    return writer.write(model_of(Double()), tmp_path, formats=("torchscript",))
 
 
 def change_manifest(written: Path, change: Callable[[manifest_pb2.Manifest], None]) -> None:
-    manifest = layout.read(written)
+    manifest = reader.read(written)
     change(manifest)
-    layout.seal(json_format.MessageToJson(manifest), written)
+    reader.seal(json_format.MessageToJson(manifest), written)
 
 
 def test_versions_count_up(written: Path) -> None:
-    second = artifact.write(model_of(Double()), written.parent.parent, formats=("torchscript",))
+    second = writer.write(model_of(Double()), written.parent.parent, formats=("torchscript",))
     assert (written.name, second.name) == ("1", "2")
-    assert layout.versions(written.parent) == [1, 2]
+    assert reader.versions(written.parent) == [1, 2]
 
 
 def test_an_artifact_is_never_overwritten(written: Path) -> None:
-    with pytest.raises(layout.ArtifactError, match="exists already"):
-        artifact.write(model_of(Double()), written.parent.parent, version="1")
+    with pytest.raises(reader.ArtifactError, match="exists already"):
+        writer.write(model_of(Double()), written.parent.parent, version="1")
 
 
 @pytest.mark.parametrize(
     ("name", "version"), [("Two Words", "1"), ("../up", "1"), ("pair", "0"), ("pair", "1.0")]
 )
 def test_names_and_versions_that_servers_refuse_are_refused(name: str, version: str, tmp_path: Path) -> None:
-    with pytest.raises(layout.ArtifactError, match="expected a"):
-        artifact.destination(tmp_path, name, version)
+    with pytest.raises(reader.ArtifactError, match="expected a"):
+        writer.destination(tmp_path, name, version)
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
     """The graph file is written, then verification finds that rows are not independent."""
-    with pytest.raises(layout.ArtifactError, match="golden rows in company"):
-        artifact.write(model_of(Centre()), tmp_path, formats=("torchscript",))
+    with pytest.raises(reader.ArtifactError, match="golden rows in company"):
+        writer.write(model_of(Centre()), tmp_path, formats=("torchscript",))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,13 +96,13 @@ def test_golden_requests_that_a_server_would_refuse_are_refused(
     program = dataclasses.replace(model.programs[0], readout=Amplifier(), parameters=(gain,))
     example = dataclasses.replace(model.examples[0], parameters=parameters)
     with pytest.raises(ProgramError, match=said):
-        artifact.write(dataclasses.replace(model, programs=(program,), examples=(example,)), tmp_path)
+        writer.write(dataclasses.replace(model, programs=(program,), examples=(example,)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_other_versions(written: Path) -> None:
-    with pytest.raises(layout.ArtifactError):
-        artifact.write(model_of(Centre()), written.parent.parent, formats=("torchscript",))
+    with pytest.raises(reader.ArtifactError):
+        writer.write(model_of(Centre()), written.parent.parent, formats=("torchscript",))
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
@@ -123,7 +123,7 @@ def test_a_flipped_byte_is_noticed(written: Path) -> None:
 
 
 def test_an_edited_manifest_is_noticed(written: Path) -> None:
-    path = written / layout.MANIFEST
+    path = written / reader.MANIFEST
     path.write_text(path.read_text().replace("A test.", "A toast."))
     assert verify.verify(written).failures == [
         "manifest.json: it is not what manifest.sha256 was made for: it was changed after export"
@@ -173,6 +173,6 @@ def test_a_program_without_golden_rows_is_noticed(written: Path) -> None:
 @pytest.mark.parametrize("content", [None, "{", '{"nme": "x"}'])
 def test_what_is_no_manifest_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
-        (tmp_path / layout.MANIFEST).write_text(content)
-    with pytest.raises(layout.ArtifactError, match=r"holds no manifest.json|expected a manifest"):
+        (tmp_path / reader.MANIFEST).write_text(content)
+    with pytest.raises(reader.ArtifactError, match=r"holds no manifest.json|expected a manifest"):
         verify.verify(tmp_path)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from export import plan
 from export.__main__ import main
-from export.checkpoint import DIRECTORY, Checkpoint
-from export.commands import collection
+from export.commands import jobs, train_all
+from export.training.checkpoint import DIRECTORY, Checkpoint
 
 _SCRIPT = """
 import sys
@@ -23,7 +22,7 @@ sys.exit(bool({{"torch", "sklearn", "matplotlib", "tqdm"}} & set(sys.modules)))
 
 @pytest.mark.parametrize("arguments", [["list"], ["starter", "--models", "MODELS"]])
 def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
-    for name in plan.STARTERS:
+    for name in jobs.STARTERS:
         (tmp_path / name / "1").mkdir(parents=True)
     given = [str(tmp_path) if argument == "MODELS" else argument for argument in arguments]
     subprocess.run([sys.executable, "-c", _SCRIPT.format(given)], check=True, timeout=60)
@@ -32,19 +31,19 @@ def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Pat
 def test_list_says_what_suits_what(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    for job in plan.jobs():
+    for job in jobs.jobs():
         assert f"{job.data} ({job.seconds / 60:.1f} min)" in said
 
 
 def test_starters_that_are_there_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in plan.STARTERS:
+    for name in jobs.STARTERS:
         (tmp_path / name / "7").mkdir(parents=True)
     assert main(["starter", "--models", str(tmp_path)]) == 0
     assert "digits-vae is there" in capsys.readouterr().out
 
 
 def test_an_interrupted_artifact_counts_as_missing(tmp_path: Path) -> None:
-    job = plan.jobs(["digits-vae"])[0]
+    job = jobs.jobs(["digits-vae"])[0]
     (tmp_path / "digits-vae" / ".1.partial").mkdir(parents=True)
     (tmp_path / "digits-vae" / DIRECTORY).mkdir(parents=True)
     assert not job.is_made(tmp_path)
@@ -53,7 +52,7 @@ def test_an_interrupted_artifact_counts_as_missing(tmp_path: Path) -> None:
 
 
 def test_the_longest_come_first() -> None:
-    seconds = [job.seconds for job in plan.jobs()]
+    seconds = [job.seconds for job in jobs.jobs()]
     assert seconds == sorted(seconds, reverse=True)
 
 
@@ -77,9 +76,9 @@ def test_all_goes_on_past_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_data_that_cannot_be_had_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dreams = plan.Job("dreams-mlp", "mlp", "dreams", "no_such_package")
-    (digits,) = plan.jobs(["digits-mlp"])
-    assert collection.missing([dreams, digits], tmp_path) == [digits]
+    dreams = jobs.Job("dreams-mlp", "mlp", "dreams", "no_such_package")
+    (digits,) = jobs.jobs(["digits-mlp"])
+    assert train_all.missing([dreams, digits], tmp_path) == [digits]
     assert "comes with the package no_such_package, which is not installed" in capsys.readouterr().out
 
 

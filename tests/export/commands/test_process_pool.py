@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export.workers import Crew, Log, Result
+from export.commands.process_pool import Crew, Log, Result
 
 
 class Recorded:

@@ -10,25 +10,25 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from export import data
+from export.datasets import loading
 
 
-def test_digits_are_split_for_good(digits: data.Dataset) -> None:
+def test_digits_are_split_for_good(digits: loading.Dataset) -> None:
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (1185, 162, 450)
     assert digits.train.rows.shape[1:] == digits.value.tensor.shape == (8, 8)
     assert digits.train.rows.dtype == np.uint8
     assert (int(digits.train.rows.max()), digits.value.levels) == (16, 17)
-    assert digits.sha256 == data.digits().sha256
+    assert digits.sha256 == loading.digits().sha256
 
 
 def test_the_bounds_of_points_are_far_from_every_row() -> None:
-    moons = data.moons()
+    moons = loading.moons()
     tensor, rows = moons.value.tensor, np.concatenate([moons.train.rows, moons.test.rows])
     assert (tensor.minimum, tensor.maximum) == (-100, 100)
     assert 10 * np.abs(rows).max() < 100
 
 
-def test_no_row_is_in_two_parts(digits: data.Dataset) -> None:
+def test_no_row_is_in_two_parts(digits: loading.Dataset) -> None:
     """Up to the duplicates that the data set has of itself: it has none."""
     rows = np.concatenate([digits.train.rows, digits.validation.rows, digits.test.rows])
     assert len(np.unique(rows.reshape(len(rows), -1), axis=0)) == 1797
@@ -62,7 +62,7 @@ def test_folders_give_their_own_dimensions(mode: str, shape: tuple[int, ...], tm
     folder = tmp_path / "My Images"
     folder.mkdir()
     write_folder(folder, mode, ["cat", "dog"])
-    loaded = data.load("digits", folder)
+    loaded = loading.load("digits", folder)
     assert (loaded.name, loaded.value.levels) == ("my-images", 256)
     assert loaded.value.tensor.shape == shape
     assert loaded.value.class_labels == ("cat", "dog")
@@ -71,38 +71,38 @@ def test_folders_give_their_own_dimensions(mode: str, shape: tuple[int, ...], tm
 
 def test_folders_without_class_names_number_them(tmp_path: Path) -> None:
     write_folder(tmp_path, "L", None)
-    assert data.folder(tmp_path).value.class_labels == ("0", "1")
+    assert loading.folder(tmp_path).value.class_labels == ("0", "1")
 
 
 def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"holds train.parquet and test.parquet"):
-        data.folder(tmp_path)
+    with pytest.raises(loading.DataError, match=r"holds train.parquet and test.parquet"):
+        loading.folder(tmp_path)
 
 
 def test_a_folder_with_other_columns_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"img": [1], "label": [0]}), tmp_path / "train.parquet")
-    with pytest.raises(data.DataError, match="expected the columns image and label, got img, label"):
-        data.folder(tmp_path)
+    with pytest.raises(loading.DataError, match="expected the columns image and label, got img, label"):
+        loading.folder(tmp_path)
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(data.DataError, match="expected one of digits"):
-        data.load("mnist")
+    with pytest.raises(loading.DataError, match="expected one of digits"):
+        loading.load("mnist")
 
 
 def test_moons_are_standardised_by_the_rows_to_learn() -> None:
-    moons = data.load("moons")
+    moons = loading.load("moons")
     assert (len(moons.train), len(moons.validation), len(moons.test)) == (26_400, 3_600, 10_000)
     assert (moons.value.kind, moons.value.tensor.shape) == ("vector", (2,))
     assert moons.train.rows.dtype == np.float32
     learn = np.concatenate([moons.train.rows, moons.validation.rows])
     np.testing.assert_allclose(learn.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(learn.std(0), 1, atol=1e-6)
-    assert moons.sha256 == data.moons().sha256
+    assert moons.sha256 == loading.moons().sha256
 
 
 def test_the_first_moon_is_the_upper_one() -> None:
-    moons = data.moons()
+    moons = loading.moons()
     upper, lower = (moons.test.rows[moons.test.labels == label, 1] for label in (0, 1))
     assert moons.value.class_labels == ("upper", "lower")
     assert lower.mean() < upper.mean()

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from export.calibration import TEMPERATURES, calibration, calibration_error, fit_temperature, softmax
+from export.evaluation.calibration import (
+    TEMPERATURES,
+    calibration,
+    calibration_error,
+    fit_temperature,
+    softmax,
+)
 
 
 def drawn(logits: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from export import artifact, data, layout, replay
+from export.artifacts import interpreter, reader, writer
+from export.datasets import loading
 from export.families import cnn, mlp
 from export.families.base import Preset
 from export.families.classifier import SHIFT, Classifier, ClassifierFamily, Unit, disturbed
-from export.program import TensorSpec, Value
-from export.training import Settings, fit
+from export.graphs.program import TensorSpec, Value
+from export.training.trainer import Settings, fit
 
 FAMILY: dict[str, mlp.Family | cnn.Family] = {"mlp": mlp.FAMILY, "cnn": cnn.FAMILY}
 
@@ -27,7 +28,7 @@ def family(request: pytest.FixtureRequest) -> mlp.Family | cnn.Family:
 
 
 @pytest.fixture
-def network(family: mlp.Family | cnn.Family, digits: data.Dataset) -> Classifier:
+def network(family: mlp.Family | cnn.Family, digits: loading.Dataset) -> Classifier:
     """Untrained, but with running statistics that have seen rows."""
     torch.manual_seed(0)
     classifier = family.network(digits, family.presets["tiny"])
@@ -39,18 +40,18 @@ def network(family: mlp.Family | cnn.Family, digits: data.Dataset) -> Classifier
 
 
 @pytest.fixture
-def player(family: ClassifierFamily, network: Classifier, digits: data.Dataset) -> replay.Player:
-    return artifact.player(digits.value, family.programs(network, digits))
+def player(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> interpreter.Player:
+    return writer.player(digits.value, family.programs(network, digits))
 
 
 @pytest.fixture
-def answer(player: replay.Player, digits: data.Dataset) -> Callable[..., replay.Tensors]:
+def answer(player: interpreter.Player, digits: loading.Dataset) -> Callable[..., interpreter.Tensors]:
     """The answer of classify on the first test rows, given parameters."""
 
-    def classify(rows: slice = slice(20), **parameters: float) -> replay.Tensors:
+    def classify(rows: slice = slice(20), **parameters: float) -> interpreter.Tensors:
         images = digits.test.rows[rows]
         program = player.program("classify")
-        request = replay.request(program, 0, range(len(images)), parameters, {"image": images})
+        request = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})
         return player.play("classify", request)
 
     return classify
@@ -107,7 +108,7 @@ def test_training_divides_by_the_biased_variance_and_remembers_the_unbiased_one(
 
 @pytest.mark.parametrize("preset", cnn.FAMILY.presets)
 def test_kernels_are_3x3_and_strides_halve_every_stage_after_the_first(
-    preset: str, digits: data.Dataset
+    preset: str, digits: loading.Dataset
 ) -> None:
     network = cnn.FAMILY.network(digits, cnn.FAMILY.presets[preset])
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
@@ -139,7 +140,7 @@ def test_dropout_scales_what_survives() -> None:
     assert kept.mean() == pytest.approx(1, abs=0.05)
 
 
-def test_what_is_served_is_the_evaluated_network(network: Classifier, digits: data.Dataset) -> None:
+def test_what_is_served_is_the_evaluated_network(network: Classifier, digits: loading.Dataset) -> None:
     rows = torch.from_numpy(digits.test.rows[:50])
     served = network.frozen()
     layers = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout)
@@ -150,7 +151,7 @@ def test_what_is_served_is_the_evaluated_network(network: Classifier, digits: da
 
 
 def test_a_row_alone_is_the_row_in_company(
-    network: Classifier, answer: Callable[..., replay.Tensors]
+    network: Classifier, answer: Callable[..., interpreter.Tensors]
 ) -> None:
     """To the last bits, which torch rounds by the batch size; ONNX keeps them too (test_families.py)."""
     together, alone = answer(), answer(slice(1))
@@ -158,7 +159,7 @@ def test_a_row_alone_is_the_row_in_company(
         np.testing.assert_allclose(array, together[name][:1], rtol=1e-5, atol=1e-6)
 
 
-def test_training_mode_lets_neighbours_in(network: Classifier, digits: data.Dataset) -> None:
+def test_training_mode_lets_neighbours_in(network: Classifier, digits: loading.Dataset) -> None:
     """Why graphs are frozen: the same row, in two companies."""
     rows = torch.from_numpy(digits.test.rows[:20])
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_training_mode_lets_neighbours_in(network: Classifier, digits: data.Data
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_no_batch_norm_and_no_dropout_in_any_file(name: str, artifacts: dict[str, Path]) -> None:
-    for graph in layout.read(artifacts[name]).graphs:
+    for graph in reader.read(artifacts[name]).graphs:
         paths = {file.format: artifacts[name] / file.path for file in graph.files}
         kinds = {node.op_type for node in onnx.load(paths["onnx"]).graph.node}
         script = torch.jit.load(str(paths["torchscript"]))  # type: ignore[no-untyped-call]
@@ -177,21 +178,21 @@ def test_no_batch_norm_and_no_dropout_in_any_file(name: str, artifacts: dict[str
         assert not [kind for kind in kinds if "dropout" in kind.lower() or "norm" in kind.lower()]
 
 
-def test_probabilities_are_those_of_the_temperature(answer: Callable[..., replay.Tensors]) -> None:
+def test_probabilities_are_those_of_the_temperature(answer: Callable[..., interpreter.Tensors]) -> None:
     found = answer(temperature=2.5)
     expected = torch.from_numpy(found["logits"] / 2.5).softmax(1).numpy()
     np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-5)
     np.testing.assert_allclose(found["probabilities"].sum(1), 1, rtol=1e-6)
 
 
-def test_a_temperature_changes_no_decision(answer: Callable[..., replay.Tensors]) -> None:
+def test_a_temperature_changes_no_decision(answer: Callable[..., interpreter.Tensors]) -> None:
     cold, hot = answer(temperature=0.05), answer(temperature=20)
     np.testing.assert_array_equal(cold["ranked_labels"], hot["ranked_labels"])
     assert (cold["probabilities"].max(1) > hot["probabilities"].max(1)).all()
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
-def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., replay.Tensors]) -> None:
+def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., interpreter.Tensors]) -> None:
     found = answer(top_k=top_k)
     order = (-found["probabilities"]).argsort(1)[:, :top_k]
     np.testing.assert_array_equal(found["top_label"], order[:, 0])
@@ -204,9 +205,14 @@ def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., replay.Tens
 
 
 def test_the_features_decide(
-    network: Classifier, player: replay.Player, answer: Callable[..., replay.Tensors], digits: data.Dataset
+    network: Classifier,
+    player: interpreter.Player,
+    answer: Callable[..., interpreter.Tensors],
+    digits: loading.Dataset,
 ) -> None:
-    request = replay.request(player.program("encode"), 0, range(20), {}, {"image": digits.test.rows[:20]})
+    request = interpreter.request(
+        player.program("encode"), 0, range(20), {}, {"image": digits.test.rows[:20]}
+    )
     features = torch.from_numpy(player.play("encode", request)["features"])
     assert features.shape == (20, network.features)
     torch.testing.assert_close(
@@ -215,19 +221,19 @@ def test_the_features_decide(
 
 
 def test_the_default_temperature_is_fitted_on_validation_rows_only(
-    family: ClassifierFamily, network: Classifier, digits: data.Dataset
+    family: ClassifierFamily, network: Classifier, digits: loading.Dataset
 ) -> None:
-    def fitted(dataset: data.Dataset) -> float:
+    def fitted(dataset: loading.Dataset) -> float:
         return family.programs(network, dataset)[0].parameters[0].default
 
     rows = digits.validation.rows
-    believed = data.Part(rows, network.frozen().logits(torch.from_numpy(rows)).argmax(1).numpy())
+    believed = loading.Part(rows, network.frozen().logits(torch.from_numpy(rows)).argmax(1).numpy())
     assert fitted(replace(digits, test=digits.train, train=digits.test)) == fitted(digits)
     assert fitted(replace(digits, validation=believed)) < fitted(digits)
 
 
 def test_losses_of_validation_rows_are_neither_disturbed_nor_smoothed(
-    network: Classifier, digits: data.Dataset
+    network: Classifier, digits: loading.Dataset
 ) -> None:
     rows, labels = torch.from_numpy(digits.test.rows), torch.from_numpy(digits.test.labels)
     network.eval()
@@ -254,7 +260,7 @@ def test_disturbed_rows_are_shifted_and_mirrored_ones(shape: tuple[int, ...], mi
 
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (9, 7)])
 def test_images_of_any_size_are_classified(
-    shape: tuple[int, ...], family: mlp.Family | cnn.Family, digits: data.Dataset
+    shape: tuple[int, ...], family: mlp.Family | cnn.Family, digits: loading.Dataset
 ) -> None:
     images = TensorSpec("image", "uint8", shape, 0, 255)
     dataset = replace(digits, value=Value("image", images, 256, class_labels=("cat", "dog")))
@@ -263,7 +269,7 @@ def test_images_of_any_size_are_classified(
 
 
 def test_accuracy_is_learned_and_its_error_binomial(
-    family: mlp.Family | cnn.Family, digits: data.Dataset
+    family: mlp.Family | cnn.Family, digits: loading.Dataset
 ) -> None:
     """A few batches are far from the starter's accuracy, and far from a guess."""
     settings = Settings(steps=80, learning_rate=1e-2, ema_decay=0.8, evaluations=2)
@@ -271,7 +277,7 @@ def test_accuracy_is_learned_and_its_error_binomial(
     torch.manual_seed(0)
     classifier = family.network(digits, preset)
     fit(classifier, digits, settings)
-    player = artifact.player(digits.value, family.programs(classifier, digits))
+    player = writer.player(digits.value, family.programs(classifier, digits))
     accuracy, cross_entropy, plain, fitted = family.quality(player, digits, preset)
     assert accuracy.value > 0.6
     expected = np.sqrt(accuracy.value * (1 - accuracy.value) / 300)

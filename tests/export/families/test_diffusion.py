@@ -8,23 +8,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export import artifact, data, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
-from export.families.diffusion.samples import Step
-from export.program import TensorSpec, Value
-from export.training import Settings
+from export.families.diffusion.sampling import Step
+from export.families.diffusion.solvers import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
+from export.graphs.program import TensorSpec, Value
+from export.training.trainer import Settings
 from samovar import noise
-from tests.export import denoisers as toys
+from tests.support import denoisers as toys
 
 Array = NDArray[np.float64]
 Denoise = Callable[[Array, float], Array]
 SPREAD = 0.75
 
 
-def randomised(dataset: data.Dataset) -> Denoiser:
+def randomised(dataset: loading.Dataset) -> Denoiser:
     torch.manual_seed(0)
     denoiser = FAMILY.network(dataset, Preset(width=8, depth=1, training=Settings(steps=1)))
     with torch.no_grad():
@@ -34,33 +35,33 @@ def randomised(dataset: data.Dataset) -> Denoiser:
 
 
 @pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> Denoiser:
+def network(digits: loading.Dataset) -> Denoiser:
     return randomised(digits)
 
 
 @pytest.fixture(scope="module")
-def player(network: Denoiser, digits: data.Dataset) -> replay.Player:
+def player(network: Denoiser, digits: loading.Dataset) -> interpreter.Player:
     programs = FAMILY.programs(network, digits)
-    return artifact.player(digits.value, programs)
+    return writer.player(digits.value, programs)
 
 
 @pytest.fixture(scope="module")
-def players(player: replay.Player, moons: data.Dataset) -> dict[str, replay.Player]:
+def players(player: interpreter.Player, moons: loading.Dataset) -> dict[str, interpreter.Player]:
     return {
         "digits": player,
-        "moons": artifact.player(moons.value, FAMILY.programs(randomised(moons), moons)),
+        "moons": writer.player(moons.value, FAMILY.programs(randomised(moons), moons)),
     }
 
 
 def play(
-    player: replay.Player,
+    player: interpreter.Player,
     program: str,
     inputs: Mapping[str, NDArray[np.generic]],
     parameters: Mapping[str, float] | None = None,
 ) -> NDArray[np.float64]:
     """The first output of a program for eight rows of inputs, or as many as there are."""
     count = len(next(iter(inputs.values())))
-    rows = replay.request(player.program(program), 5, range(count), parameters, inputs)
+    rows = interpreter.request(player.program(program), 5, range(count), parameters, inputs)
     return player.play(program, rows)[player.program(program).outputs[0].name].astype(np.float64)
 
 
@@ -173,24 +174,24 @@ def test_the_textbook_takes_as_many_evaluations_as_were_asked_for(sampler: int, 
     assert min(levels) >= (SIGMA_MAX if steps == 1 else SIGMA_MIN) * (1 - 1e-9)
 
 
-def test_rows_of_all_samplers_and_lengths_share_a_batch(player: replay.Player) -> None:
+def test_rows_of_all_samplers_and_lengths_share_a_batch(player: interpreter.Player) -> None:
     program = player.program("sample")
     parts = [
-        replay.request(
+        interpreter.request(
             program, 10 * steps + sampler, [0, 1], {"steps": steps, "sampler": sampler, "eta": eta}
         )
         for steps in (1, 4, 7)
         for sampler, eta in ((DDIM, 0.0), (DDIM, 1.0), (HEUN, 0.0), (DPMPP2M, 0.0))
     ]
-    together = player.play("sample", replay.join(parts))["image"]
+    together = player.play("sample", interpreter.join(parts))["image"]
     alone = np.concatenate([player.play("sample", part)["image"] for part in parts])
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
 
 
-def test_a_label_that_is_left_out_is_drawn(player: replay.Player, digits: data.Dataset) -> None:
+def test_a_label_that_is_left_out_is_drawn(player: interpreter.Player, digits: loading.Dataset) -> None:
     """By frequency: half of the classes have about half of the rows."""
     program = player.program("sample")
-    rows = replay.request(program, 0, range(2000))
+    rows = interpreter.request(program, 0, range(2000))
     init = player.graphs[program.init]
     zeros = np.zeros(2000, np.int64)
     uniform = noise.uniform(rows.seeds, rows.indices, zeros, 2, ())
@@ -200,10 +201,10 @@ def test_a_label_that_is_left_out_is_drawn(player: replay.Player, digits: data.D
     np.testing.assert_allclose(shares, known, atol=0.03)
 
 
-def test_a_label_that_is_given_is_kept(player: replay.Player) -> None:
+def test_a_label_that_is_given_is_kept(player: interpreter.Player) -> None:
     program = player.program("sample")
     labels = np.arange(10)
-    rows = replay.request(program, 0, range(10), inputs={"label": labels})
+    rows = interpreter.request(program, 0, range(10), inputs={"label": labels})
     kept = player.graphs[program.init]([
         np.zeros((10, 8, 8), np.float32), rows.inputs["label"], np.full(10, 0.5, np.float32)
     ])[3]  # fmt: skip
@@ -223,16 +224,16 @@ def test_the_denoiser_keeps_what_is_clean(network: Denoiser) -> None:
 )
 def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8)
-    part = data.Part(rows, np.arange(6) % 2)
+    part = loading.Part(rows, np.arange(6) % 2)
     value = Value("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b"))
-    denoiser = randomised(data.Dataset("noise", value, part, part, part, ""))
+    denoiser = randomised(loading.Dataset("noise", value, part, part, part, ""))
     with torch.no_grad():
         losses = denoiser.loss(torch.tensor(rows), torch.tensor(part.labels))
     assert losses.shape == (6,)
     assert losses.isfinite().all()
 
 
-def test_previews_are_images(player: replay.Player) -> None:
+def test_previews_are_images(player: interpreter.Player) -> None:
     """The readout of a state on its way, and of one that has not begun, is within the levels."""
     assert player.program("sample").previewable
     readout = player.graphs[player.program("sample").readout]
@@ -243,7 +244,7 @@ def test_previews_are_images(player: replay.Player) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_guidance_1_is_sample_and_more_is_not(
-    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     model, labels = players[dataset.name], {"label": np.arange(8) % 2}
     walk = {"steps": 5, "sampler": sampler}
@@ -254,7 +255,7 @@ def test_guidance_1_is_sample_and_more_is_not(
         assert (np.abs(guided - plain).max() <= levels) == is_plain
 
 
-def test_no_guidance_is_the_model_without_labels(players: dict[str, replay.Player]) -> None:
+def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.Player]) -> None:
     """The same noise as a latent, decoded with and without a label."""
     model = players["moons"]
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, (2,))
@@ -267,7 +268,7 @@ def test_no_guidance_is_the_model_without_labels(players: dict[str, replay.Playe
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_decoding_the_noise_of_a_sample_is_that_sample(
-    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     model, shape, labels = players[dataset.name], dataset.value.tensor.shape, np.arange(8) % 2
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, shape).reshape(8, -1)
@@ -279,11 +280,11 @@ def test_decoding_the_noise_of_a_sample_is_that_sample(
 
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 def test_inpainting_keeps_what_is_known(
-    rounds: int, dataset: data.Dataset, players: dict[str, replay.Player]
+    rounds: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     """To the bit, and looks at nothing else of the given row."""
     name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
-    known, labels = data.first_half(rows), np.zeros(8, int)
+    known, labels = loading.first_half(rows), np.zeros(8, int)
     walk = {"steps": 5, "rounds": rounds}
     made, other = (
         play(players[dataset.name], "sample:inpaint", {name: given, "known": known, "label": labels}, walk)
@@ -326,7 +327,7 @@ def test_every_level_takes_its_rounds(steps: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_an_edit_goes_as_far_as_its_strength(
-    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     """From the row itself to a sample that knows nothing of it."""
     name, rows, labels = dataset.value.tensor.name, dataset.test.rows[:8], np.zeros(8, int)
@@ -355,7 +356,7 @@ def test_latents_of_a_normal_distribution_are_its_rows_standardised() -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_a_round_trip_is_encode_then_decode(
-    sampler: int, dataset: data.Dataset, players: dict[str, replay.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     """In the same steps, and nearer to the row with more of them."""
     name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
@@ -372,14 +373,16 @@ def test_a_round_trip_is_encode_then_decode(
     assert errors[1] < {DDIM: 1.0, HEUN: 0.1, DPMPP2M: 0.1}[sampler]
 
 
-def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, replay.Player]) -> None:
+def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, interpreter.Player]) -> None:
     model = players["moons"]
     program, given = model.program("reconstruct"), np.ones((2, 2), np.float32)
     parts = [
-        replay.request(program, 0, [0, 1], {"steps": steps, "sampler": sampler}, {"point": given * steps / 9})
+        interpreter.request(
+            program, 0, [0, 1], {"steps": steps, "sampler": sampler}, {"point": given * steps / 9}
+        )
         for steps in (2, 7, 12)
         for sampler in TEXTBOOK
     ]
-    together = model.play("reconstruct", replay.join(parts))["point"]
+    together = model.play("reconstruct", interpreter.join(parts))["point"]
     alone = np.concatenate([model.play("reconstruct", part)["point"] for part in parts])
     np.testing.assert_allclose(together, alone, atol=1e-5)

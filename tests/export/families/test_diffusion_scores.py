@@ -9,25 +9,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export import artifact, data, replay
-from export.families.diffusion import FAMILY, flow
-from export.families.diffusion.bound import LastLevel, Step
+from export.artifacts import interpreter, writer
+from export.datasets import loading
+from export.families.diffusion import FAMILY, ode_likelihood
 from export.families.diffusion.denoiser import Denoiser, Perceptron
-from export.families.diffusion.flow import PROBES, StepOfImage
-from export.families.diffusion.sampler import SIGMA_MAX
-from export.program import TensorSpec, Value
+from export.families.diffusion.ode_likelihood import PROBES, StepOfImage
+from export.families.diffusion.solvers import SIGMA_MAX
+from export.families.diffusion.variational_bound import LastLevel, Step
+from export.graphs.program import TensorSpec, Value
 from samovar.v1 import manifest_pb2
-from tests.export import denoisers as toys
+from tests.support import denoisers as toys
 
 GRID = 60
 
 
 def score(
-    player: replay.Player, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
+    player: interpreter.Player, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
 ) -> tuple[NDArray[np.float64], ...]:
     """What a program says of rows."""
     inputs = {player.manifest.value.tensor.name: rows}
-    asked = replay.request(player.program(name), 3, range(len(rows)), parameters, inputs)
+    asked = interpreter.request(player.program(name), 3, range(len(rows)), parameters, inputs)
     return tuple(array.astype(np.float64) for array in player.play(name, asked).values())
 
 
@@ -42,11 +43,11 @@ def pair() -> toys.Pair:
 
 
 @pytest.fixture(scope="module")
-def player(pair: toys.Pair) -> replay.Player:
+def player(pair: toys.Pair) -> interpreter.Player:
     return toys.player(pair)
 
 
-def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, player: replay.Player) -> None:
+def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, player: interpreter.Player) -> None:
     """Nearer with more steps, as far as there is density."""
     rows = plane(2)
     rows = rows[pair.log_density(rows) > -6]
@@ -57,12 +58,12 @@ def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, player: re
     assert errors[1] < 2e-3 < errors[0]
 
 
-def test_the_density_of_the_ode_integrates_to_one(player: replay.Player) -> None:
+def test_the_density_of_the_ode_integrates_to_one(player: interpreter.Player) -> None:
     (logs,) = score(player, "score:ode", plane(3), {"steps": 40})
     assert np.exp(logs).sum() * (6 / GRID) ** 2 == pytest.approx(1, abs=2e-3)
 
 
-def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: replay.Player) -> None:
+def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: interpreter.Player) -> None:
     rows = np.tile(plane(1)[:: GRID + 1], (20, 1))
     bound, error = score(player, "score", rows, {"draws": 50})
     gap = pair.log_density(rows) - bound
@@ -79,7 +80,7 @@ def test_the_bound_of_a_wrong_denoiser_is_below_its_density() -> None:
     assert gap.mean() > 5 * gap.std() / math.sqrt(len(gap))
 
 
-def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: data.Dataset) -> None:
+def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: loading.Dataset) -> None:
     """KL of N(x, SIGMA_MAX^2) from N(0, SIGMA_MAX^2 + s^2), coordinate by coordinate."""
     denoiser = FAMILY.network(moons, toys.PRESET)
     rows = 30 * torch.randn(20, 2)
@@ -89,7 +90,7 @@ def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: data.Dat
     torch.testing.assert_close(Step(denoiser).prior(rows), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_more_draws_lower_the_error_and_not_the_bound(player: replay.Player) -> None:
+def test_more_draws_lower_the_error_and_not_the_bound(player: interpreter.Player) -> None:
     rows = np.zeros((500, 2), np.float32)
     few, many = (score(player, "score", rows, {"draws": draws}) for draws in (4, 64))
     assert few[0].mean() == pytest.approx(many[0].mean(), abs=4 * few[0].std() / math.sqrt(500))
@@ -118,14 +119,14 @@ def test_scores_of_integers_are_of_their_probability() -> None:
     """All nine images of two pixels with three levels: the bound is below, and sums to less than one."""
     pixels = np.array([[[a, b]] for a in range(3) for b in range(3)], np.uint8)
     shares = np.array([4, 1, 1, 1, 6, 2, 1, 1, 3]) / 20
-    part = data.Part(np.repeat(pixels, (20 * shares).astype(int), 0), np.zeros(20, np.int64))
+    part = loading.Part(np.repeat(pixels, (20 * shares).astype(int), 0), np.zeros(20, np.int64))
     value = Value("image", TensorSpec("image", "uint8", (1, 2), 0, 2), levels=3, class_labels=("any",))
-    dataset = data.Dataset("pairs", value, part, part, part, "")
+    dataset = loading.Dataset("pairs", value, part, part, part, "")
     denoiser = Denoiser(dataset, toys.PRESET)
     images = denoiser.scale(torch.from_numpy(pixels))
     exact = Enumerated(images, torch.tensor(shares).float(), denoiser.data_std)
     denoiser.network = exact  # type: ignore[assignment]
-    model = artifact.player(value, FAMILY.programs(denoiser.eval(), dataset))
+    model = writer.player(value, FAMILY.programs(denoiser.eval(), dataset))
 
     for name, parameters in (("score", {"draws": 100}), ("score:ode", {"steps": 100})):
         many = score(model, name, np.tile(pixels, (40, 1, 1)), parameters)[0].reshape(40, 9)
@@ -134,15 +135,15 @@ def test_scores_of_integers_are_of_their_probability() -> None:
         assert np.exp(mean).sum() == pytest.approx(1, abs=0.1)
 
 
-def test_the_ode_claims_no_standard_error_for_its_one_draw_of_noise(digits: data.Dataset) -> None:
+def test_the_ode_claims_no_standard_error_for_its_one_draw_of_noise(digits: loading.Dataset) -> None:
     """That of the divergence is an output, but it is not the score's."""
-    by_ode = flow.program(FAMILY.network(digits, toys.PRESET), digits.value)
+    by_ode = ode_likelihood.program(FAMILY.network(digits, toys.PRESET), digits.value)
     assert by_ode.score is not None
     assert by_ode.score.standard_error is None
     assert [output.name for output in by_ode.outputs] == ["log_likelihood", "divergence_error"]
 
 
-def test_pixels_have_one_of_their_levels(digits: data.Dataset) -> None:
+def test_pixels_have_one_of_their_levels(digits: loading.Dataset) -> None:
     """Given z, the probabilities of a pixel's levels sum to one, whatever the denoiser says."""
     denoiser = Denoiser(digits, toys.PRESET).eval()
     last = LastLevel(denoiser)
@@ -171,7 +172,7 @@ def test_the_divergence_of_a_perceptron_is_its_jacobians_trace() -> None:
     torch.testing.assert_close(divergence, slopes[0] + slopes[1], rtol=1e-4, atol=1e-5)
 
 
-def test_slopes_along_directions_are_the_jacobians(digits: data.Dataset) -> None:
+def test_slopes_along_directions_are_the_jacobians(digits: loading.Dataset) -> None:
     torch.manual_seed(0)
     denoiser = Denoiser(digits, toys.PRESET).eval().requires_grad_(False)
     for weights in denoiser.parameters():
@@ -193,7 +194,7 @@ def test_slopes_along_directions_are_the_jacobians(digits: data.Dataset) -> None
     assert float(variance.sqrt()) == pytest.approx(weight * abs(slopes[0] - slopes[1]) / 2, rel=0.02)
 
 
-def test_scores_say_what_they_are(digits: data.Dataset, player: replay.Player) -> None:
+def test_scores_say_what_they_are(digits: loading.Dataset, player: interpreter.Player) -> None:
     points = {
         program.method: program.score for program in player.manifest.programs if program.HasField("score")
     }

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from export import artifact, data, graph, langevin, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.ebm import FAMILY, family
-from export.families.ebm.chains import GIVEN, AdjustedStep, UnadjustedStep
-from export.families.ebm.model import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
-from export.families.ebm.normaliser import normaliser
-from export.families.ebm.scores import DRAW, EnergyOfImage, EnergyOfPoint
-from export.formats import FORMATS
-from export.langevin import Landscape, Place
-from export.mixture import Mixture
-from export.program import TensorSpec
-from export.training import Settings
+from export.families.ebm.energy import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
+from export.families.ebm.log_partition import normaliser
+from export.families.ebm.mcmc import GIVEN, AdjustedStep, UnadjustedStep
+from export.families.ebm.scoring import DRAW, EnergyOfImage, EnergyOfPoint
+from export.graphs import graph
+from export.graphs.formats import FORMATS
+from export.graphs.program import TensorSpec
+from export.probability import langevin
+from export.probability.langevin import Landscape, Place
+from export.probability.ppca_mixture import Mixture
+from export.training.trainer import Settings
 from samovar import noise
 from samovar.v1 import manifest_pb2
 
@@ -34,7 +37,7 @@ def randomise(network: torch.nn.Module, scale: float) -> None:
             weights.add_(scale * torch.randn_like(weights))
 
 
-def randomised(dataset: data.Dataset, scale: float = 0.2) -> EnergyModel:
+def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
     """A model that is far from the base with which it begins."""
     torch.manual_seed(0)
     model = FAMILY.network(dataset, PRESET)
@@ -43,24 +46,24 @@ def randomised(dataset: data.Dataset, scale: float = 0.2) -> EnergyModel:
 
 
 @pytest.fixture(scope="module")
-def players(digits: data.Dataset, moons: data.Dataset) -> dict[str, replay.Player]:
+def players(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, interpreter.Player]:
     return {
-        each.name: artifact.player(each.value, FAMILY.programs(randomised(each), each))
+        each.name: writer.player(each.value, FAMILY.programs(randomised(each), each))
         for each in (digits, moons)
     }
 
 
 def play(
-    player: replay.Player,
+    player: interpreter.Player,
     program: str,
     inputs: Mapping[str, np.ndarray] | None = None,
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> replay.Tensors:
+) -> interpreter.Tensors:
     """Four rows of a request, or as many as the inputs have."""
     count = len(next(iter((inputs or {}).values()), range(4)))
     return player.play(
-        program, replay.request(player.program(program), seed, range(count), parameters, inputs)
+        program, interpreter.request(player.program(program), seed, range(count), parameters, inputs)
     )
 
 
@@ -80,7 +83,7 @@ def test_the_gradient_of_a_convolutional_network_is_autograds(shape: tuple[int, 
     torch.testing.assert_close(tilt.energy(x)[0], tilt(x))
 
 
-def test_the_gradient_of_the_energy_is_autograds(dataset: data.Dataset) -> None:
+def test_the_gradient_of_the_energy_is_autograds(dataset: loading.Dataset) -> None:
     model = randomised(dataset).double()
     x = torch.randn(6, model.dimensions).double()
     assert autograd(model.tilt, x).abs().max() > 0.1
@@ -88,7 +91,7 @@ def test_the_gradient_of_the_energy_is_autograds(dataset: data.Dataset) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_exported_gradient_is_autograds(format: str, dataset: data.Dataset, tmp_path: Path) -> None:
+def test_the_exported_gradient_is_autograds(format: str, dataset: loading.Dataset, tmp_path: Path) -> None:
     """To the last digits of a float32."""
     model, rows = randomised(dataset), dataset.test.rows[:7]
     exported = EnergyOfImage(model) if dataset.value.levels else EnergyOfPoint(model)
@@ -112,7 +115,7 @@ def test_the_exported_gradient_is_autograds(format: str, dataset: data.Dataset, 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_exported_step_descends_autograds_gradient(
-    format: str, dataset: data.Dataset, tmp_path: Path
+    format: str, dataset: loading.Dataset, tmp_path: Path
 ) -> None:
     model = randomised(dataset)
     program = FAMILY.programs(model, dataset)[1]
@@ -282,7 +285,7 @@ def test_annealing_finds_a_known_normaliser_from_both_sides() -> None:
         assert sign * log_z == pytest.approx(expected, abs=4 * error)
 
 
-def test_quadrature_finds_the_normaliser_of_points(moons: data.Dataset) -> None:
+def test_quadrature_finds_the_normaliser_of_points(moons: loading.Dataset) -> None:
     """Of the base, 1; and of any energy, the number that makes its density integrate to 1."""
     assert normaliser(FAMILY.network(moons, PRESET)).log_z == pytest.approx(0, abs=1e-3)
     model = randomised(moons, 0.3)
@@ -294,7 +297,7 @@ def test_quadrature_finds_the_normaliser_of_points(moons: data.Dataset) -> None:
     assert known.standard_error < 1e-3
 
 
-def test_annealing_and_quadrature_agree(moons: data.Dataset) -> None:
+def test_annealing_and_quadrature_agree(moons: loading.Dataset) -> None:
     model = randomised(moons, 0.3)
     exact = normaliser(model).log_z
     torch.manual_seed(1)
@@ -305,7 +308,7 @@ def test_annealing_and_quadrature_agree(moons: data.Dataset) -> None:
 
 
 def test_the_score_is_minus_the_energy_minus_log_z(
-    dataset: data.Dataset, players: dict[str, replay.Player]
+    dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     player, known = players[dataset.name], normaliser(randomised(dataset))
     given = {dataset.value.tensor.name: dataset.test.rows[:5]}
@@ -320,7 +323,7 @@ def test_the_score_is_minus_the_energy_minus_log_z(
 
 
 def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
-    digits: data.Dataset, players: dict[str, replay.Player]
+    digits: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     player, known, rows = players["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
     weighed = play(player, "score", {"image": rows})
@@ -337,7 +340,7 @@ def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
 
 
 def test_a_drawn_blur_is_the_documented_noise(
-    digits: data.Dataset, players: dict[str, replay.Player]
+    digits: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     model, player, given = randomised(digits), players["digits"], {"image": digits.test.rows[:3]}
     still, drawn = (play(player, "score", given, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW))
@@ -349,16 +352,18 @@ def test_a_drawn_blur_is_the_documented_noise(
 
 @pytest.mark.parametrize("program", ["sample", "sample:langevin"])
 def test_known_coordinates_stay(
-    program: str, dataset: data.Dataset, players: dict[str, replay.Player]
+    program: str, dataset: loading.Dataset, players: dict[str, interpreter.Player]
 ) -> None:
     name, rows = dataset.value.tensor.name, dataset.test.rows[:4]
-    known = data.first_half(rows)
+    known = loading.first_half(rows)
     walked = play(players[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
     np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
     assert (walked[known == 0] != rows[known == 0]).any()
 
 
-def test_a_chain_starts_where_it_is_told_to(dataset: data.Dataset, players: dict[str, replay.Player]) -> None:
+def test_a_chain_starts_where_it_is_told_to(
+    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+) -> None:
     """One step of no size from the given row leaves it there; from noise it is a draw of the base."""
     player, name, rows = players[dataset.name], dataset.value.tensor.name, dataset.test.rows[:4]
     still = {"steps": 1, "step_size": 1e-6}
@@ -372,7 +377,9 @@ def test_a_chain_starts_where_it_is_told_to(dataset: data.Dataset, players: dict
     )
 
 
-def test_without_noise_a_chain_descends(dataset: data.Dataset, players: dict[str, replay.Player]) -> None:
+def test_without_noise_a_chain_descends(
+    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+) -> None:
     parameters = {"noise_scale": 0, "step_size": 1e-3}
     energies = [
         play(players[dataset.name], "sample:langevin", None, {**parameters, "steps": steps})["energy"]
@@ -381,12 +388,14 @@ def test_without_noise_a_chain_descends(dataset: data.Dataset, players: dict[str
     assert (np.diff(energies, axis=0) < 0).all()
 
 
-def test_rows_of_every_age_and_size_mix(dataset: data.Dataset, players: dict[str, replay.Player]) -> None:
+def test_rows_of_every_age_and_size_mix(
+    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+) -> None:
     player = players[dataset.name]
     program = player.program("sample")
     settings: list[dict[str, float]] = [{"steps": 3}, {"steps": 9, "step_size": 1e-3}, {"steps": 1}]
-    parts = [replay.request(program, seed, range(2), each) for seed, each in enumerate(settings)]
-    together = player.play("sample", replay.join(parts))
+    parts = [interpreter.request(program, seed, range(2), each) for seed, each in enumerate(settings)]
+    together = player.play("sample", interpreter.join(parts))
     apart = [player.play("sample", part) for part in parts]
     for name, values in together.items():
         expected = np.concatenate([each[name] for each in apart])

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from export import data, layout, recipe, verify
+from export import pipeline
+from export.artifacts import reader, verify
+from export.datasets import loading
 from export.families import FAMILIES
-from export.formats import FORMATS, USUAL
-from export.program import OPERATIONS, program_name
+from export.graphs.formats import FORMATS, USUAL
+from export.graphs.program import OPERATIONS, program_name
 from samovar.v1 import manifest_pb2
-from tests.families import Pair, each_pair
+from tests.support.datasets import Pair, each_pair
 
 pytestmark = each_pair
 
 
 @pytest.fixture
-def dataset(pair: Pair) -> data.Dataset:
+def dataset(pair: Pair) -> loading.Dataset:
     return pair.dataset()
 
 
@@ -27,7 +29,7 @@ def written(pair: Pair, request: pytest.FixtureRequest) -> Path:
     return models / pair.model / "1"
 
 
-def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: data.Dataset) -> None:
+def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Dataset) -> None:
     loaded = FAMILIES[pair.family].load()
     preset = loaded.presets["tiny"].suiting(dataset.value)
     programs = loaded.programs(loaded.network(dataset, preset), dataset)
@@ -61,7 +63,7 @@ def test_rows_are_bitwise_independent_in_onnx(pair: Pair, written: Path) -> None
 
 
 def test_every_program_is_described_for_people(pair: Pair, written: Path) -> None:
-    manifest = layout.read(written)
+    manifest = reader.read(written)
     assert manifest.description
     for program in manifest.programs:
         assert program.doc
@@ -71,7 +73,7 @@ def test_every_program_is_described_for_people(pair: Pair, written: Path) -> Non
 
 
 def test_some_golden_rows_have_parameters(pair: Pair, written: Path) -> None:
-    manifest = layout.read(written)
+    manifest = reader.read(written)
     for program in manifest.programs:
         golden = [entry for entry in manifest.golden_rows if _name(entry) == _name(program)]
         assert golden
@@ -83,17 +85,19 @@ def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
 
 
 def test_the_manifest_is_readable_json(pair: Pair, written: Path) -> None:
-    read = json.loads((written / layout.MANIFEST).read_text())
+    read = json.loads((written / reader.MANIFEST).read_text())
     assert read["format_version"] == 1
     assert read["provenance"]["dataset"] == pair.data
     assert {entry["name"] for entry in read["graphs"]} >= {program["readout"] for program in read["programs"]}
 
 
-def test_training_measuring_and_writing_go_through(pair: Pair, dataset: data.Dataset, tmp_path: Path) -> None:
-    order = recipe.Recipe(
+def test_training_measuring_and_writing_go_through(
+    pair: Pair, dataset: loading.Dataset, tmp_path: Path
+) -> None:
+    order = pipeline.Recipe(
         FAMILIES[pair.family].load(), dataset, tmp_path, preset="tiny", formats=("torchscript",)
     )
-    manifest = layout.read(recipe.make(order))
+    manifest = reader.read(pipeline.make(order))
     assert manifest.quality
-    assert (tmp_path / manifest.name / "1" / recipe.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / manifest.name / "1" / pipeline.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert manifest.provenance.settings["steps"] == "1"

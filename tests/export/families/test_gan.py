@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import artifact, data, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.gan import (
     BANDWIDTHS,
@@ -23,8 +24,8 @@ from export.families.gan import (
     gradient_penalty,
     squared_mmd,
 )
-from export.program import TensorSpec, Value
-from export.training import Network, Objective, Settings, fit
+from export.graphs.program import TensorSpec, Value
+from export.training.trainer import Network, Objective, Settings, fit
 from samovar import noise
 
 TINY = Preset(width=16, depth=1, training=Settings(steps=1))
@@ -32,7 +33,7 @@ DIMENSIONS = LATENT_DIMENSIONS["image"]
 LATENTS = torch.randn(4, DIMENSIONS, generator=torch.Generator().manual_seed(5)).numpy()
 
 
-def untrained(dataset: data.Dataset) -> GAN:
+def untrained(dataset: loading.Dataset) -> GAN:
     """A network whose discriminator tells classes apart, as a trained one does."""
     torch.manual_seed(0)
     gan = FAMILY.network(dataset, TINY)
@@ -41,21 +42,21 @@ def untrained(dataset: data.Dataset) -> GAN:
 
 
 @pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> GAN:
+def network(digits: loading.Dataset) -> GAN:
     return untrained(digits)
 
 
 @pytest.fixture(scope="module")
-def player(network: GAN, digits: data.Dataset) -> replay.Player:
-    return artifact.player(digits.value, FAMILY.programs(network, digits))
+def player(network: GAN, digits: loading.Dataset) -> interpreter.Player:
+    return writer.player(digits.value, FAMILY.programs(network, digits))
 
 
 def play(
-    player: replay.Player, operation: str, seed: int = 0, truncation: float = 1, **inputs: np.ndarray
+    player: interpreter.Player, operation: str, seed: int = 0, truncation: float = 1, **inputs: np.ndarray
 ) -> np.ndarray:
     """As many images as the inputs have rows."""
     program, count = player.program(operation), len(next(iter(inputs.values())))
-    rows = replay.request(program, seed, range(count), {"truncation": truncation}, inputs)
+    rows = interpreter.request(program, seed, range(count), {"truncation": truncation}, inputs)
     return player.play(operation, rows)["image"]
 
 
@@ -89,7 +90,7 @@ def test_the_gradient_penalty_of_a_known_function() -> None:
 
 
 def test_the_discriminator_descends_the_relativistic_loss_with_both_penalties(
-    network: GAN, digits: data.Dataset
+    network: GAN, digits: loading.Dataset
 ) -> None:
     """Row by row, with the penalty's gradient by central differences."""
     rows, labels = torch.tensor(digits.train.rows[:3]), torch.tensor(digits.train.labels[:3])
@@ -113,7 +114,7 @@ def squared_slope(judge: nn.Module, rows: Tensor, labels: Tensor, by: float = 1e
     return torch.stack(slopes).square().sum(0)
 
 
-def test_each_side_moves_by_its_own_objective(network: GAN, digits: data.Dataset) -> None:
+def test_each_side_moves_by_its_own_objective(network: GAN, digits: loading.Dataset) -> None:
     batch = torch.tensor(digits.train.rows[:3]), torch.tensor(digits.train.labels[:3])
     first, second = network.objectives(*batch)
     assert {*first.parameters} == {*network.discriminator.parameters()}
@@ -136,7 +137,7 @@ class Pursuit(Network):
         yield Objective(self.loss(rows, labels), (self.hunter,))
 
 
-def test_training_moves_only_the_parameters_of_an_objective(digits: data.Dataset) -> None:
+def test_training_moves_only_the_parameters_of_an_objective(digits: loading.Dataset) -> None:
     pursuit = Pursuit()
     fit(pursuit, digits, Settings(steps=300, learning_rate=0.05, weight_decay=0, ema_decay=0.5))
     assert pursuit.hunted.item() == 1
@@ -169,9 +170,9 @@ def test_rectifiers_leak_a_fifth(network: GAN) -> None:
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (15, 9)])
 def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
-    part = data.Part(rows, np.arange(20) % 3)
+    part = loading.Part(rows, np.arange(20) % 3)
     value = Value("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b", "c"))
-    gan = FAMILY.network(data.Dataset("noise", value, part, part, part, ""), TINY)
+    gan = FAMILY.network(loading.Dataset("noise", value, part, part, part, ""), TINY)
     objectives = gan.objectives(torch.tensor(rows), torch.tensor(part.labels))
     assert [len(objective.loss) for objective in objectives] == [20, 20]
     assert gan.generator.value(gan.generator.draw(torch.arange(3))).shape == (3, *shape)
@@ -207,7 +208,9 @@ def test_squared_mmd_is_nothing_between_equals_and_notices_labels_that_are_swapp
     assert squared_mmd(draws[0], draws[1].roll(1, 0), labels, scale).mean() > 0.1
 
 
-def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(player: replay.Player) -> None:
+def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(
+    player: interpreter.Player,
+) -> None:
     rows = np.arange(4)
     drawn = noise.normal(np.full(4, 9, np.uint64), rows, np.zeros(4, np.int64), 0, (DIMENSIONS,))
     sampled = play(player, "sample", seed=9, label=rows)
@@ -215,13 +218,13 @@ def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(p
     assert len(np.unique(sampled, axis=0)) == 4
 
 
-def test_decode_makes_what_sample_makes_of_the_same_latent(player: replay.Player) -> None:
+def test_decode_makes_what_sample_makes_of_the_same_latent(player: interpreter.Player) -> None:
     """Whatever the class: without a label both draw the same one."""
     decoded = play(player, "decode", seed=3, latent=LATENTS)
     np.testing.assert_array_equal(decoded, play(player, "sample", seed=3, latent=LATENTS))
 
 
-def test_elements_of_a_latent_that_are_left_out_are_drawn(player: replay.Player) -> None:
+def test_elements_of_a_latent_that_are_left_out_are_drawn(player: interpreter.Player) -> None:
     labels, holes = np.zeros(4, np.int64), LATENTS.copy()
     holes[:, ::2] = DRAWN
     some = [play(player, "sample", seed=seed, label=labels, latent=holes) for seed in (1, 1, 2)]
@@ -234,7 +237,7 @@ def test_elements_of_a_latent_that_are_left_out_are_drawn(player: replay.Player)
     )
 
 
-def test_truncation_shrinks_latents_towards_zero(player: replay.Player) -> None:
+def test_truncation_shrinks_latents_towards_zero(player: interpreter.Player) -> None:
     labels = np.zeros(4, np.int64)
     half = play(player, "sample", label=labels, latent=LATENTS, truncation=0.5)
     np.testing.assert_array_equal(half, play(player, "decode", label=labels, latent=LATENTS / 2))
@@ -242,17 +245,17 @@ def test_truncation_shrinks_latents_towards_zero(player: replay.Player) -> None:
     np.testing.assert_array_equal(none, play(player, "decode", label=labels, latent=np.zeros_like(LATENTS)))
 
 
-def test_the_label_changes_what_a_latent_becomes(player: replay.Player) -> None:
+def test_the_label_changes_what_a_latent_becomes(player: interpreter.Player) -> None:
     latents = np.repeat(LATENTS[:1], 10, axis=0)
     made = play(player, "decode", label=np.arange(10), latent=latents)
     assert len(np.unique(made, axis=0)) == 10
 
 
-def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: data.Dataset) -> None:
+def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dataset) -> None:
     """By inversion of a uniform number, on a data set of which nine tenths are of class 3."""
     labels = np.where(np.arange(len(digits.train)) % 10 == 0, 7, 3)
-    skewed = dataclasses.replace(digits, train=data.Part(digits.train.rows, labels))
-    player = artifact.player(digits.value, FAMILY.programs(untrained(skewed), skewed))
+    skewed = dataclasses.replace(digits, train=loading.Part(digits.train.rows, labels))
+    player = writer.player(digits.value, FAMILY.programs(untrained(skewed), skewed))
     latents = np.repeat(LATENTS[:1], 200, axis=0)
     drawn = play(player, "decode", seed=4, latent=latents)
     uniform = noise.uniform(np.full(200, 4, np.uint64), np.arange(200), np.zeros(200, np.int64), 1, ())
@@ -262,9 +265,9 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: data.Datase
 
 
 def test_points_are_numbers_and_have_classes() -> None:
-    moons = data.moons()
-    player = artifact.player(moons.value, FAMILY.programs(untrained(moons), moons))
-    rows = replay.request(
+    moons = loading.moons()
+    player = writer.player(moons.value, FAMILY.programs(untrained(moons), moons))
+    rows = interpreter.request(
         player.program("decode"),
         0,
         range(2),

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import artifact, data, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families import FAMILIES, diffusion, ebm, realnvp, vae
 from export.families.base import Preset
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampler import noise_level
-from export.families.diffusion.samples import EditPointInit
-from export.families.ebm.model import NOISE_SHARE, EnergyModel, contrastive_loss
+from export.families.diffusion.sampling import EditPointInit
+from export.families.diffusion.solvers import noise_level
+from export.families.ebm.energy import NOISE_SHARE, EnergyModel, contrastive_loss
 from export.families.vae import LATENT_DIMENSIONS, TRAINING_DRAWS
-from export.training import Network, Settings, fit, validation_loss
+from export.training.trainer import Network, Settings, fit, validation_loss
 from samovar import noise
-from tests.export import denoisers as toys
+from tests.support import denoisers as toys
 
 SETTINGS = Settings(
     steps=40, batch_rows=64, learning_rate=1e-2, ema_decay=0.8, evaluations=1, validation_rows=1
@@ -27,7 +28,7 @@ SMALL = Preset(width=16, depth=2, training=SETTINGS, measured_rows=16)
 ROWS = 6
 
 
-def randomised(family: str, dataset: data.Dataset) -> Network:
+def randomised(family: str, dataset: loading.Dataset) -> Network:
     torch.manual_seed(0)
     network = FAMILIES[family].load().network(dataset, SMALL)
     with torch.no_grad():
@@ -36,11 +37,11 @@ def randomised(family: str, dataset: data.Dataset) -> Network:
     return network.eval().requires_grad_(False)
 
 
-def some(dataset: data.Dataset) -> tuple[Tensor, Tensor]:
+def some(dataset: loading.Dataset) -> tuple[Tensor, Tensor]:
     return torch.tensor(dataset.test.rows[:ROWS]), torch.tensor(dataset.test.labels[:ROWS])
 
 
-def loss_after(seed: int, network: Network, dataset: data.Dataset) -> Tensor:
+def loss_after(seed: int, network: Network, dataset: loading.Dataset) -> Tensor:
     """The loss of some rows, with the random numbers that follow a seed."""
     torch.manual_seed(seed)
     return network.loss(*some(dataset))
@@ -57,7 +58,7 @@ def loss_after(seed: int, network: Network, dataset: data.Dataset) -> Tensor:
     ],
 )
 def test_a_few_steps_lower_the_loss_of_held_out_rows(
-    family: str, name: str, digits: data.Dataset, moons: data.Dataset
+    family: str, name: str, digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
     dataset = {"digits": digits, "moons": moons}[name]
     torch.manual_seed(0)
@@ -68,24 +69,26 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
     assert validation_loss(network, held_out, SETTINGS) < before - 0.05
 
 
-def nats(family: str, network: Network, dataset: data.Dataset) -> np.ndarray:
+def nats(family: str, network: Network, dataset: loading.Dataset) -> np.ndarray:
     """What the program score says of some rows with their labels."""
     rows, labels = (part.numpy() for part in some(dataset))
-    player = artifact.player(dataset.value, FAMILIES[family].load().programs(network, dataset))
+    player = writer.player(dataset.value, FAMILIES[family].load().programs(network, dataset))
     program = player.program("score")
-    asked = replay.request(program, 0, range(ROWS), inputs={dataset.value.tensor.name: rows, "label": labels})
+    asked = interpreter.request(
+        program, 0, range(ROWS), inputs={dataset.value.tensor.name: rows, "label": labels}
+    )
     answer: np.ndarray = player.play("score", asked)[program.score.nats]
     return answer
 
 
-def test_the_loss_of_the_pixelcnn_is_the_negative_score(digits: data.Dataset) -> None:
+def test_the_loss_of_the_pixelcnn_is_the_negative_score(digits: loading.Dataset) -> None:
     network = randomised("pixelcnn", digits)
     np.testing.assert_allclose(
         loss_after(0, network, digits).numpy(), -nats("pixelcnn", network, digits) / 64, rtol=1e-5
     )
 
 
-def test_the_loss_of_a_flow_of_points_is_the_negative_score(moons: data.Dataset) -> None:
+def test_the_loss_of_a_flow_of_points_is_the_negative_score(moons: loading.Dataset) -> None:
     network = randomised("realnvp", moons)
     np.testing.assert_allclose(
         loss_after(0, network, moons).numpy(), -nats("realnvp", network, moons) / 2, rtol=1e-5
@@ -93,7 +96,7 @@ def test_the_loss_of_a_flow_of_points_is_the_negative_score(moons: data.Dataset)
 
 
 def test_the_loss_of_a_flow_of_images_is_the_negative_density_somewhere_in_their_cubes(
-    digits: data.Dataset,
+    digits: loading.Dataset,
 ) -> None:
     flow = randomised("realnvp", digits)
     assert isinstance(flow, realnvp.RealNVP)
@@ -103,7 +106,7 @@ def test_the_loss_of_a_flow_of_images_is_the_negative_density_somewhere_in_their
     torch.testing.assert_close(loss, -flow.log_density(corners + torch.rand_like(corners)) / 64)
 
 
-def test_the_loss_of_the_vae_is_its_negative_bound(digits: data.Dataset) -> None:
+def test_the_loss_of_the_vae_is_its_negative_bound(digits: loading.Dataset) -> None:
     """By the definition: the logarithm of the mean of p(x, z) / q(z | x) over draws z = mean + std eps."""
     network = randomised("vae", digits)
     assert isinstance(network, vae.VAE)
@@ -124,7 +127,7 @@ def log_normal(x: Tensor, mean: Tensor | float, std: Tensor) -> Tensor:
     return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: data.Dataset) -> None:
+def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.Dataset) -> None:
     """KL = sum of (mean^2 + std^2 - 1 - log std^2) / 2; eps of -1 and 1 average squares exactly."""
     network = randomised("vae", digits)
     assert isinstance(network, vae.VAE)
@@ -138,12 +141,14 @@ def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: data.Dat
     torch.testing.assert_close(divergence, expected, rtol=1e-3, atol=1e-3)
 
 
-def played(network: Network, dataset: data.Dataset, program: str, **settings: Any) -> replay.Tensors:
+def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> interpreter.Tensors:
     """What a program of the VAE gives for some rows with seed 9; keywords are parameters or inputs."""
-    player = artifact.player(dataset.value, vae.FAMILY.programs(network, dataset))
+    player = writer.player(dataset.value, vae.FAMILY.programs(network, dataset))
     inputs = {name: value for name, value in settings.items() if isinstance(value, np.ndarray)}
     parameters = {name: value for name, value in settings.items() if name not in inputs}
-    return player.play(program, replay.request(player.program(program), 9, range(ROWS), parameters, inputs))
+    return player.play(
+        program, interpreter.request(player.program(program), 9, range(ROWS), parameters, inputs)
+    )
 
 
 def documented_noise() -> np.ndarray:
@@ -152,7 +157,7 @@ def documented_noise() -> np.ndarray:
     return noise.normal(seeds, rows, np.zeros(ROWS, int), 0, (LATENT_DIMENSIONS,))
 
 
-def test_a_drawn_latent_is_the_mean_and_so_many_standard_deviations(digits: data.Dataset) -> None:
+def test_a_drawn_latent_is_the_mean_and_so_many_standard_deviations(digits: loading.Dataset) -> None:
     """z = mean + std eps, as encode gives them and as the noise is documented."""
     network, images = randomised("vae", digits), digits.test.rows[:ROWS]
     encoded = played(network, digits, "encode", image=images)
@@ -165,7 +170,7 @@ def test_a_drawn_latent_is_the_mean_and_so_many_standard_deviations(digits: data
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
 def test_a_temperature_is_the_standard_deviation_of_the_latents(
-    temperature: float, digits: data.Dataset
+    temperature: float, digits: loading.Dataset
 ) -> None:
     network = randomised("vae", digits)
     sampled = played(network, digits, "sample", temperature=temperature, pixels=0)["image"]
@@ -173,7 +178,7 @@ def test_a_temperature_is_the_standard_deviation_of_the_latents(
     np.testing.assert_array_equal(sampled, played(network, digits, "decode", latent=latent)["image"])
 
 
-def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: data.Dataset) -> None:
+def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: loading.Dataset) -> None:
     """And not the other way round: with the same draws, f of rows stands first and that of noise after it."""
     model = randomised("ebm", dataset)
     assert isinstance(model, EnergyModel)
@@ -187,7 +192,7 @@ def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: data.Datase
     )
 
 
-def test_trained_energies_are_low_where_rows_are(moons: data.Dataset) -> None:
+def test_trained_energies_are_low_where_rows_are(moons: loading.Dataset) -> None:
     torch.manual_seed(0)
     model = ebm.FAMILY.network(moons, SMALL)
     fit(model, moons, SETTINGS)
@@ -205,7 +210,7 @@ class Certain(toys.Exact):
         return torch.tensor(self.POINT).expand_as(x)
 
 
-def certain(moons: data.Dataset) -> Denoiser:
+def certain(moons: loading.Dataset) -> Denoiser:
     denoiser = diffusion.FAMILY.network(moons, SMALL)
     denoiser.network = Certain()
     denoiser.network.spread = denoiser.data_std
@@ -213,7 +218,7 @@ def certain(moons: data.Dataset) -> Denoiser:
 
 
 def test_the_denoiser_that_knows_the_only_row_has_no_loss_and_others_have_their_distance(
-    moons: data.Dataset,
+    moons: loading.Dataset,
 ) -> None:
     """So the target is the clean row: neither the noise on it nor a step of it."""
     denoiser = certain(moons)
@@ -229,7 +234,7 @@ def test_the_denoiser_that_knows_the_only_row_has_no_loss_and_others_have_their_
     torch.testing.assert_close(beside_it, weight * 0.5**2 / 2, rtol=1e-3, atol=1e-5)
 
 
-def test_the_diffusion_loss_is_karras_table_1(dataset: data.Dataset) -> None:
+def test_the_diffusion_loss_is_karras_table_1(dataset: loading.Dataset) -> None:
     """By the same draws, in their order: labels that are dropped, log-levels, noise."""
     denoiser = randomised("diffusion", dataset)
     assert isinstance(denoiser, Denoiser)
@@ -247,7 +252,7 @@ def test_the_diffusion_loss_is_karras_table_1(dataset: data.Dataset) -> None:
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
-def test_the_noise_that_a_denoiser_tells_is_all_of_it(strength: float, moons: data.Dataset) -> None:
+def test_the_noise_that_a_denoiser_tells_is_all_of_it(strength: float, moons: loading.Dataset) -> None:
     """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, abar = 1 / (1 + sigma^2), and eps of the whole way."""
     torch.manual_seed(6)
     denoiser = certain(moons)

@@ -10,26 +10,27 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export import artifact, chorales, data, replay, text
+from export.artifacts import interpreter, writer
+from export.datasets import chorales, loading, text
+from export.evaluation.ngram import WittenBell
 from export.families.base import Preset
 from export.families.lstm import BEAT, FAMILY, LSTM, WINDOW, draw
-from export.ngram import WittenBell
-from export.program import TensorSpec, Value
-from export.training import Settings, fit
+from export.graphs.program import TensorSpec, Value
+from export.training.trainer import Settings, fit
 
 TINY = Preset(width=12, depth=2, training=Settings(steps=1))
 STARTER = FAMILY.presets["starter"]
 Tokens = NDArray[np.uint8]
 
 
-def dataset(vocabulary: tuple[str, ...], rows: Tokens) -> data.Dataset:
-    part = data.Part(rows, np.zeros(len(rows), np.int64))
+def dataset(vocabulary: tuple[str, ...], rows: Tokens) -> loading.Dataset:
+    part = loading.Part(rows, np.zeros(len(rows), np.int64))
     tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, len(vocabulary) - 1)
     value = Value("tokens", tensor, len(vocabulary), vocabulary)
-    return data.Dataset("few", value, part, part, part, sha256="")
+    return loading.Dataset("few", value, part, part, part, sha256="")
 
 
-def untrained(given: data.Dataset, preset: Preset = TINY) -> LSTM:
+def untrained(given: loading.Dataset, preset: Preset = TINY) -> LSTM:
     torch.manual_seed(0)
     network = FAMILY.network(given, preset)
     with torch.no_grad():
@@ -38,40 +39,42 @@ def untrained(given: data.Dataset, preset: Preset = TINY) -> LSTM:
     return network.eval().requires_grad_(False)
 
 
-def player_of(given: data.Dataset) -> replay.Player:
-    return artifact.player(given.value, FAMILY.programs(untrained(given), given))
+def player_of(given: loading.Dataset) -> interpreter.Player:
+    return writer.player(given.value, FAMILY.programs(untrained(given), given))
 
 
 @pytest.fixture(scope="module")
-def abc() -> data.Dataset:
+def abc() -> loading.Dataset:
     """Sequences of three letters."""
     return dataset(("", "a", "b", "c"), np.ones((4, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
-def abc_player(abc: data.Dataset) -> replay.Player:
+def abc_player(abc: loading.Dataset) -> interpreter.Player:
     return player_of(abc)
 
 
 @pytest.fixture(scope="module")
-def words() -> data.Dataset:
+def words() -> loading.Dataset:
     """Sequences of up to 24 of 20 letters."""
     rows = np.random.default_rng(0).integers(1, 21, (4, 24)).astype(np.uint8)
     return dataset(("", *"abcdefghijklmnopqrst"), rows)
 
 
 @pytest.fixture(scope="module")
-def player(words: data.Dataset) -> replay.Player:
+def player(words: loading.Dataset) -> interpreter.Player:
     return player_of(words)
 
 
-def sample(player: replay.Player, count: int, seed: int = 0, **given: Any) -> replay.Tensors:
+def sample(player: interpreter.Player, count: int, seed: int = 0, **given: Any) -> interpreter.Tensors:
     inputs = {"prompt": given.pop("prompt")} if "prompt" in given else {}
-    return player.play("sample", replay.request(player.program("sample"), seed, range(count), given, inputs))
+    return player.play(
+        "sample", interpreter.request(player.program("sample"), seed, range(count), given, inputs)
+    )
 
 
-def score(player: replay.Player, rows: Tokens) -> replay.Tensors:
-    request = replay.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
+def score(player: interpreter.Player, rows: Tokens) -> interpreter.Tensors:
+    request = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
     return player.play("score", request)
 
 
@@ -86,7 +89,7 @@ def every(length: int, symbols: int = 3) -> Tokens:
     return padded([list(row) for row in product(range(1, symbols + 1), repeat=length)], 3)
 
 
-def test_the_step_is_torchs_cell(words: data.Dataset) -> None:
+def test_the_step_is_torchs_cell(words: loading.Dataset) -> None:
     """Token by token, against nn.LSTM over the whole sequence, with the same weights."""
     network, tokens = untrained(words), torch.from_numpy(words.test.rows).long()
     state = (torch.zeros(4, 2, 12), torch.zeros(4, 2, 12))
@@ -104,7 +107,7 @@ def test_the_step_is_torchs_cell(words: data.Dataset) -> None:
 
 @pytest.mark.parametrize("position", [0, 7, 23])
 def test_a_token_changes_its_own_mass_and_later_ones_only(
-    position: int, player: replay.Player, words: data.Dataset
+    position: int, player: interpreter.Player, words: loading.Dataset
 ) -> None:
     other = words.test.rows.copy()
     other[:, position] = other[:, position] % 20 + 1
@@ -114,7 +117,7 @@ def test_a_token_changes_its_own_mass_and_later_ones_only(
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_player: replay.Player) -> None:
+def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_player: interpreter.Player) -> None:
     answer = score(abc_player, every(length))
     assert np.exp(answer["log_mass"].astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
     assert (answer["length"] == length).all()
@@ -122,7 +125,7 @@ def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_player:
 
 
 def test_the_score_is_the_sum_over_its_tokens_and_ends_at_the_first_empty_one(
-    player: replay.Player, words: data.Dataset
+    player: interpreter.Player, words: loading.Dataset
 ) -> None:
     rows = words.test.rows[:3].copy()
     rows[0, 5:] = 0
@@ -136,7 +139,7 @@ def test_the_score_is_the_sum_over_its_tokens_and_ends_at_the_first_empty_one(
     np.testing.assert_allclose(answer["log_mass"], answer["log_mass_by_token"].sum(1), rtol=1e-5)
 
 
-def test_samples_follow_the_masses(abc_player: replay.Player) -> None:
+def test_samples_follow_the_masses(abc_player: interpreter.Player) -> None:
     """Frequencies of all 27 sequences among 4096 samples: a chi-square test at five standard deviations."""
     drawn = sample(abc_player, 4096)["sequence"]
     seen = np.bincount((drawn.astype(int) - 1) @ [9, 3, 1], minlength=27)
@@ -148,7 +151,7 @@ def test_samples_follow_the_masses(abc_player: replay.Player) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}])
-def test_the_masses_of_a_sample_are_its_score(player: replay.Player, settings: dict[str, Any]) -> None:
+def test_the_masses_of_a_sample_are_its_score(player: interpreter.Player, settings: dict[str, Any]) -> None:
     """Under the model itself, whatever the settings were."""
     drawn = sample(player, 5, **settings)
     scored = score(player, drawn["sequence"])
@@ -156,7 +159,9 @@ def test_the_masses_of_a_sample_are_its_score(player: replay.Player, settings: d
     assert (drawn["length"] == 24).all()
 
 
-def test_a_temperature_of_zero_takes_the_likeliest_token(player: replay.Player, words: data.Dataset) -> None:
+def test_a_temperature_of_zero_takes_the_likeliest_token(
+    player: interpreter.Player, words: loading.Dataset
+) -> None:
     cold, single = (sample(player, 3, 4, **given)["sequence"] for given in ({"temperature": 0}, {"top_k": 1}))
     assert (cold == cold[0]).all()
     np.testing.assert_array_equal(cold, single)
@@ -200,7 +205,7 @@ def test_draws_are_from_the_likeliest_tokens(settings: dict[str, Any], expected:
     assert shares(**settings) == pytest.approx(expected, abs=2e-4)
 
 
-def test_a_prompt_is_kept_and_may_be_given_in_parts(player: replay.Player) -> None:
+def test_a_prompt_is_kept_and_may_be_given_in_parts(player: interpreter.Player) -> None:
     """A sample's own beginning, given as a prompt to the same seed, is continued to the same sample."""
     whole = sample(player, 4, 9)
     for length in (1, 10, 24):
@@ -211,7 +216,7 @@ def test_a_prompt_is_kept_and_may_be_given_in_parts(player: replay.Player) -> No
 
 
 def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_one(
-    player: replay.Player,
+    player: interpreter.Player,
 ) -> None:
     prompt = padded([[], [5], [3, 4, 0, 7], [2] * 22, [2] * 24], 24)
     drawn = sample(player, 5, tokens=4, prompt=prompt)
@@ -222,7 +227,7 @@ def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_
         assert (row[length:] == 0).all()
 
 
-def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: replay.Player) -> None:
+def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: interpreter.Player) -> None:
     free = sample(player, 30, 2)["sequence"]
     stop = int(free[0, 3])
     prompt = padded([[stop], *(list[int]() for _ in range(29))], 24)
@@ -235,10 +240,12 @@ def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: rep
 
 
 def test_features_are_of_the_whole_sequence_and_of_nothing_after_it(
-    player: replay.Player, words: data.Dataset
+    player: interpreter.Player, words: loading.Dataset
 ) -> None:
     def features(rows: Tokens) -> NDArray[np.float32]:
-        request = replay.request(player.program("encode"), 0, range(len(rows)), inputs={"sequence": rows})
+        request = interpreter.request(
+            player.program("encode"), 0, range(len(rows)), inputs={"sequence": rows}
+        )
         return player.play("encode", request)["features"]
 
     network, rows = untrained(words), words.test.rows.copy()
@@ -279,7 +286,7 @@ def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
     assert 8 <= beginnings < 24
 
 
-def test_windows_of_text_begin_with_nothing(words: data.Dataset) -> None:
+def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
     rows = np.tile(np.arange(1, 21, dtype=np.uint8), (16, 20))
     tokens, before = FAMILY.network(dataset(words.value.vocabulary, rows), TINY)._windows(
         torch.from_numpy(rows).long()
@@ -288,9 +295,9 @@ def test_windows_of_text_begin_with_nothing(words: data.Dataset) -> None:
     assert len(set(tokens[:, 0].tolist())) > 3
 
 
-def test_images_are_refused(words: data.Dataset) -> None:
+def test_images_are_refused(words: loading.Dataset) -> None:
     value = Value("image", TensorSpec("image", "uint8", (8, 8), 0, 16), 17)
-    with pytest.raises(data.DataError, match="expected sequences of tokens, got image rows"):
+    with pytest.raises(loading.DataError, match="expected sequences of tokens, got image rows"):
         FAMILY.network(dataclasses.replace(words, value=value), TINY)
 
 
@@ -314,7 +321,7 @@ def test_an_n_gram_is_witten_and_bells() -> None:
 
 
 def test_quality_compares_with_the_n_gram_on_the_same_rows(
-    player: replay.Player, words: data.Dataset
+    player: interpreter.Player, words: loading.Dataset
 ) -> None:
     ours, rival, gain = FAMILY.quality(player, words, STARTER)
     nats = score(player, words.test.rows)["log_mass"]
@@ -325,7 +332,7 @@ def test_quality_compares_with_the_n_gram_on_the_same_rows(
 
 
 def test_text_of_the_standard_library_is_characters_in_three_parts() -> None:
-    given = data.load("text")
+    given = loading.load("text")
     assert given.value.vocabulary == text.CHARACTERS
     assert len(given.value.vocabulary) == 97
     parts = [given.validation, given.train, given.test]
@@ -340,7 +347,7 @@ def test_text_of_the_standard_library_is_characters_in_three_parts() -> None:
 def test_a_folder_with_text_has_its_own_vocabulary(tmp_path: Any) -> None:
     written = "né à Zürich\n" * 2000
     (tmp_path / "input.txt").write_text(written, encoding="utf-8")
-    given = data.load("digits", tmp_path)
+    given = loading.load("digits", tmp_path)
     assert given.value.vocabulary == ("", *sorted(set(written)))
     (first,) = text.written(given.test.rows[:1], given.value.vocabulary)
     assert first == written[int(len(written) * 0.9) :][: text.CONTEXT]
@@ -356,7 +363,7 @@ def test_a_folder_with_text_has_its_own_vocabulary(tmp_path: Any) -> None:
 def test_a_text_that_cannot_be_learned_is_refused(tmp_path: Any, written: str, said: str) -> None:
     (tmp_path / "input.txt").write_text(written, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
-        data.load("digits", tmp_path)
+        loading.load("digits", tmp_path)
 
 
 PIECE = (

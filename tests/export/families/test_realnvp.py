@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import artifact, data, layout, recipe, replay, verify
+from export import pipeline
+from export.artifacts import interpreter, reader, verify, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, Marginal, RealNVP, masks
-from export.importance import DRAWS_PER_STEP
-from export.program import TensorSpec, Value
-from export.training import Settings
+from export.graphs.program import TensorSpec, Value
+from export.probability.importance_weighting import DRAWS_PER_STEP
+from export.training.trainer import Settings
 from samovar import noise
 from samovar.v1 import manifest_pb2
 
 PRESET = Preset(width=16, depth=6, training=Settings(steps=1))
 
 
-def randomised(dataset: data.Dataset, scale: float = 0.15) -> RealNVP:
+def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
     """A flow that is far from the identity with which it begins."""
     torch.manual_seed(0)
     flow = FAMILY.network(dataset, PRESET)
@@ -31,51 +33,51 @@ def randomised(dataset: data.Dataset, scale: float = 0.15) -> RealNVP:
     return flow.eval().requires_grad_(False)
 
 
-def player(dataset: data.Dataset) -> replay.Player:
-    return artifact.player(dataset.value, FAMILY.programs(randomised(dataset), dataset))
+def player(dataset: loading.Dataset) -> interpreter.Player:
+    return writer.player(dataset.value, FAMILY.programs(randomised(dataset), dataset))
 
 
 def play(
-    player: replay.Player,
+    player: interpreter.Player,
     operation: str,
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> replay.Tensors:
+) -> interpreter.Tensors:
     """Six rows of a request, or as many as the inputs have."""
     count = len(next(iter(inputs.values()), range(6)))
     return player.play(
-        operation, replay.request(player.program(operation), seed, range(count), parameters, inputs)
+        operation, interpreter.request(player.program(operation), seed, range(count), parameters, inputs)
     )
 
 
-def coordinates(dataset: data.Dataset, count: int) -> Tensor:
+def coordinates(dataset: loading.Dataset, count: int) -> Tensor:
     """Test rows as the flow takes them [count, D], in double precision."""
     rows = torch.from_numpy(dataset.test.rows[:count]).flatten(1).double()
     return rows + torch.rand_like(rows) if dataset.value.levels else rows
 
 
-def test_the_log_determinant_is_that_of_the_jacobian(dataset: data.Dataset) -> None:
+def test_the_log_determinant_is_that_of_the_jacobian(dataset: loading.Dataset) -> None:
     flow = randomised(dataset).double()
     for row in coordinates(dataset, 4):
         jacobian = torch.func.jacrev(lambda x: flow.encode(x)[0])(row)
         torch.testing.assert_close(flow.encode(row)[1].sum(), torch.linalg.slogdet(jacobian).logabsdet)
 
 
-def test_the_density_is_the_base_density_times_the_determinant(dataset: data.Dataset) -> None:
+def test_the_density_is_the_base_density_times_the_determinant(dataset: loading.Dataset) -> None:
     flow, rows = randomised(dataset).double(), coordinates(dataset, 8)
     latent, slopes = flow.encode(rows)
     torch.testing.assert_close(flow.log_density(rows), normal(latent) + slopes.sum(1))
 
 
-def test_the_density_integrates_to_one(moons: data.Dataset) -> None:
+def test_the_density_integrates_to_one(moons: loading.Dataset) -> None:
     flow = randomised(moons, 0.3).double()
     axis = torch.linspace(-20, 20, 501).double()
     total = flow.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * (40 / 500) ** 2
     assert float(total) == pytest.approx(1, abs=1e-4)
 
 
-def test_decoding_is_the_inverse_of_encoding(dataset: data.Dataset) -> None:
+def test_decoding_is_the_inverse_of_encoding(dataset: loading.Dataset) -> None:
     flow, rows = randomised(dataset), coordinates(dataset, 50).float()
     torch.testing.assert_close(flow.decode(flow.encode(rows)[0]), rows, atol=1e-4, rtol=0)
     latent = torch.randn(50, flow.dimensions).double()
@@ -128,7 +130,7 @@ def test_a_coupling_keeps_half_and_scales_the_rest_within_bounds() -> None:
     assert 0.9 * LARGEST_LOG_SCALE < log_slopes.abs().max() <= LARGEST_LOG_SCALE
 
 
-def test_the_untrained_flow_of_points_is_the_normal_distribution(moons: data.Dataset) -> None:
+def test_the_untrained_flow_of_points_is_the_normal_distribution(moons: loading.Dataset) -> None:
     rows = torch.from_numpy(moons.test.rows[:5])
     torch.testing.assert_close(FAMILY.network(moons, PRESET).eval().log_density(rows), normal(rows))
 
@@ -138,7 +140,7 @@ def normal(latent: Tensor) -> Tensor:
     return -0.5 * latent.square().sum(1) - 0.5 * latent.shape[1] * math.log(2 * math.pi)
 
 
-def test_a_round_trip_reports_how_far_it_is_off(dataset: data.Dataset) -> None:
+def test_a_round_trip_reports_how_far_it_is_off(dataset: loading.Dataset) -> None:
     name, rows = dataset.value.tensor.name, dataset.test.rows[:20]
     answer = play(player(dataset), "reconstruct", {name: rows})
     assert answer["largest_error"].max() < 1e-3
@@ -148,7 +150,7 @@ def test_a_round_trip_reports_how_far_it_is_off(dataset: data.Dataset) -> None:
         np.testing.assert_array_equal(np.abs(answer[name] - rows).max(1), answer["largest_error"])
 
 
-def test_drawn_dequantisations_decode_to_the_same_image(digits: data.Dataset) -> None:
+def test_drawn_dequantisations_decode_to_the_same_image(digits: loading.Dataset) -> None:
     model, images = player(digits), digits.test.rows[:5]
     middle = play(model, "encode", {"image": images}, seed=1)["latent"]
     drawn, other = (
@@ -160,7 +162,7 @@ def test_drawn_dequantisations_decode_to_the_same_image(digits: data.Dataset) ->
         np.testing.assert_array_equal(play(model, "decode", {"latent": latent})["image"], images)
 
 
-def test_the_temperature_is_the_spread_of_the_latents(dataset: data.Dataset) -> None:
+def test_the_temperature_is_the_spread_of_the_latents(dataset: loading.Dataset) -> None:
     model, name = player(dataset), dataset.value.tensor.name
     drawn = noise.normal(
         np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.value.tensor.shape)]
@@ -172,7 +174,7 @@ def test_the_temperature_is_the_spread_of_the_latents(dataset: data.Dataset) -> 
 
 
 def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
-    digits: data.Dataset, moons: data.Dataset
+    digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
     point, image = (player(dataset).program("score").score for dataset in (moons, digits))
     assert (point.kind, point.dimensions, point.draws) == (manifest_pb2.Score.KIND_EXACT, 2, "")
@@ -182,7 +184,7 @@ def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
 
 
 @pytest.mark.parametrize("draws", [1, 16, 25])
-def test_the_bound_is_of_exactly_so_many_draws(draws: int, digits: data.Dataset) -> None:
+def test_the_bound_is_of_exactly_so_many_draws(draws: int, digits: loading.Dataset) -> None:
     """Directly from the documented noise, without steps and masks."""
     images = digits.test.rows[:3]
     answer = play(player(digits), "score", {"image": images}, {"draws": draws}, seed=6)
@@ -211,18 +213,18 @@ def test_bounds_rise_to_the_exact_mass() -> None:
     torch.testing.assert_close(bounds[3], exact, atol=0.02, rtol=0)
 
 
-def pairs() -> data.Dataset:
+def pairs() -> loading.Dataset:
     """Images of two pixels with three levels."""
     rows = np.random.default_rng(0).integers(0, 3, (40, 1, 2), np.uint8)
-    part = data.Part(rows, np.zeros(40, np.int64))
+    part = loading.Part(rows, np.zeros(40, np.int64))
     value = Value("image", TensorSpec("image", "uint8", (1, 2), 0, 2), levels=3, class_labels=("any",))
-    return data.Dataset("pairs", value, part, part, part, "")
+    return loading.Dataset("pairs", value, part, part, part, "")
 
 
-def test_points_are_trained_measured_and_served_too(moons: data.Dataset, tmp_path: Path) -> None:
-    order = recipe.Recipe(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
-    written = recipe.make(order)
-    manifest = layout.read(written)
+def test_points_are_trained_measured_and_served_too(moons: loading.Dataset, tmp_path: Path) -> None:
+    order = pipeline.Recipe(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
+    written = pipeline.make(order)
+    manifest = reader.read(written)
     assert [quality.name for quality in manifest.quality] == ["negative log-density", "C2ST"]
-    assert (written / recipe.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (written / pipeline.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert verify.verify(written).failures == []

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import artifact, data, replay
+from export.artifacts import interpreter, writer
+from export.datasets import loading
 from export.families.base import Preset
 from export.families.vae import CHAINS, FAMILY, LATENT_DIMENSIONS, VAE, InpaintInit, InpaintStep
-from export.importance import DRAWS_PER_STEP
-from export.pixels import PixelMixture
-from export.training import Settings, fit
+from export.probability.discretized_logistic import PixelMixture
+from export.probability.importance_weighting import DRAWS_PER_STEP
+from export.training.trainer import Settings, fit
 from samovar import noise
 
 LEVELS = 17
@@ -23,7 +24,7 @@ def randomise(network: torch.nn.Module, scale: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> VAE:
+def network(digits: loading.Dataset) -> VAE:
     torch.manual_seed(0)
     vae = FAMILY.network(digits, Preset(width=16, depth=1, training=Settings(steps=1)))
     randomise(vae, 0.1)
@@ -31,12 +32,12 @@ def network(digits: data.Dataset) -> VAE:
 
 
 @pytest.fixture(scope="module")
-def player(network: VAE, digits: data.Dataset) -> replay.Player:
-    return artifact.player(digits.value, FAMILY.programs(network, digits))
+def player(network: VAE, digits: loading.Dataset) -> interpreter.Player:
+    return writer.player(digits.value, FAMILY.programs(network, digits))
 
 
-def score(player: replay.Player, images: np.ndarray, draws: int, seed: int = 0) -> replay.Tensors:
-    rows = replay.request(
+def score(player: interpreter.Player, images: np.ndarray, draws: int, seed: int = 0) -> interpreter.Tensors:
+    rows = interpreter.request(
         player.program("score"), seed, range(len(images)), {"draws": draws}, {"image": images}
     )
     return player.play("score", rows)
@@ -78,7 +79,7 @@ def test_the_mean_is_the_mean_of_the_mass() -> None:
 
 @pytest.mark.parametrize("draws", [1, 7, 10, 25])
 def test_the_score_is_the_bound_of_exactly_so_many_draws(
-    draws: int, network: VAE, player: replay.Player, digits: data.Dataset
+    draws: int, network: VAE, player: interpreter.Player, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
     weights = log_weights(network, images, draws, seed=6)
@@ -88,7 +89,7 @@ def test_the_score_is_the_bound_of_exactly_so_many_draws(
 
 
 def test_the_standard_error_is_the_delta_method(
-    network: VAE, player: replay.Player, digits: data.Dataset
+    network: VAE, player: interpreter.Player, digits: loading.Dataset
 ) -> None:
     images, draws = digits.test.rows[:3], 40
     weights = log_weights(network, images, draws, seed=6).double()
@@ -118,7 +119,7 @@ def log_weights(network: VAE, images: np.ndarray, draws: int, seed: int) -> Tens
         return network.log_weights(image, mean, std, torch.from_numpy(np.concatenate(drawn, 1)[:, :draws]))
 
 
-def test_bounds_rise_to_the_exact_value(digits: data.Dataset) -> None:
+def test_bounds_rise_to_the_exact_value(digits: loading.Dataset) -> None:
     """ELBO <= E[IW-5] <= E[IW-50] <= log p(x), the last by quadrature over a latent of two dimensions."""
     torch.manual_seed(3)
     settings = Settings(steps=150, learning_rate=1e-2, ema_decay=0.9, evaluations=1)
@@ -197,7 +198,7 @@ def conditional(vae: VAE, image: Tensor, known: Tensor) -> Tensor:
 @pytest.mark.parametrize("chain", range(len(CHAINS)))
 @pytest.mark.parametrize("pixels", [0, 1])
 def test_inpainting_keeps_what_is_known_and_draws_the_rest(
-    chain: int, pixels: int, player: replay.Player, digits: data.Dataset
+    chain: int, pixels: int, player: interpreter.Player, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = (np.random.default_rng(0).random(images.shape) < 0.5).astype(np.uint8)
@@ -208,7 +209,9 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(
     assert (first != second)[known == 0].any()
 
 
-def test_missing_pixels_of_the_given_image_are_not_read(player: replay.Player, digits: data.Dataset) -> None:
+def test_missing_pixels_of_the_given_image_are_not_read(
+    player: interpreter.Player, digits: loading.Dataset
+) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
     known[:, :4] = 1
@@ -218,29 +221,29 @@ def test_missing_pixels_of_the_given_image_are_not_read(player: replay.Player, d
 
 
 def inpaint(
-    player: replay.Player, images: np.ndarray, known: np.ndarray, settings: dict[str, int], seed: int
+    player: interpreter.Player, images: np.ndarray, known: np.ndarray, settings: dict[str, int], seed: int
 ) -> np.ndarray:
     given = {"image": images, "known": known}
-    rows = replay.request(player.program("sample:inpaint"), seed, range(len(images)), settings, given)
+    rows = interpreter.request(player.program("sample:inpaint"), seed, range(len(images)), settings, given)
     image: np.ndarray = player.play("sample:inpaint", rows)["image"]
     return image
 
 
-def test_a_temperature_of_zero_forgets_the_noise(player: replay.Player) -> None:
-    rows = replay.request(player.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
+def test_a_temperature_of_zero_forgets_the_noise(player: interpreter.Player) -> None:
+    rows = interpreter.request(player.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
     images = player.play("sample", rows)["image"]
     assert (images == images[0]).all()
 
 
 def test_reconstructing_the_mean_is_decoding_the_encoded_mean(
-    player: replay.Player, digits: data.Dataset
+    player: interpreter.Player, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
     encoded = player.play(
-        "encode", replay.request(player.program("encode"), 0, range(3), {}, {"image": images})
+        "encode", interpreter.request(player.program("encode"), 0, range(3), {}, {"image": images})
     )
     decoded = player.play(
-        "decode", replay.request(player.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
+        "decode", interpreter.request(player.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
     )
-    again = replay.request(player.program("reconstruct"), 9, range(3), {}, {"image": images})
+    again = interpreter.request(player.program("reconstruct"), 9, range(3), {}, {"image": images})
     np.testing.assert_array_equal(player.play("reconstruct", again)["image"], decoded["image"])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import graph
-from export.formats import FORMATS
-from export.program import TensorSpec
+from export.graphs import graph
+from export.graphs.formats import FORMATS
+from export.graphs.program import TensorSpec
 
 
 class Mix(nn.Module):

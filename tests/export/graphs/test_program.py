@@ -6,8 +6,18 @@ from dataclasses import replace
 import pytest
 from torch import Tensor, nn
 
-from export import graph
-from export.program import Input, Noise, Parameter, Program, ProgramError, Score, Steps, TensorSpec, arguments
+from export.graphs import graph
+from export.graphs.program import (
+    Input,
+    Noise,
+    Parameter,
+    Program,
+    ProgramError,
+    Score,
+    Steps,
+    TensorSpec,
+    arguments,
+)
 
 
 class Walk(nn.Module):

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import anchors, chart, chorales, data, exhibit, importance, layout, own, recipe, report, usage
+from export import custom_model, pipeline
 from export.__main__ import main
+from export.artifacts import reader
+from export.datasets import chorales, loading
 from export.families import FAMILIES
+from export.probability import importance_weighting
+from export.report import baselines, charts, pages, sections, snippets
 from samovar.v1 import manifest_pb2
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -73,14 +77,14 @@ def shelf(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     for name in SHARED:
         (shelf / name).symlink_to(models / name)
-    family, digits = FAMILIES["mlp"].load(), data.load("digits")
-    recipe.make(recipe.Recipe(family, digits, shelf, preset="tiny", steps=20, formats=("torchscript",)))
-    own.write(EXAMPLES / "galaxy.py", shelf, formats=("torchscript",))
+    family, digits = FAMILIES["mlp"].load(), loading.load("digits")
+    pipeline.make(pipeline.Recipe(family, digits, shelf, preset="tiny", steps=20, formats=("torchscript",)))
+    custom_model.write(EXAMPLES / "galaxy.py", shelf, formats=("torchscript",))
     return shelf
 
 
 @pytest.fixture(scope="module")
-def pages(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Document]:
+def documents(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Document]:
     out = tmp_path_factory.mktemp("report") / "new"
     assert main(["report", "--models", str(shelf), "-o", str(out)]) == 0
     return {path.stem: Document(path) for path in out.iterdir()}
@@ -90,7 +94,7 @@ def test_every_artifact_has_a_page_and_its_digest(pages: dict[str, Document], sh
     names = {"digits-mlp", "galaxy", *SHARED}
     assert set(pages) == {"index", *(f"{name}-1" for name in names)}
     for name in names:
-        assert layout.sha256((shelf / name / "1" / "manifest.json").read_bytes()) in pages[f"{name}-1"].text
+        assert reader.sha256((shelf / name / "1" / "manifest.json").read_bytes()) in pages[f"{name}-1"].text
 
 
 def test_pages_are_sufficient_to_themselves(pages: dict[str, Document]) -> None:
@@ -115,7 +119,7 @@ def test_the_index_leads_to_every_page(pages: dict[str, Document]) -> None:
 def test_every_figure_of_quality_is_there_with_all_that_it_is_read_beside(
     pages: dict[str, Document], shelf: Path
 ) -> None:
-    page, figures = pages["digits-mlp-1"], layout.read(shelf / "digits-mlp" / "1").quality
+    page, figures = pages["digits-mlp-1"], reader.read(shelf / "digits-mlp" / "1").quality
     assert len(figures) == 4
     for figure in figures:
         value = f"{figure.value:.3f} ± {figure.standard_error:.3f}"
@@ -158,7 +162,7 @@ def test_programs_are_told_with_their_settings_and_lines_to_copy(pages: dict[str
         'inputs={"image": image, "known": known}, method="inpaint")',
         "parameter temperature 0..2, else 1 standard deviation of the latents",
         "pixels mean | draw, else draw",
-        f"Steps: draws / {importance.DRAWS_PER_STEP}.",
+        f"Steps: draws / {importance_weighting.DRAWS_PER_STEP}.",
         "lower bound, 64 dimensions, integers 0..16",
         "it has learned no labels",
     ):
@@ -178,7 +182,7 @@ def test_a_manifest_that_was_changed_is_told_of(shelf: Path, tmp_path: Path) -> 
         (changed / path.name).write_bytes(path.read_bytes())
     manifest = json.loads((changed / "manifest.json").read_text())
     (changed / "manifest.json").write_text(json.dumps({**manifest, "description": "<b>Bold & new</b>"}))
-    report.write([changed], tmp_path, report.Library(), changed.parent)
+    pages.write([changed], tmp_path, pages.Library(), changed.parent)
     page = Document(tmp_path / "galaxy-1.html")
     assert "The manifest is not the one that was sealed" in page.text
     assert "<b>Bold & new</b>" in page.text
@@ -197,18 +201,18 @@ def test_no_artifacts_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", ["digits", "moons"])
 def test_anchors_are_found_by_the_data_itself(name: str) -> None:
-    known = data.load(name)
-    assert anchors.tables(manifest_pb2.Provenance(dataset="another name", dataset_sha256=known.sha256))
-    assert not anchors.tables(manifest_pb2.Provenance(dataset=name, dataset_sha256="0" * 64))
+    known = loading.load(name)
+    assert baselines.tables(manifest_pb2.Provenance(dataset="another name", dataset_sha256=known.sha256))
+    assert not baselines.tables(manifest_pb2.Provenance(dataset=name, dataset_sha256="0" * 64))
 
 
 def test_only_figures_of_one_measure_and_unit_are_read_beside_each_other() -> None:
-    made = manifest_pb2.Provenance(dataset_sha256=data.load("digits").sha256)
+    made = manifest_pb2.Provenance(dataset_sha256=loading.load("digits").sha256)
     of_integers = manifest_pb2.Quality(name="negative log-likelihood, IW-500", unit="bits/dim")
     of_noisy_images = manifest_pb2.Quality(name="negative log-density", unit="nats")
     distance = manifest_pb2.Quality(name="FD(our-cnn)")
     found = [
-        [table.name for table in anchors.tables(made) if table.suits(figure)]
+        [table.name for table in baselines.tables(made) if table.suits(figure)]
         for figure in (of_integers, of_noisy_images, distance)
     ]
     assert found == [["negative log-likelihood"], [], []]
@@ -228,7 +232,7 @@ def test_a_figure_says_of_what_kind_it_is(name: str, doc: str, kinds: list[str],
     scores = [manifest_pb2.Score(kind=manifest_pb2.Score.Kind.Value(f"KIND_{kind}")) for kind in kinds]
     programs = [manifest_pb2.Program(operation="score", score=score) for score in scores]
     figure = manifest_pb2.Quality(name=name, doc=doc)
-    assert report._kind(figure, manifest_pb2.Manifest(programs=programs)) == expected
+    assert pages._kind(figure, manifest_pb2.Manifest(programs=programs)) == expected
 
 
 @pytest.mark.parametrize(
@@ -241,13 +245,13 @@ def test_a_figure_says_of_what_kind_it_is(name: str, doc: str, kinds: list[str],
     ],
 )
 def test_a_density_is_drawn_of_what_is_one(shelf: Path, kind: str, drawn: bool, caption: str | None) -> None:
-    manifest = layout.read(shelf / "galaxy" / "1")
+    manifest = reader.read(shelf / "galaxy" / "1")
     score = next(each for each in manifest.programs if each.operation == "score")
     score.score.kind = manifest_pb2.Score.Kind.Value(f"KIND_{kind}")
     if drawn:
         score.noise.add()
-    subject = exhibit.Subject(layout.load(shelf / "galaxy" / "1", manifest, "torchscript"), None)
-    captions = [each.caption for each in exhibit._density(subject)]
+    subject = sections.Subject(reader.load(shelf / "galaxy" / "1", manifest, "torchscript"), None)
+    captions = [each.caption for each in sections._density(subject)]
     assert [each.partition(".")[0] + "." for each in captions] == ([caption] if caption else [])
 
 
@@ -258,7 +262,7 @@ def test_test_rows_are_shown_class_by_class(classes: int, missing: int) -> None:
         kind=manifest_pb2.Value.KIND_IMAGE, class_labels=[str(label) for label in range(classes)]
     )
     labels = np.repeat(np.delete(np.arange(classes), missing), 40)
-    part = exhibit._by_class(data.Part(labels.reshape(-1, 1, 1), labels), value)
+    part = sections._by_class(loading.Part(labels.reshape(-1, 1, 1), labels), value)
     assert len(part) == min(100, 40 * (classes - 1))
     np.testing.assert_array_equal(part.rows[:, 0, 0], part.labels)
     turn = [label for label in range(classes) if label != missing]
@@ -272,14 +276,14 @@ def test_lines_to_copy_name_a_file_that_suits(vocabulary: tuple[str, ...], endin
     kind = manifest_pb2.Value.KIND_TOKENS if vocabulary else manifest_pb2.Value.KIND_IMAGE
     value = manifest_pb2.Value(kind=kind, vocabulary=vocabulary)
     manifest, program = manifest_pb2.Manifest(name="m", value=value), manifest_pb2.Program(operation="sample")
-    assert usage.command(program, manifest).endswith(f"-o m.{ending}")
+    assert snippets.command(program, manifest).endswith(f"-o m.{ending}")
 
 
 def test_ways_begin_and_end_at_their_ends() -> None:
     a, b = np.random.default_rng(0).standard_normal((2, 4, 3, 5))
-    for walk in (exhibit._line, exhibit._arc):
+    for walk in (sections._line, sections._arc):
         way = walk(a, b)
-        assert way.shape == (4, exhibit.COLUMNS, 3, 5)
+        assert way.shape == (4, sections.COLUMNS, 3, 5)
         np.testing.assert_allclose(way[:, 0], a, atol=1e-5)
         np.testing.assert_allclose(way[:, -1], b, atol=1e-5)
 
@@ -288,7 +292,7 @@ def test_ways_begin_and_end_at_their_ends() -> None:
 def test_images_are_tiled_in_ink_or_in_their_colours(channels: tuple[int, ...], mode: str) -> None:
     images = np.zeros((4, 5, 6, *channels))
     images[3] = 1
-    drawn = chart.tiles(images, 2, "Two & two")
+    drawn = charts.tiles(images, 2, "Two & two")
     assert 'alt="Two &amp; two"' in drawn
     encoded = re.search(r"base64,([^\"]*)", drawn)
     assert encoded is not None
@@ -306,12 +310,12 @@ def test_a_piano_roll_has_a_bar_for_every_note() -> None:
     tokens[0, : len(words)] = [chorales.VOCABULARY.index(word) for word in words]
     sounding = chorales.roll(tokens)[0][:, :3]
     assert list(_bars(sounding)) == [(62, 2, 1), (60, 0, 2), (48, 0, 3)]
-    drawn = chart.roll(sounding, chorales.LOWEST, "A <piece>")
+    drawn = charts.roll(sounding, chorales.LOWEST, "A <piece>")
     assert 'aria-label="A &lt;piece&gt;"' in drawn
     assert "C4" in drawn
 
 
 def _bars(sounding: np.ndarray) -> Iterator[tuple[int, int, int]]:
     for line, frames in enumerate(sounding):
-        for start, length in chart._runs(frames):
+        for start, length in charts._runs(frames):
             yield chorales.HIGHEST - line, int(start), math.ceil(length)

@@ -11,20 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import checkpoint, layout, recipe, training
-from export.checkpoint import Checkpoint, CheckpointError
-from export.data import Dataset, Part
+from export import pipeline
+from export.artifacts import reader
+from export.datasets.loading import Dataset, Part
 from export.families import mlp
 from export.families.base import Preset
 from export.families.classifier import Classifier
-from export.interrupt import held_back
-from export.program import Program, TensorSpec, Value
-from export.training import Settings
+from export.graphs.program import Program, TensorSpec, Value
+from export.training import checkpoint, trainer
+from export.training.checkpoint import Checkpoint, CheckpointError
+from export.training.signals import held_back
+from export.training.trainer import Settings
 
 SETTINGS = Settings(steps=23, batch_rows=8, evaluations=5)
 
 
-class Net(training.Network):
+class Net(trainer.Network):
     """Everything that has a state: dropout, batch statistics, noise of its own; and it can break down."""
 
     def __init__(self, breaks_at: int = 0) -> None:
@@ -50,10 +52,10 @@ def points() -> Dataset:
 
 def fit(
     points: Dataset, directory: Path, breaks_at: int = 0, every: float = 0
-) -> tuple[training.Outcome, dict[str, Tensor]]:
+) -> tuple[trainer.Outcome, dict[str, Tensor]]:
     torch.manual_seed(1)
     net = Net(breaks_at)
-    outcome = training.fit(net, points, SETTINGS, checkpoint=Checkpoint(directory, {"run": "1"}, every))
+    outcome = trainer.fit(net, points, SETTINGS, checkpoint=Checkpoint(directory, {"run": "1"}, every))
     return outcome, net.state_dict()
 
 
@@ -104,7 +106,7 @@ def test_the_bar_shows_the_loss_before_the_first_evaluation(
     points: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        training.fit(Net(breaks_at=4), points, SETTINGS)
+        trainer.fit(Net(breaks_at=4), points, SETTINGS)
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"training:  13%\|.*<.*, step 3 of 23, loss \d\.\d+ *$", last), last
 
@@ -113,7 +115,7 @@ def test_the_bar_of_a_run_that_time_ends_comes_to_its_end(
     points: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(SETTINGS, steps=10**9, seconds=0.3)
-    training.fit(Net(), points, settings)
+    trainer.fit(Net(), points, settings)
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"training: 100%\|.*, step \d+ of 1000000000, loss \d.*, best \d", last), last
 
@@ -127,8 +129,8 @@ def test_losses_that_are_no_numbers_are_said_to_be_and_what_to_do(points: Datase
     """Its checkpoint is gone: going on from there would end in the same way."""
     kept = Checkpoint(tmp_path / "model", {"run": "1"}, 0)
     said = r"after 23 steps no validation loss was a finite .* --learning-rate below 0\.002 or .* --seed"
-    with pytest.raises(training.TrainingError, match=said):
-        training.fit(Lost(), points, SETTINGS, checkpoint=kept)
+    with pytest.raises(trainer.TrainingError, match=said):
+        trainer.fit(Lost(), points, SETTINGS, checkpoint=kept)
     assert list(tmp_path.iterdir()) == []
     fit(points, tmp_path / "model")
     assert steps(tmp_path / "model") == 23
@@ -182,34 +184,34 @@ def test_a_second_signal_does_not_wait() -> None:
 class Stopping(mlp.Family):
     """Interrupted when its training is over."""
 
-    def programs(self, network: training.Network, data: Dataset) -> tuple[Program, ...]:
+    def programs(self, network: trainer.Network, data: Dataset) -> tuple[Program, ...]:
         raise KeyboardInterrupt
 
 
 @pytest.fixture
-def tiny(digits: Dataset, tmp_path: Path) -> recipe.Recipe:
-    return recipe.Recipe(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
+def tiny(digits: Dataset, tmp_path: Path) -> pipeline.Recipe:
+    return pipeline.Recipe(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
 
 
-def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: recipe.Recipe) -> None:
-    written = recipe.make(tiny)
+def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: pipeline.Recipe) -> None:
+    written = pipeline.make(tiny)
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
-def test_the_seed_is_recorded(tiny: recipe.Recipe) -> None:
-    assert layout.read(recipe.make(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
+def test_the_seed_is_recorded(tiny: pipeline.Recipe) -> None:
+    assert reader.read(pipeline.make(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
 def test_an_interrupted_recipe_says_where_it_goes_on(
-    tiny: recipe.Recipe, capsys: pytest.CaptureFixture[str]
+    tiny: pipeline.Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted = dataclasses.replace(tiny, family=Stopping())
     with pytest.raises(KeyboardInterrupt):
-        recipe.make(interrupted)
+        pipeline.make(interrupted)
     assert [path.name for path in (tiny.models / "digits-mlp").iterdir()] == [checkpoint.DIRECTORY]
     with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
-        recipe.make(dataclasses.replace(tiny, seed=1))
-    recipe.make(tiny)
+        pipeline.make(dataclasses.replace(tiny, seed=1))
+    pipeline.make(tiny)
     assert "going on at step 4 of 4" in capsys.readouterr().out
 
 
@@ -223,25 +225,25 @@ class Exploding(mlp.Family):
         return classifier
 
 
-def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: recipe.Recipe) -> None:
+def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.Recipe) -> None:
     exploding = dataclasses.replace(tiny, family=Exploding())
     for learning_rate in (None, 1e-4):
-        with pytest.raises(training.TrainingError, match="no validation loss was a finite number"):
-            recipe.make(dataclasses.replace(exploding, learning_rate=learning_rate))
+        with pytest.raises(trainer.TrainingError, match="no validation loss was a finite number"):
+            pipeline.make(dataclasses.replace(exploding, learning_rate=learning_rate))
         assert list(tiny.models.iterdir()) == []
-    manifest = layout.read(recipe.make(dataclasses.replace(tiny, learning_rate=1e-4)))
+    manifest = reader.read(pipeline.make(dataclasses.replace(tiny, learning_rate=1e-4)))
     assert manifest.provenance.settings["learning_rate"] == "0.0001"
 
 
-def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: recipe.Recipe) -> None:
-    written = recipe.make(tiny)
-    with pytest.raises(training.TrainingError):
-        recipe.make(dataclasses.replace(tiny, family=Exploding()))
+def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: pipeline.Recipe) -> None:
+    written = pipeline.make(tiny)
+    with pytest.raises(trainer.TrainingError):
+        pipeline.make(dataclasses.replace(tiny, family=Exploding()))
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
-def test_a_fresh_start_forgets(tiny: recipe.Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fresh_start_forgets(tiny: pipeline.Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        recipe.make(dataclasses.replace(tiny, family=Stopping()))
-    recipe.make(dataclasses.replace(tiny, seed=1, fresh=True))
+        pipeline.make(dataclasses.replace(tiny, family=Stopping()))
+    pipeline.make(dataclasses.replace(tiny, seed=1, fresh=True))
     assert "going on" not in capsys.readouterr().out

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import MAX_LOST_ROWS, MAX_RESTARTS, Engine
-from server.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
-from server.request import Completed, Event, Request, Rows, Work
+from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
+from server.core.request import Completed, Event, Request, Rows, Work
+from server.engine.engine import MAX_LOST_ROWS, MAX_RESTARTS, Engine
+from server.engine.scheduler import Limits, Scheduler
 from server.runtime import Graph
-from server.scheduler import Limits, Scheduler
-from tests import toys
-from tests.toys import KEY, Ledger, Reader, request
+from tests.support import programs
+from tests.support.programs import KEY, Ledger, Reader, request
 
 
 class Gate:
@@ -54,11 +54,11 @@ class Clock:
 class Bench:
     """An engine over one toy program."""
 
-    def __init__(self, graphs: Mapping[str, Graph] = toys.GRAPHS, limits: Limits | None = None) -> None:
+    def __init__(self, graphs: Mapping[str, Graph] = programs.GRAPHS, limits: Limits | None = None) -> None:
         self.ledger = Ledger()
         self.clock = Clock()
         self.engine = Engine(Scheduler(limits), self.ledger, self.clock)
-        self.engine.add(KEY, toys.program(graphs=graphs))
+        self.engine.add(KEY, programs.program(graphs=graphs))
         self.engine.start()
 
     def submit(self, **settings: object) -> tuple[Request, Reader]:
@@ -77,12 +77,12 @@ def bench() -> Iterator[Bench]:
 
 @pytest.fixture
 def gate() -> Gate:
-    return Gate(toys.walk)
+    return Gate(programs.walk)
 
 
 @pytest.fixture
 def gated(gate: Gate) -> Iterator[Bench]:
-    made = Bench({**toys.GRAPHS, "walk": gate})
+    made = Bench({**programs.GRAPHS, "walk": gate})
     yield made
     gate.open(10_000)
     made.engine.stop()
@@ -90,7 +90,7 @@ def gated(gate: Gate) -> Iterator[Bench]:
 
 def alone(seed: int, index: int, steps: int, scale: float) -> bytes:
     """A row's bytes when it is the only one in the world."""
-    program = toys.program(buckets=(8,))
+    program = programs.program(buckets=(8,))
     program.slots.admit(request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}), 0, 1)
     while True:
         for readout in program.advance():
@@ -148,10 +148,10 @@ def test_a_batch_of_whole_requests_keeps_its_width_and_is_answered_together() ->
 
     def walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
     gate = Gate(walk)
-    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(batching="request"))
+    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(batching="request"))
     bench.submit(rows=1, steps=1)
     gate.await_call()
     _, short = bench.submit(rows=5, steps=1, seed=1)
@@ -173,10 +173,10 @@ def test_rows_that_are_done_fail_with_the_whole_batch_that_they_wait_for() -> No
     def breaks_later(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if next(calls):
             raise RuntimeError("no more")
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
     gate = Gate(breaks_later)
-    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(batching="request"))
+    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(batching="request"))
     bench.submit(rows=1, steps=1)
     gate.await_call()
     readers = [bench.submit(steps=steps)[1] for steps in (1, 3)]
@@ -260,9 +260,9 @@ def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
     def breaks_once(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if next(calls, False):
             raise RuntimeError("secret detail")
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
-    broken = Bench({**toys.GRAPHS, "walk": breaks_once})
+    broken = Bench({**programs.GRAPHS, "walk": breaks_once})
     _, failed = broken.submit(rows=3)
     error = failed.error()
     assert isinstance(error, ModelFailed)
@@ -275,12 +275,12 @@ def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
 
 def poisoned_walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """The walk, but for rows whose scale is 9, which lose all that they were."""
-    (total,) = toys.walk(inputs)
+    (total,) = programs.walk(inputs)
     return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
 
 
 def test_rows_that_are_no_numbers_leave_other_requests_alone() -> None:
-    bench = Bench({**toys.GRAPHS, "walk": poisoned_walk})
+    bench = Bench({**programs.GRAPHS, "walk": poisoned_walk})
     _, poisoned = bench.submit(rows=2, steps=5, parameters={"scale": 9.0})
     _, neighbour = bench.submit(rows=2, steps=7, seed=1)
     error = poisoned.error()
@@ -324,7 +324,7 @@ def test_lost_rows_take_no_room_in_the_window_of_a_reader() -> None:
 
 
 def test_a_request_that_loses_many_rows_is_dropped() -> None:
-    bench = Bench({**toys.GRAPHS, "walk": poisoned_walk})
+    bench = Bench({**programs.GRAPHS, "walk": poisoned_walk})
     request, reader = bench.submit(rows=10_000, steps=2, parameters={"scale": 9.0})
     assert "what was left has been dropped" in str(reader.error())
     assert MAX_LOST_ROWS <= len(request.lost) <= MAX_LOST_ROWS + 8
@@ -335,7 +335,7 @@ def test_a_request_that_loses_many_rows_is_dropped() -> None:
 
 
 def test_too_many_waiting_rows_are_refused_at_once(gate: Gate) -> None:
-    bench = Bench({**toys.GRAPHS, "walk": gate}, Limits(max_waiting_rows=10))
+    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(max_waiting_rows=10))
     bench.submit(rows=1)
     gate.await_call()
     bench.submit(rows=10)
@@ -356,7 +356,7 @@ def test_a_slow_reader_holds_back_its_own_request_only(bench: Bench) -> None:
 
 
 def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
-    bench = Bench({**toys.GRAPHS, "walk": gate})
+    bench = Bench({**programs.GRAPHS, "walk": gate})
     _, reader = bench.submit(rows=100, steps=1000)
     gate.await_call()
     gate.open(1)
@@ -410,7 +410,7 @@ class Struck:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if next(self._calls) == 3:
             raise self._error
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(erro
     renewed = threading.Event()
     ledger = Ledger()
     engine = Engine(Scheduler(), ledger, renew=renewed.set)
-    engine.add(KEY, toys.program(graphs={**toys.GRAPHS, "walk": Struck(error)}))
+    engine.add(KEY, programs.program(graphs={**programs.GRAPHS, "walk": Struck(error)}))
     readers = [Reader(), Reader()]
     for reader in readers:
         engine.submit(request(reader, rows=3, steps=50))
@@ -447,7 +447,7 @@ def test_one_that_is_struck_down_again_and_again_gives_up_and_says_so() -> None:
     died = threading.Event()
     ledger = Ledger()
     engine = Engine(Scheduler(), ledger, on_death=died.set)
-    engine.add(KEY, toys.program())
+    engine.add(KEY, programs.program())
 
     def unreachable(events: Sequence[Event]) -> None:
         raise RuntimeError("the event loop is closed")
@@ -471,11 +471,11 @@ class Cramped:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if len(inputs[0]) > self.rows:
             raise RuntimeError("CUDA error: out of memory")
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does() -> None:
-    bench = Bench({**toys.GRAPHS, "walk": Cramped(2)})
+    bench = Bench({**programs.GRAPHS, "walk": Cramped(2)})
     _, reader = bench.submit(rows=20, steps=3, seed=1)
     assert reader.rows() == {index: alone(1, index, 3, 1.0) for index in range(20)}
     assert bench.ledger.faults == ["out_of_memory"] * 2
@@ -483,7 +483,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does() -> None
 
 
 def test_one_row_that_does_not_fit_fails_its_model_only() -> None:
-    bench = Bench({**toys.GRAPHS, "walk": Cramped(0)})
+    bench = Bench({**programs.GRAPHS, "walk": Cramped(0)})
     _, reader = bench.submit(rows=1)
     assert isinstance(reader.error(), ModelFailed)
     assert bench.ledger.faults[-1] == "graph"

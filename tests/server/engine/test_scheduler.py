@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
-from server.lane import BATCH_SHARE, LEAST_PART, RESERVED_SHARE
-from server.request import Request, Work
-from server.scheduler import Batching, Limits, Scheduler, Turn
-from server.spec import ProgramKey
+from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
+from server.core.request import Request, Work
+from server.core.spec import ProgramKey
+from server.engine.program_queue import BATCH_SHARE, LEAST_PART, RESERVED_SHARE
+from server.engine.scheduler import Batching, Limits, Scheduler, Turn
 
 LEFT = ProgramKey("left", "1", "toy", "sample")
 RIGHT = ProgramKey("right", "1", "toy", "sample")

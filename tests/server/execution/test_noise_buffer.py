@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.program import Program
-from server.request import Request
-from server.tape import Rows, Tape, draw
-from tests import toys
-from tests.toys import request
+from server.core.request import Request
+from server.execution.noise_buffer import Rows, Tape, draw
+from server.execution.program_runner import Program
+from tests.support import programs
+from tests.support.programs import request
 
 SLOTS = 8
 
@@ -57,7 +57,7 @@ class Batch:
         """Compare one step's numbers with the contract's; rows that are done leave, swapped to the tail."""
         self.tape.reach(self.rows)
         drawn = self.tape.numbers("noise", len(self.rows))
-        assert drawn.tobytes() == draw(toys.NOISE, self.rows).tobytes()
+        assert drawn.tobytes() == draw(programs.NOISE, self.rows).tobytes()
         self.tape.advance()
         self.rows = self.rows.later(1)
         self._leave(self.rows.step >= self.rows.num_steps)
@@ -82,7 +82,7 @@ arrivals = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=4
 def test_rows_that_come_and_leave_have_the_numbers_of_the_contract(
     thread: Executor, is_ahead: bool, arrivals: list[tuple[int, int]]
 ) -> None:
-    batch = Batch(Tape((toys.NOISE,), SLOTS, thread if is_ahead else None))
+    batch = Batch(Tape((programs.NOISE,), SLOTS, thread if is_ahead else None))
     for number, (count, num_steps) in enumerate(arrivals):
         for place in range(min(count, SLOTS - len(batch.rows))):
             batch.join(10 * number + place, num_steps)
@@ -91,7 +91,7 @@ def test_rows_that_come_and_leave_have_the_numbers_of_the_contract(
 
 
 def test_numbers_that_could_not_be_drawn_ahead_fail_one_step_and_no_other() -> None:
-    tape, present = Tape((toys.NOISE,), SLOTS, Failing()), rows(3)
+    tape, present = Tape((programs.NOISE,), SLOTS, Failing()), rows(3)
     tape.reach(present)
     for _ in range(tape.length):
         tape.advance()
@@ -99,7 +99,7 @@ def test_numbers_that_could_not_be_drawn_ahead_fail_one_step_and_no_other() -> N
     with pytest.raises(MemoryError):
         tape.reach(present)
     tape.reach(present)
-    assert tape.numbers("noise", 3).tobytes() == draw(toys.NOISE, present).tobytes()
+    assert tape.numbers("noise", 3).tobytes() == draw(programs.NOISE, present).tobytes()
 
 
 # Few seeds and indices, so that twins meet: rows that differ in nothing but their number of steps.
@@ -127,14 +127,14 @@ def _values(program: Program, asked: list[tuple[int, Request]]) -> dict[Request,
 @given(st.lists(TWINS, min_size=1, max_size=24))
 def test_rows_have_the_bytes_that_they_have_alone(thread: Executor, twins: list[tuple[int, ...]]) -> None:
     asked = [(joins, request(seed=seed, first_row=index, steps=steps)) for seed, index, steps, joins in twins]
-    together = _values(toys.program(buckets=(SLOTS,), ahead=thread), asked)
+    together = _values(programs.program(buckets=(SLOTS,), ahead=thread), asked)
     for _, one in asked:
-        alone = _values(toys.program(buckets=(SLOTS,)), [(0, one)])
+        alone = _values(programs.program(buckets=(SLOTS,)), [(0, one)])
         assert together[one] == alone[one]
 
 
 def test_a_twin_of_fewer_steps_leaves_none_of_its_numbers_behind(thread: Executor) -> None:
     twins = [(0, request(seed=7, steps=steps)) for steps in (20, 50)]
-    together = _values(toys.program(buckets=(SLOTS,), ahead=thread), twins)
-    alone = _values(toys.program(buckets=(SLOTS,)), twins[1:])
+    together = _values(programs.program(buckets=(SLOTS,), ahead=thread), twins)
+    alone = _values(programs.program(buckets=(SLOTS,)), twins[1:])
     assert together[twins[1][1]] == alone[twins[1][1]]

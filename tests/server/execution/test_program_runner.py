@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from samovar import noise
-from server.program import Program, Readout
-from server.request import Request, Work
+from server.core.request import Request, Work
+from server.core.spec import GraphSpec, StepCount, TensorSpec
+from server.execution.program_runner import Program, Readout
 from server.runtime import Device, OnnxGraph
-from server.spec import GraphSpec, StepCount, TensorSpec
-from tests import toys
-from tests.toys import request
+from tests.support import programs
+from tests.support.programs import request
 
 
 def run(program: Program) -> list[Readout]:
@@ -31,13 +31,13 @@ def walked(asked: Request, index: int) -> np.ndarray:
     total = np.zeros(2, np.float32)
     for step in range(asked.steps):
         seed = np.array([asked.seed], np.uint64)
-        drawn = noise.normal(seed, np.array([index]), np.array([step]), toys.NOISE.stream, (2,))[0]
+        drawn = noise.normal(seed, np.array([index]), np.array([step]), programs.NOISE.stream, (2,))[0]
         total = total + np.float32(asked.work.parameters["scale"]) * drawn + np.float32(step)
     return total
 
 
 def test_rows_of_different_lengths_and_parameters_share_calls_and_do_not_mix() -> None:
-    program = toys.program()
+    program = programs.program()
     asked = [
         request(rows=2, steps=steps, seed=steps, first_row=10 * steps, parameters={"scale": steps / 2})
         for steps in (5, 1, 3)
@@ -52,7 +52,7 @@ def test_rows_of_different_lengths_and_parameters_share_calls_and_do_not_mix() -
 
 
 def test_a_row_that_joins_late_starts_at_step_zero() -> None:
-    program = toys.program()
+    program = programs.program()
     early, late = request(steps=4, seed=1), request(steps=4, seed=2)
     program.slots.admit(early, 0, 1)
     program.advance()
@@ -63,7 +63,7 @@ def test_a_row_that_joins_late_starts_at_step_zero() -> None:
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
 def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
-    program = toys.program()
+    program = programs.program()
     asked = [request(rows=2, steps=4, seed=seed) for seed in range(3)]
     for one in asked:
         program.slots.admit(one, 0, 2)
@@ -78,7 +78,7 @@ def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
 
 def test_inputs_go_to_their_own_rows_or_to_all() -> None:
     starts = np.arange(6, dtype=np.float32).reshape(3, 2)
-    program = toys.program()
+    program = programs.program()
     own = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts}))
     shared = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
     program.slots.admit(own, 0, 2)
@@ -90,7 +90,7 @@ def test_inputs_go_to_their_own_rows_or_to_all() -> None:
 
 
 def test_slots_do_not_remember_their_last_row() -> None:
-    program = toys.program(dataclasses.replace(toys.WALK, init=None))
+    program = programs.program(dataclasses.replace(programs.WALK, init=None))
     first, second = request(steps=2, seed=1), request(steps=2, seed=1)
     program.slots.admit(first, 0, 1)
     before = run(program)[0].rows.outputs["value"]
@@ -99,7 +99,7 @@ def test_slots_do_not_remember_their_last_row() -> None:
 
 
 def test_a_program_without_steps_reads_out_at_once() -> None:
-    program = toys.program(toys.ECHO)
+    program = programs.program(programs.ECHO)
     starts = np.ones((2, 2), np.float32)
     program.slots.admit(request(rows=2, steps=0, work=Work({}, {"start": starts})), 0, 2)
     (readout,) = program.advance()
@@ -109,13 +109,15 @@ def test_a_program_without_steps_reads_out_at_once() -> None:
 
 def test_a_row_that_says_it_is_done_ends_early() -> None:
     done = TensorSpec("done", "bool")
-    walk = GraphSpec("until", (*toys.WALK.step.inputs, done) if toys.WALK.step else (), (toys.TOTAL, done))
-    begin = GraphSpec("begin", (toys.START.tensor,), (toys.TOTAL, done))
+    walk = GraphSpec(
+        "until", (*programs.WALK.step.inputs, done) if programs.WALK.step else (), (programs.TOTAL, done)
+    )
+    begin = GraphSpec("begin", (programs.START.tensor,), (programs.TOTAL, done))
     spec = dataclasses.replace(
-        toys.WALK,
+        programs.WALK,
         init=begin,
         step=walk,
-        state=(toys.TOTAL, done),
+        state=(programs.TOTAL, done),
         steps=StepCount(parameter="steps", done="done"),
     )
 
@@ -123,10 +125,10 @@ def test_a_row_that_says_it_is_done_ends_early() -> None:
         return [inputs[0].clone(), torch.zeros(len(inputs[0]), dtype=torch.bool)]
 
     def until_far(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        (total,) = toys.walk(inputs[:4])
+        (total,) = programs.walk(inputs[:4])
         return [total, total.abs().amax(1) > 4]
 
-    program = toys.program(spec, {**toys.GRAPHS, "begin": start, "until": until_far})
+    program = programs.program(spec, {**programs.GRAPHS, "begin": start, "until": until_far})
     program.slots.admit(request(rows=8, steps=100, parameters={"scale": 2.0}), 0, 8)
     finished = run(program)
     lengths = [steps for readout in finished for steps in readout.steps_done]
@@ -141,9 +143,9 @@ def test_calls_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
 
     def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
-        return toys.walk(inputs)
+        return programs.walk(inputs)
 
-    program = toys.program(graphs={**toys.GRAPHS, "walk": watched}, buckets=(2, 8))
+    program = programs.program(graphs={**programs.GRAPHS, "walk": watched}, buckets=(2, 8))
     for rows in (1, 2, 3, 8):
         program.slots.admit(request(rows=rows, steps=1), 0, rows)
         run(program)
@@ -155,9 +157,9 @@ def test_a_preview_reads_out_the_rows_that_are_due_and_changes_none() -> None:
 
     def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
-        return toys.identity(inputs)
+        return programs.identity(inputs)
 
-    program = toys.program(graphs={**toys.GRAPHS, "end": watched})
+    program = programs.program(graphs={**programs.GRAPHS, "end": watched})
     seen = request(rows=2, steps=5, seed=1, preview_every=2)
     others = [request(rows=2, steps=steps, seed=seed) for seed, steps in ((2, 6), (3, 3), (4, 6))]
     for one in (others[0], seen, *others[1:]):
@@ -174,11 +176,11 @@ def test_a_preview_reads_out_the_rows_that_are_due_and_changes_none() -> None:
 
 def test_padding_never_reaches_anybody() -> None:
     def poisons_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        (total,) = toys.walk(inputs)
+        (total,) = programs.walk(inputs)
         total[3:] = torch.nan
         return [total]
 
-    program = toys.program(graphs={**toys.GRAPHS, "walk": poisons_padding}, buckets=(8,))
+    program = programs.program(graphs={**programs.GRAPHS, "walk": poisons_padding}, buckets=(8,))
     program.slots.admit(request(rows=3, steps=4), 0, 3)
     assert all(readout.is_finite for readout in run(program))
     program.slots.admit(request(rows=1, steps=1), 0, 1)
@@ -190,8 +192,10 @@ def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
     def level(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [inputs[0].nan_to_num().clamp(-9, 9).to(torch.int64)]
 
-    end = dataclasses.replace(toys.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
-    program = toys.program(dataclasses.replace(toys.WALK, readout=end), {**toys.GRAPHS, "end": level})
+    end = dataclasses.replace(programs.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
+    program = programs.program(
+        dataclasses.replace(programs.WALK, readout=end), {**programs.GRAPHS, "end": level}
+    )
     fine, broken = (
         request(steps=2, work=Work({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}))
         for start in (0.0, number)
@@ -202,7 +206,7 @@ def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
 
 
 def test_more_rows_than_slots_is_a_bug() -> None:
-    program = toys.program(buckets=(4,))
+    program = programs.program(buckets=(4,))
     with pytest.raises(AssertionError, match="This is a bug"):
         program.slots.admit(request(rows=5), 0, 5)
 
@@ -225,12 +229,14 @@ def greedy(path: Path, spec: GraphSpec) -> OnnxGraph:
 
 
 def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Path) -> None:
-    x = dataclasses.replace(toys.TOTAL, name="x")
+    x = dataclasses.replace(programs.TOTAL, name="x")
     grow = GraphSpec("grow", (x,), (x,))
-    start = GraphSpec("begin", (toys.START.tensor,), (x,))
-    end = GraphSpec("end", (x,), toys.WALK.readout.outputs)
-    spec = dataclasses.replace(toys.WALK, init=start, step=grow, readout=end, state=(x,), noise=())
-    program = toys.program(spec, {**toys.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4))
+    start = GraphSpec("begin", (programs.START.tensor,), (x,))
+    end = GraphSpec("end", (x,), programs.WALK.readout.outputs)
+    spec = dataclasses.replace(programs.WALK, init=start, step=grow, readout=end, state=(x,), noise=())
+    program = programs.program(
+        spec, {**programs.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4)
+    )
     starts = np.arange(8, dtype=np.float32).reshape(4, 2)
     program.slots.admit(request(rows=4, steps=2, work=Work({"steps": 2}, {"start": starts})), 0, 4)
     (finished,) = run(program)

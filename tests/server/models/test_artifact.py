@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import samovar
-from server.errors import ArtifactRefused, RuntimeMissing
-from server.repository import Repository
+from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.spec import GraphSpec
+from server.models.repository import Repository
 from server.runtime import RUNTIMES, Device, Graph
-from server.spec import GraphSpec
-from tests.serving import serving
+from tests.support.live_server import serving
 
 Json = Any
 NAME = "digits-vae"

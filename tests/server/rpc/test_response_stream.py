@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.call import MAX_PREVIEWS, Call, Exchange
-from server.engine import Engine
-from server.errors import Overloaded
-from server.request import Completed, Event, Failed, Preview, Request, Rows, Timings
-from server.scheduler import Limits, Scheduler
-from tests.toys import KEY, Ledger, Reader, program, request
+from server.core.errors import Overloaded
+from server.core.request import Completed, Event, Failed, Preview, Request, Rows, Timings
+from server.engine.engine import Engine
+from server.engine.scheduler import Limits, Scheduler
+from server.rpc.response_stream import MAX_PREVIEWS, Call, Exchange
+from tests.support.programs import KEY, Ledger, Reader, program, request
 
 MOST = 4
 

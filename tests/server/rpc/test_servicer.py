@@ -11,12 +11,13 @@ from grpc_status import rpc_status
 from torch import Tensor, nn
 
 import samovar
-from export import artifact, golden, program
+from export.artifacts import golden, writer
+from export.graphs import program
 from samovar import tensors
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from tests.serving import RunningServer, assert_idle, await_true, serving
+from tests.support.live_server import RunningServer, assert_idle, await_true, serving
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 IMAGES = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8) % 17
@@ -65,7 +66,7 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Clien
     noise = program.Noise("noise", "normal", (2,), 0)
     usual = program.Program("sample", Halve(), (point,), "halve the noise", noise=(noise,))
     other = program.Program("sample", Double(), (point,), "double it", noise=(noise,), method="double")
-    model = artifact.Model(
+    model = writer.Model(
         name="two-ways",
         family="toy",
         description="noise, halved or doubled",
@@ -77,7 +78,7 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Clien
     models = tmp_path_factory.mktemp("ways")
     for way in (usual, other):
         way.readout.eval()
-    artifact.write(model, models)
+    writer.write(model, models)
     with serving(models) as running, samovar.Client(running.address) as connected:
         yield connected
 

@@ -14,9 +14,9 @@ import pytest
 import samovar
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
-from server import health
-from server.front_end import FrontEnds
-from tests.serving import RunningServer, assert_idle, await_true, listening, scrape, serving
+from server.rpc import health
+from server.rpc.workers import FrontEnds
+from tests.support.live_server import RunningServer, assert_idle, await_true, listening, scrape, serving
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
 # One format loads in a tenth of the time of all.

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from export import graph
-from export.program import TensorSpec as Declared
-from server import artifact
+from export.graphs import graph
+from export.graphs.program import TensorSpec as Declared
+from server.core.spec import GraphSpec, TensorSpec
+from server.models import artifact
 from server.runtime import RUNTIMES, Device
-from server.spec import GraphSpec, TensorSpec
-from tests.families import PAIRS, Pair
+from tests.support.datasets import PAIRS, Pair
 
 ELSEWHERE = Device("meta")
 USUAL = [pair for pair in PAIRS if pair.is_usual]

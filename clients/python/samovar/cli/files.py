@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samovar import midi, png, vocabulary
+from samovar import midi, png, tokens
 from samovar.model import TensorSpec, Value, ValueKind
 from samovar.tensors import Array
 
@@ -82,11 +82,11 @@ def _png(arrays: Arrays, value: Value) -> bytes:
 
 
 def _txt(arrays: Arrays, value: Value) -> bytes:
-    return "".join(f"{line}\n" for line in vocabulary.decode(next(iter(arrays.values())), value)).encode()
+    return "".join(f"{line}\n" for line in tokens.decode(next(iter(arrays.values())), value)).encode()
 
 
 def _mid(arrays: Arrays, value: Value) -> bytes:
-    return midi.encode([vocabulary.words_of(row, value) for row in next(iter(arrays.values()))])
+    return midi.encode([tokens.words_of(row, value) for row in next(iter(arrays.values()))])
 
 
 def _csv(arrays: Arrays, value: Value) -> bytes:

@@ -14,13 +14,14 @@ from typing import NoReturn
 
 import numpy as np
 
-from samovar import arguments, files, tables, vocabulary
+from samovar import tokens
+from samovar._inputs import named_arrays, num_rows, part_of
+from samovar._messages import Options, draw_seed
+from samovar.cli import files, formatting, parser
+from samovar.cli.progress import Bar
 from samovar.client import Client
 from samovar.errors import Overloaded, SamovarError, Unavailable
-from samovar.inputs import named_arrays, num_rows, part_of
-from samovar.messages import Options, draw_seed
 from samovar.model import Model, Operation, Parameter, ParameterType, Scalar
-from samovar.progress import Bar
 from samovar.result import Canvas, Event, Preview, Result, Rows, Scores, merge, merge_scores
 from samovar.tensors import Array
 from samovar.text import PROMPT, STOP, pieces
@@ -34,7 +35,7 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = arguments.parser(version("samovar")).parse_args(argv)
+    args = parser.parser(version("samovar")).parse_args(argv)
     try:
         with _ending_on_interrupt(), Client(args.address, timeout=args.timeout) as client:
             _COMMANDS[args.command](client, args)
@@ -73,15 +74,15 @@ def _complain(message: str, code: int = 1) -> int:
 
 
 def _models(client: Client, args: Namespace) -> None:
-    print(tables.models(client.models()))
+    print(formatting.models(client.models()))
 
 
 def _model(client: Client, args: Namespace) -> None:
-    print(tables.model(client.model(args.model, args.version, args.format)))
+    print(formatting.model(client.model(args.model, args.version, args.format)))
 
 
 def _server(client: Client, args: Namespace) -> None:
-    print(tables.server(client.server_info()))
+    print(formatting.server(client.server_info()))
 
 
 def _sample(client: Client, args: Namespace) -> None:
@@ -90,10 +91,10 @@ def _sample(client: Client, args: Namespace) -> None:
         raise UsageError("say where the rows go: -o FILE.npy, FILE.npz, or FILE.png for images")
     result = _drawn(client, args, model, operation)
     if args.output is None:
-        print("\n".join(vocabulary.decode(result.value, model.value)))
+        print("\n".join(tokens.decode(result.value, model.value)))
         return
     files.write(args.output, result.outputs, model.value)
-    print(f"{args.rows} rows in {args.output}; {tables.summary(result)}")
+    print(f"{args.rows} rows in {args.output}; {formatting.summary(result)}")
 
 
 def _drawn(client: Client, args: Namespace, model: Model, operation: Operation) -> Result:
@@ -121,7 +122,7 @@ def _drawn(client: Client, args: Namespace, model: Model, operation: Operation) 
 def _complete(client: Client, args: Namespace) -> None:
     model = client.model(args.model, args.version, args.format)
     operation = model.operation("sample", args.method)
-    prompt = vocabulary.tokens_of(args.prompt, model.value, PROMPT)
+    prompt = tokens.tokens_of(args.prompt, model.value, PROMPT)
     if args.output:
         files.check(args.output, model.value, operation.outputs[0])
     given = [*args.param, *([] if args.tokens is None else [f"tokens={args.tokens}"])]
@@ -134,7 +135,7 @@ def _complete(client: Client, args: Namespace) -> None:
         written += piece
     print()
     if args.output:
-        files.write(args.output, {"text": vocabulary.encode([written], model.value)}, model.value)
+        files.write(args.output, {"text": tokens.encode([written], model.value)}, model.value)
     print(f"seed {options['seed']}", file=sys.stderr)
 
 
@@ -161,29 +162,28 @@ def _reconstruct(client: Client, args: Namespace) -> None:
         files.write_pairs(args.output, next(iter(arrays.values())), result.value, model.value)
     else:
         files.write(args.output, result.outputs, model.value)
-    print(f"{len(result.value)} rows in {args.output}; {tables.summary(result)}")
+    print(f"{len(result.value)} rows in {args.output}; {formatting.summary(result)}")
 
 
 def _transform(client: Client, args: Namespace) -> None:
     model, _, parts = _transformed(client, args)
     result = merge(parts)
     if args.output is None:
-        print(tables.results(result, args.first_row, model.value.class_labels))
+        print(formatting.results(result, args.first_row, model.value.class_labels))
         return
     files.write(args.output, result.outputs, model.value)
-    print(f"{len(result.value)} rows in {args.output}; {tables.summary(result)}")
+    print(f"{len(result.value)} rows in {args.output}; {formatting.summary(result)}")
 
 
 def _score(client: Client, args: Namespace) -> None:
     model, _, parts = _transformed(client, args)
     scores = merge_scores([part for part in parts if isinstance(part, Scores)])
     if args.output is None:
-        print(tables.scores(scores, args.first_row))
+        print(formatting.scores(scores, args.first_row))
         return
     files.write(args.output, scores.columns(), model.value)
-    print(
-        f"{tables.score_headline(scores)}\n{len(scores.nats)} rows in {args.output}; {tables.summary(scores)}"
-    )
+    print(formatting.score_headline(scores))
+    print(f"{len(scores.nats)} rows in {args.output}; {formatting.summary(scores)}")
 
 
 def _transformed(client: Client, args: Namespace) -> tuple[Model, dict[str, Array], list[Result]]:

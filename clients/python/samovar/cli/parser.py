@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from samovar.connection import DEFAULT_ADDRESS
+from samovar._channel import DEFAULT_ADDRESS
 
 _EXAMPLES = """\
 examples:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.spec import ProgramSpec
+from server.core.spec import ProgramSpec
 
 
 def default_inputs(spec: ProgramSpec) -> dict[str, NDArray[Any]]:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from export import chorales as music
-from export import text as writing
-from export.program import TensorSpec, Value
+from export.datasets import chorales as music
+from export.datasets import text as writing
+from export.graphs.program import TensorSpec, Value
 
 VALIDATION_SHARE = 0.12
 # Rows and seed, to learn and to test.

@@ -1,0 +1,1 @@
+"""Artifacts: written, read, interpreted and verified."""

@@ -1,0 +1,1 @@
+"""Programs and graphs: their definition, export formats and purity checks."""

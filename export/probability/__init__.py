@@ -1,0 +1,1 @@
+"""Distributions, estimators and batch-invariant operators that families share."""

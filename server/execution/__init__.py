@@ -1,0 +1,1 @@
+"""Program execution over slots: tensors, state and noise."""

@@ -1,0 +1,1 @@
+"""Artifacts on disk: read, validated, replayed and registered."""

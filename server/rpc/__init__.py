@@ -1,0 +1,1 @@
+"""gRPC and protobuf: servicer, codec, status codes, health, worker processes."""
