@@ -34,7 +34,7 @@ _SHARED = (
 
 
 def artifact(pair: Pair, formats: Sequence[str]) -> Path:
-    """Return the directory <name> of a pair's untrained artifact in these formats; build it when it is new."""
+    """Return a pair's artifact directory <name>, and build it first when it is not cached."""
     directory = CACHE / _key(pair, tuple(formats))
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "lock"):

@@ -28,9 +28,9 @@ if _version_not_supported:
 class InferenceStub(object):
     """Inference runs the programs of the models that a server holds.
 
-    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
-    with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
+    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo with the reason. An
+    operation that a model does not support fails with FAILED_PRECONDITION; the error names the
+    supported operations and, when the artifact gives one, the reason.
     """
 
     def __init__(self, channel):
@@ -94,9 +94,9 @@ class InferenceStub(object):
 class InferenceServicer(object):
     """Inference runs the programs of the models that a server holds.
 
-    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
-    with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
+    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo with the reason. An
+    operation that a model does not support fails with FAILED_PRECONDITION; the error names the
+    supported operations and, when the artifact gives one, the reason.
     """
 
     def Sample(self, request, context):
@@ -107,21 +107,21 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reconstruct(self, request, context):
-        """Reconstruct sends every row through the model and back.
+        """Reconstruct encodes and decodes every row.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Score returns log-densities, or what the model can truthfully say of them.
+        """Score returns log-densities, bounds or estimates of them; the response says which.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Energy(self, request, context):
-        """Energy returns unnormalised energies: lower means likelier, within one artifact.
+        """Energy returns unnormalized energies: lower means more likely, within one artifact.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,7 +149,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """ListModels says what is served.
+        """ListModels lists the served models.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,7 +163,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """GetServerInfo says what serves, and within which limits.
+        """GetServerInfo describes the server and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,9 +233,9 @@ def add_InferenceServicer_to_server(servicer, server):
 class Inference(object):
     """Inference runs the programs of the models that a server holds.
 
-    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo
-    with the reason. An operation that a model does not have is
-    FAILED_PRECONDITION and names the operations that it has, with the reason where there is one.
+    Errors carry google.rpc details: BadRequest with every violation, ErrorInfo with the reason. An
+    operation that a model does not support fails with FAILED_PRECONDITION; the error names the
+    supported operations and, when the artifact gives one, the reason.
     """
 
     @staticmethod

@@ -67,12 +67,12 @@ Global___DataType: typing_extensions.TypeAlias = DataType
 
 @typing.final
 class Manifest(google.protobuf.message.Message):
-    """Manifest describes one artifact completely: nothing about it lies elsewhere."""
+    """Manifest describes one artifact completely."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     @typing.final
-    class RefusalsEntry(google.protobuf.message.Message):
+    class UnsupportedOperationsEntry(google.protobuf.message.Message):
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         KEY_FIELD_NUMBER: builtins.int
@@ -93,29 +93,29 @@ class Manifest(google.protobuf.message.Message):
     FAMILY_FIELD_NUMBER: builtins.int
     DESCRIPTION_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
-    VALUE_FIELD_NUMBER: builtins.int
+    DATA_SPEC_FIELD_NUMBER: builtins.int
     GRAPHS_FIELD_NUMBER: builtins.int
     PROGRAMS_FIELD_NUMBER: builtins.int
     GOLDEN_ROWS_FIELD_NUMBER: builtins.int
     QUALITY_FIELD_NUMBER: builtins.int
-    REFUSALS_FIELD_NUMBER: builtins.int
+    UNSUPPORTED_OPERATIONS_FIELD_NUMBER: builtins.int
     format_version: builtins.int
-    """Version of this contract; a server refuses versions that it does not know. Now 1."""
+    """Version of this contract, now 2. A server rejects every other version."""
     name: builtins.str
-    """What clients call the model: lower-case letters, digits and hyphens."""
+    """Model name: lower-case letters, digits and hyphens."""
     version: builtins.str
     """A positive integer as text; the highest one is served by default."""
     family: builtins.str
-    """The family, for people only: no program may depend on it."""
+    """Model family. Informational: the server never branches on it."""
     description: builtins.str
-    """One sentence for people, with the paper."""
+    """One sentence of description, with the paper."""
     @property
     def provenance(self) -> Global___Provenance:
         """When and from what the artifact was made."""
 
     @property
-    def value(self) -> Global___Value:
-        """What one row of the model's data is."""
+    def data_spec(self) -> Global___DataSpec:
+        """Shape, type and meaning of one row of the model's data."""
 
     @property
     def graphs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Graph]:
@@ -127,15 +127,15 @@ class Manifest(google.protobuf.message.Message):
 
     @property
     def golden_rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GoldenRows]:
-        """Rows with known answers, by which a server proves that it computes what the exporter measured."""
+        """Requests with known answers, which a server replays before it serves the model."""
 
     @property
     def quality(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Quality]:
-        """Figures measured at export on data held out from training."""
+        """Metrics measured at export on data held out from training."""
 
     @property
-    def refusals(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Operations that the model cannot truthfully have, each with the reason, for people."""
+    def unsupported_operations(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Operations that the model cannot support, each with the reason."""
 
     def __init__(
         self,
@@ -146,21 +146,21 @@ class Manifest(google.protobuf.message.Message):
         family: builtins.str = ...,
         description: builtins.str = ...,
         provenance: Global___Provenance | None = ...,
-        value: Global___Value | None = ...,
+        data_spec: Global___DataSpec | None = ...,
         graphs: collections.abc.Iterable[Global___Graph] | None = ...,
         programs: collections.abc.Iterable[Global___Program] | None = ...,
         golden_rows: collections.abc.Iterable[Global___GoldenRows] | None = ...,
         quality: collections.abc.Iterable[Global___Quality] | None = ...,
-        refusals: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        unsupported_operations: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["provenance", b"provenance", "value", b"value"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["description", b"description", "family", b"family", "format_version", b"format_version", "golden_rows", b"golden_rows", "graphs", b"graphs", "name", b"name", "programs", b"programs", "provenance", b"provenance", "quality", b"quality", "refusals", b"refusals", "value", b"value", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["data_spec", b"data_spec", "provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data_spec", b"data_spec", "description", b"description", "family", b"family", "format_version", b"format_version", "golden_rows", b"golden_rows", "graphs", b"graphs", "name", b"name", "programs", b"programs", "provenance", b"provenance", "quality", b"quality", "unsupported_operations", b"unsupported_operations", "version", b"version"]) -> None: ...
 
 Global___Manifest: typing_extensions.TypeAlias = Manifest
 
 @typing.final
 class Provenance(google.protobuf.message.Message):
-    """Provenance says how to make the artifact again."""
+    """Provenance records how the artifact was made."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -209,9 +209,9 @@ class Provenance(google.protobuf.message.Message):
     dataset_sha256: builtins.str
     """SHA-256 of the training examples' bytes, in order, as hexadecimal."""
     seed: builtins.int
-    """The seed that drove splitting, initialisation and training."""
+    """Seed of data splitting, initialization and training."""
     training_seconds: builtins.float
-    """Seconds that training took."""
+    """Duration of training in seconds."""
     device: builtins.str
     """The device that trained the model."""
     @property
@@ -256,7 +256,7 @@ class TensorSpec(google.protobuf.message.Message):
     MAXIMUM_FIELD_NUMBER: builtins.int
     DOC_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The name; within one program a name means one thing only."""
+    """The name, unique within a program."""
     dtype: Global___DataType.ValueType
     """The element type."""
     minimum: builtins.float
@@ -264,7 +264,7 @@ class TensorSpec(google.protobuf.message.Message):
     maximum: builtins.float
     """Largest allowed element, where there is a bound."""
     doc: builtins.str
-    """What the tensor means, with its unit, for people."""
+    """What the tensor means, with its unit."""
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The row's shape; empty for a scalar."""
@@ -289,8 +289,8 @@ class TensorSpec(google.protobuf.message.Message):
 Global___TensorSpec: typing_extensions.TypeAlias = TensorSpec
 
 @typing.final
-class Value(google.protobuf.message.Message):
-    """Value says what one row of data is and how to show it."""
+class DataSpec(google.protobuf.message.Message):
+    """DataSpec describes one row of data and how to display it."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -298,45 +298,45 @@ class Value(google.protobuf.message.Message):
         ValueType = typing.NewType("ValueType", builtins.int)
         V: typing_extensions.TypeAlias = ValueType
 
-    class _KindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Value._Kind.ValueType], builtins.type):
+    class _KindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[DataSpec._Kind.ValueType], builtins.type):
         DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
-        KIND_UNSPECIFIED: Value._Kind.ValueType  # 0
+        KIND_UNSPECIFIED: DataSpec._Kind.ValueType  # 0
         """Not a kind."""
-        KIND_IMAGE: Value._Kind.ValueType  # 1
-        """Height x width x channels, or height x width for grey."""
-        KIND_VECTOR: Value._Kind.ValueType  # 2
+        KIND_IMAGE: DataSpec._Kind.ValueType  # 1
+        """Height x width x channels, or height x width for gray."""
+        KIND_VECTOR: DataSpec._Kind.ValueType  # 2
         """A point of real numbers."""
-        KIND_TOKENS: Value._Kind.ValueType  # 3
+        KIND_TOKENS: DataSpec._Kind.ValueType  # 3
         """A sequence of indices into the vocabulary."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """Kind of data."""
 
-    KIND_UNSPECIFIED: Value.Kind.ValueType  # 0
+    KIND_UNSPECIFIED: DataSpec.Kind.ValueType  # 0
     """Not a kind."""
-    KIND_IMAGE: Value.Kind.ValueType  # 1
-    """Height x width x channels, or height x width for grey."""
-    KIND_VECTOR: Value.Kind.ValueType  # 2
+    KIND_IMAGE: DataSpec.Kind.ValueType  # 1
+    """Height x width x channels, or height x width for gray."""
+    KIND_VECTOR: DataSpec.Kind.ValueType  # 2
     """A point of real numbers."""
-    KIND_TOKENS: Value.Kind.ValueType  # 3
+    KIND_TOKENS: DataSpec.Kind.ValueType  # 3
     """A sequence of indices into the vocabulary."""
 
     KIND_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
-    LEVELS_FIELD_NUMBER: builtins.int
+    NUM_LEVELS_FIELD_NUMBER: builtins.int
     VOCABULARY_FIELD_NUMBER: builtins.int
     CLASS_LABELS_FIELD_NUMBER: builtins.int
-    kind: Global___Value.Kind.ValueType
+    kind: Global___DataSpec.Kind.ValueType
     """Kind of data."""
-    levels: builtins.int
-    """Number of distinct levels of an element, when it is discrete."""
+    num_levels: builtins.int
+    """Number of distinct levels of an element, when it is discrete; 0 when it is continuous."""
     @property
     def tensor(self) -> Global___TensorSpec:
         """Element type, shape and range of one row."""
 
     @property
     def vocabulary(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Token texts by index, for tokens."""
+        """Token texts by index, for token sequences."""
 
     @property
     def class_labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -345,21 +345,21 @@ class Value(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        kind: Global___Value.Kind.ValueType = ...,
+        kind: Global___DataSpec.Kind.ValueType = ...,
         tensor: Global___TensorSpec | None = ...,
-        levels: builtins.int = ...,
+        num_levels: builtins.int = ...,
         vocabulary: collections.abc.Iterable[builtins.str] | None = ...,
         class_labels: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["class_labels", b"class_labels", "kind", b"kind", "levels", b"levels", "tensor", b"tensor", "vocabulary", b"vocabulary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["class_labels", b"class_labels", "kind", b"kind", "num_levels", b"num_levels", "tensor", b"tensor", "vocabulary", b"vocabulary"]) -> None: ...
 
-Global___Value: typing_extensions.TypeAlias = Value
+Global___DataSpec: typing_extensions.TypeAlias = DataSpec
 
 @typing.final
 class Graph(google.protobuf.message.Message):
-    """Graph is a pure function of tensors: no randomness, no loop, batch axis 0,
-    and every output row depends on its own input row only.
+    """Graph is a pure function of tensors with the batch axis first. It draws no random numbers, and
+    every output row depends on its own input row only.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -445,38 +445,38 @@ class Program(google.protobuf.message.Message):
     OUTPUTS_FIELD_NUMBER: builtins.int
     SCORE_FIELD_NUMBER: builtins.int
     PREVIEWABLE_FIELD_NUMBER: builtins.int
-    METHOD_FIELD_NUMBER: builtins.int
+    VARIANT_FIELD_NUMBER: builtins.int
     operation: builtins.str
     """The operation: sample, reconstruct, score, energy, encode, decode or classify."""
     doc: builtins.str
-    """What it does, for people."""
+    """What the program does."""
     init: builtins.str
-    """Graph that makes the initial state. Without one the state starts as zeros."""
+    """Graph that computes the initial state. Without one the state starts as zeros."""
     step: builtins.str
     """Graph that advances the state by one step. A program without one has no steps."""
     readout: builtins.str
     """Graph that turns the state into outputs."""
     previewable: builtins.bool
-    """True when readout may also be run between steps, to show a row's progress."""
-    method: builtins.str
-    """The way in which it does the operation, where the model has several: lower-case letters,
-    digits and underscores. The program without a method answers when none is asked for.
+    """True when readout may also run between steps, for previews."""
+    variant: builtins.str
+    """Variant of the operation, such as "inpaint": lower-case letters, digits and underscores.
+    Empty for the default variant, which every operation has.
     """
     @property
     def state(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """What a row carries from step to step."""
+        """Tensors that a row carries from step to step."""
 
     @property
     def steps(self) -> Global___Steps:
-        """How many steps a row takes."""
+        """Number of steps of a row."""
 
     @property
     def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Parameter]:
-        """Settings of a request."""
+        """Scalar settings of a request."""
 
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Input]:
-        """Tensors of a request, one row each."""
+        """Input tensors of a request, one row each."""
 
     @property
     def noise(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Noise]:
@@ -484,11 +484,11 @@ class Program(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """What a row answers."""
+        """Output tensors of a row."""
 
     @property
     def score(self) -> Global___Score:
-        """What the number means, for the operations that return one."""
+        """Meaning of the score, for operations that return one."""
 
     def __init__(
         self,
@@ -506,48 +506,48 @@ class Program(google.protobuf.message.Message):
         outputs: collections.abc.Iterable[Global___TensorSpec] | None = ...,
         score: Global___Score | None = ...,
         previewable: builtins.bool = ...,
-        method: builtins.str = ...,
+        variant: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["score", b"score", "steps", b"steps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["doc", b"doc", "init", b"init", "inputs", b"inputs", "method", b"method", "noise", b"noise", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "previewable", b"previewable", "readout", b"readout", "score", b"score", "state", b"state", "step", b"step", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["doc", b"doc", "init", b"init", "inputs", b"inputs", "noise", b"noise", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "previewable", b"previewable", "readout", b"readout", "score", b"score", "state", b"state", "step", b"step", "steps", b"steps", "variant", b"variant"]) -> None: ...
 
 Global___Program: typing_extensions.TypeAlias = Program
 
 @typing.final
 class Steps(google.protobuf.message.Message):
-    """Steps says how many steps a row takes."""
+    """Steps is the number of steps of a row."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     FIXED_FIELD_NUMBER: builtins.int
     PARAMETER_FIELD_NUMBER: builtins.int
     UNITS_PER_STEP_FIELD_NUMBER: builtins.int
-    DONE_FIELD_NUMBER: builtins.int
+    DONE_FLAG_FIELD_NUMBER: builtins.int
     fixed: builtins.int
     """The same for every row."""
     parameter: builtins.str
     """An integer parameter's value."""
     units_per_step: builtins.int
     """With a parameter: units of it that one step covers, rounded up. Zero means one."""
-    done: builtins.str
-    """A boolean scalar of the state that ends the row early when it becomes true."""
+    done_flag: builtins.str
+    """Boolean scalar of the state that ends the row early when it becomes true."""
     def __init__(
         self,
         *,
         fixed: builtins.int = ...,
         parameter: builtins.str = ...,
         units_per_step: builtins.int = ...,
-        done: builtins.str = ...,
+        done_flag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["count", b"count", "fixed", b"fixed", "parameter", b"parameter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["count", b"count", "done", b"done", "fixed", b"fixed", "parameter", b"parameter", "units_per_step", b"units_per_step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "done_flag", b"done_flag", "fixed", b"fixed", "parameter", b"parameter", "units_per_step", b"units_per_step"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["count", b"count"]) -> typing.Literal["fixed", "parameter"] | None: ...
 
 Global___Steps: typing_extensions.TypeAlias = Steps
 
 @typing.final
 class Parameter(google.protobuf.message.Message):
-    """Parameter is one setting of a request; graphs see it as a scalar per row."""
+    """Parameter is one scalar setting of a request. Graphs read it as one scalar per row."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -560,13 +560,13 @@ class Parameter(google.protobuf.message.Message):
         TYPE_UNSPECIFIED: Parameter._Type.ValueType  # 0
         """Not a type."""
         TYPE_FLOAT: Parameter._Type.ValueType  # 1
-        """Graphs see a float32."""
+        """Graphs read a float32."""
         TYPE_INTEGER: Parameter._Type.ValueType  # 2
-        """Graphs see an int64."""
+        """Graphs read an int64."""
         TYPE_BOOLEAN: Parameter._Type.ValueType  # 3
-        """Graphs see a boolean."""
+        """Graphs read a boolean."""
         TYPE_CHOICE: Parameter._Type.ValueType  # 4
-        """One of the named choices; graphs see its index as an int64."""
+        """One of the named choices; graphs read its index as an int64."""
 
     class Type(_Type, metaclass=_TypeEnumTypeWrapper):
         """Element type of a parameter."""
@@ -574,13 +574,13 @@ class Parameter(google.protobuf.message.Message):
     TYPE_UNSPECIFIED: Parameter.Type.ValueType  # 0
     """Not a type."""
     TYPE_FLOAT: Parameter.Type.ValueType  # 1
-    """Graphs see a float32."""
+    """Graphs read a float32."""
     TYPE_INTEGER: Parameter.Type.ValueType  # 2
-    """Graphs see an int64."""
+    """Graphs read an int64."""
     TYPE_BOOLEAN: Parameter.Type.ValueType  # 3
-    """Graphs see a boolean."""
+    """Graphs read a boolean."""
     TYPE_CHOICE: Parameter.Type.ValueType  # 4
-    """One of the named choices; graphs see its index as an int64."""
+    """One of the named choices; graphs read its index as an int64."""
 
     NAME_FIELD_NUMBER: builtins.int
     TYPE_FIELD_NUMBER: builtins.int
@@ -594,13 +594,13 @@ class Parameter(google.protobuf.message.Message):
     type: Global___Parameter.Type.ValueType
     """The type."""
     default_value: builtins.float
-    """The value when a request does not give one: for a choice, its index."""
+    """Default value; for a choice, its index."""
     minimum: builtins.float
     """Smallest allowed value."""
     maximum: builtins.float
     """Largest allowed value."""
     doc: builtins.str
-    """What it does, with its unit, for people."""
+    """What the parameter does, with its unit."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The choices, in the order of their indices."""
@@ -622,7 +622,7 @@ Global___Parameter: typing_extensions.TypeAlias = Parameter
 
 @typing.final
 class Input(google.protobuf.message.Message):
-    """Input is a tensor that a request gives, one row each."""
+    """Input is a tensor of a request, one row each."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -630,9 +630,9 @@ class Input(google.protobuf.message.Message):
     OPTIONAL_FIELD_NUMBER: builtins.int
     DEFAULT_VALUE_FIELD_NUMBER: builtins.int
     optional: builtins.bool
-    """True when a request may leave it out."""
+    """True when a request may omit it."""
     default_value: builtins.float
-    """What every element is when it is left out."""
+    """Value of every element when it is omitted."""
     @property
     def tensor(self) -> Global___TensorSpec:
         """Name, type, shape and range of one row."""
@@ -651,9 +651,8 @@ Global___Input: typing_extensions.TypeAlias = Input
 
 @typing.final
 class Noise(google.protobuf.message.Message):
-    """Noise is a tensor of random numbers, drawn anew for every row and every call of
-    the one graph of the program that reads it, from the counter-based generator
-    that docs/seeds.md defines.
+    """Noise is a tensor of random numbers, drawn for every row and every call of the one graph that
+    reads it, from the counter-based generator that docs/reproducibility.md defines.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -706,7 +705,7 @@ Global___Noise: typing_extensions.TypeAlias = Noise
 
 @typing.final
 class Score(google.protobuf.message.Message):
-    """Score says what kind of number a program returns."""
+    """Score describes the score that a program returns."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -721,21 +720,21 @@ class Score(google.protobuf.message.Message):
         KIND_EXACT: Score._Kind.ValueType  # 1
         """The log-density, up to rounding."""
         KIND_LOWER_BOUND: Score._Kind.ValueType  # 2
-        """In expectation not above the log-density."""
+        """A lower bound of the log-density, in expectation."""
         KIND_ESTIMATE: Score._Kind.ValueType  # 3
         """Neither exact nor a bound."""
         KIND_UNNORMALIZED: Score._Kind.ValueType  # 4
         """The log-density up to an unknown constant of this artifact."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-        """How the number relates to the log-density of the model."""
+        """Relation of the score to the log-density of the model."""
 
     KIND_UNSPECIFIED: Score.Kind.ValueType  # 0
     """Not a kind."""
     KIND_EXACT: Score.Kind.ValueType  # 1
     """The log-density, up to rounding."""
     KIND_LOWER_BOUND: Score.Kind.ValueType  # 2
-    """In expectation not above the log-density."""
+    """A lower bound of the log-density, in expectation."""
     KIND_ESTIMATE: Score.Kind.ValueType  # 3
     """Neither exact nor a bound."""
     KIND_UNNORMALIZED: Score.Kind.ValueType  # 4
@@ -743,37 +742,37 @@ class Score(google.protobuf.message.Message):
 
     KIND_FIELD_NUMBER: builtins.int
     DIMENSIONS_FIELD_NUMBER: builtins.int
-    SPACE_FIELD_NUMBER: builtins.int
-    NATS_FIELD_NUMBER: builtins.int
-    STANDARD_ERROR_FIELD_NUMBER: builtins.int
-    DRAWS_FIELD_NUMBER: builtins.int
-    ROW_DIMENSIONS_FIELD_NUMBER: builtins.int
+    COORDINATE_SPACE_FIELD_NUMBER: builtins.int
+    NATS_OUTPUT_FIELD_NUMBER: builtins.int
+    STANDARD_ERROR_OUTPUT_FIELD_NUMBER: builtins.int
+    DRAWS_PARAMETER_FIELD_NUMBER: builtins.int
+    ROW_DIMENSIONS_OUTPUT_FIELD_NUMBER: builtins.int
     kind: Global___Score.Kind.ValueType
     """The kind."""
     dimensions: builtins.int
     """Number of dimensions, for bits per dimension."""
-    space: builtins.str
-    """Coordinates in which the density is meant, for people: "integers 0..16"."""
-    nats: builtins.str
-    """Output that holds the score in nats."""
-    standard_error: builtins.str
-    """Output that holds its standard error in nats, where there is one."""
-    draws: builtins.str
-    """Parameter that holds the number of Monte Carlo draws, where there are any."""
-    row_dimensions: builtins.str
-    """Output that holds each row's own number of dimensions, where rows differ in length."""
+    coordinate_space: builtins.str
+    """Coordinates of the density, such as "integers 0..16"."""
+    nats_output: builtins.str
+    """Name of the output that holds the score in nats."""
+    standard_error_output: builtins.str
+    """Name of the output that holds its standard error in nats; empty when there is none."""
+    draws_parameter: builtins.str
+    """Name of the parameter that holds the number of Monte Carlo draws; empty when there are none."""
+    row_dimensions_output: builtins.str
+    """Name of the output that holds each row's number of dimensions, when rows differ in length."""
     def __init__(
         self,
         *,
         kind: Global___Score.Kind.ValueType = ...,
         dimensions: builtins.int = ...,
-        space: builtins.str = ...,
-        nats: builtins.str = ...,
-        standard_error: builtins.str = ...,
-        draws: builtins.str = ...,
-        row_dimensions: builtins.str = ...,
+        coordinate_space: builtins.str = ...,
+        nats_output: builtins.str = ...,
+        standard_error_output: builtins.str = ...,
+        draws_parameter: builtins.str = ...,
+        row_dimensions_output: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "draws", b"draws", "kind", b"kind", "nats", b"nats", "row_dimensions", b"row_dimensions", "space", b"space", "standard_error", b"standard_error"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["coordinate_space", b"coordinate_space", "dimensions", b"dimensions", "draws_parameter", b"draws_parameter", "kind", b"kind", "nats_output", b"nats_output", "row_dimensions_output", b"row_dimensions_output", "standard_error_output", b"standard_error_output"]) -> None: ...
 
 Global___Score: typing_extensions.TypeAlias = Score
 
@@ -859,7 +858,7 @@ class GoldenRows(google.protobuf.message.Message):
     INPUTS_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     TOLERANCE_FIELD_NUMBER: builtins.int
-    METHOD_FIELD_NUMBER: builtins.int
+    VARIANT_FIELD_NUMBER: builtins.int
     operation: builtins.str
     """The program."""
     seed: builtins.int
@@ -868,8 +867,8 @@ class GoldenRows(google.protobuf.message.Message):
     """Index of the first row; the others follow."""
     rows: builtins.int
     """Number of rows."""
-    method: builtins.str
-    """The program's method."""
+    variant: builtins.str
+    """The program's variant."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Parameters that differ from their defaults; for a choice, its index."""
@@ -897,9 +896,9 @@ class GoldenRows(google.protobuf.message.Message):
         inputs: collections.abc.Mapping[builtins.str, Global___GoldenTensor] | None = ...,
         outputs: collections.abc.Mapping[builtins.str, Global___GoldenTensor] | None = ...,
         tolerance: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
-        method: builtins.str = ...,
+        variant: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_row", b"first_row", "inputs", b"inputs", "method", b"method", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "rows", b"rows", "seed", b"seed", "tolerance", b"tolerance"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_row", b"first_row", "inputs", b"inputs", "operation", b"operation", "outputs", b"outputs", "parameters", b"parameters", "rows", b"rows", "seed", b"seed", "tolerance", b"tolerance", "variant", b"variant"]) -> None: ...
 
 Global___GoldenRows: typing_extensions.TypeAlias = GoldenRows
 
@@ -933,7 +932,7 @@ Global___GoldenTensor: typing_extensions.TypeAlias = GoldenTensor
 
 @typing.final
 class Quality(google.protobuf.message.Message):
-    """Quality is one figure measured on held-out data."""
+    """Quality is one metric measured on held-out data."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -942,19 +941,19 @@ class Quality(google.protobuf.message.Message):
     UNIT_FIELD_NUMBER: builtins.int
     STANDARD_ERROR_FIELD_NUMBER: builtins.int
     DOC_FIELD_NUMBER: builtins.int
-    FLOOR_FIELD_NUMBER: builtins.int
+    REFERENCE_VALUE_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """What was measured."""
+    """Name of the metric."""
     value: builtins.float
-    """The figure."""
+    """The measured value."""
     unit: builtins.str
     """Its unit."""
     standard_error: builtins.float
-    """Its standard error, where it is known."""
+    """Its standard error, when known."""
     doc: builtins.str
-    """How it was measured, and what to read it beside."""
-    floor: builtins.float
-    """The same measurement between two samples of real data, where that makes sense."""
+    """How it was measured, and what to compare it with."""
+    reference_value: builtins.float
+    """The same metric between two samples of real data, when that is defined."""
     def __init__(
         self,
         *,
@@ -963,12 +962,12 @@ class Quality(google.protobuf.message.Message):
         unit: builtins.str = ...,
         standard_error: builtins.float | None = ...,
         doc: builtins.str = ...,
-        floor: builtins.float | None = ...,
+        reference_value: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_floor", b"_floor", "_standard_error", b"_standard_error", "floor", b"floor", "standard_error", b"standard_error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_floor", b"_floor", "_standard_error", b"_standard_error", "doc", b"doc", "floor", b"floor", "name", b"name", "standard_error", b"standard_error", "unit", b"unit", "value", b"value"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_reference_value", b"_reference_value", "_standard_error", b"_standard_error", "reference_value", b"reference_value", "standard_error", b"standard_error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_reference_value", b"_reference_value", "_standard_error", b"_standard_error", "doc", b"doc", "name", b"name", "reference_value", b"reference_value", "standard_error", b"standard_error", "unit", b"unit", "value", b"value"]) -> None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_floor", b"_floor"]) -> typing.Literal["floor"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_reference_value", b"_reference_value"]) -> typing.Literal["reference_value"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_standard_error", b"_standard_error"]) -> typing.Literal["standard_error"] | None: ...
 
