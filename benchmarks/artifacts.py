@@ -68,7 +68,7 @@ def _make(name: str, directory: Path, preset: str, formats: tuple[str, ...]) -> 
         return
     entry = KNOWN[FAMILIES[name]]
     family = _unmeasured(entry.load(), preset)
-    pipeline.untrained(pipeline.Recipe(family, loading.load(entry.data[0]), directory, preset, formats))
+    pipeline.untrained(pipeline.TrainingJob(family, loading.load(entry.data[0]), directory, preset, formats))
 
 
 def _unmeasured(family: "Family", preset: str) -> "Family":

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from export.custom_model import Input, Model, Noise, Program, Score, TensorSpec, Value, module
+from export.custom_model import DataSpec, Input, Model, Noise, Program, Score, TensorSpec, module
 
 SCALE, WINDING = torch.tensor([2.0, 0.2]), 1.5
 POINT, LATENT = TensorSpec("point", shape=(2,)), TensorSpec("latent", shape=(2,), doc="standard normal")
 LOG_DENSITY = TensorSpec("log_density", doc="in nats")
-EXACT = Score("exact", dimensions=2, space="the plane", nats="log_density")
+EXACT = Score("exact", dimensions=2, coordinate_space="the plane", nats_output="log_density")
 
 
 def wind(rows: Tensor, winding: float) -> Tensor:
@@ -36,4 +36,4 @@ PROGRAMS = (
     Program("encode", encode, (LATENT,), "The latent of a point.", inputs=(Input(POINT),)),
     Program("score", score, (LOG_DENSITY,), "The density of a point.", inputs=(Input(POINT),), score=EXACT),
 )
-MODEL = Model(Value("vector", POINT), PROGRAMS)
+MODEL = Model(DataSpec("vector", POINT), PROGRAMS)

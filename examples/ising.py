@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from export.custom_model import (
+    DataSpec,
     Input,
     Model,
     Noise,
@@ -16,7 +17,6 @@ from export.custom_model import (
     Score,
     Steps,
     TensorSpec,
-    Value,
     module,
 )
 
@@ -63,4 +63,4 @@ CHAIN = Program("sample", picture, (IMAGE,), "Spins after so many sweeps from to
     noise=NOISE, previewable=True)  # fmt: skip
 WEIGHT = Program("energy", energy, (ENERGY, LOG_WEIGHT), "How likely spins are.", inputs=(Input(IMAGE),),
     parameters=(TEMPERATURE,), score=Score("unnormalized", SIZE**2, "spins", "log_weight"))  # fmt: skip
-MODEL = Model(Value("image", IMAGE, levels=2), (CHAIN, WEIGHT))
+MODEL = Model(DataSpec("image", IMAGE, num_levels=2), (CHAIN, WEIGHT))

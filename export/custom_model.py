@@ -32,10 +32,11 @@ from export.artifacts.reader import ArtifactError, sha256
 from export.graphs import graph
 from export.graphs.formats import USUAL
 from export.graphs.graph import GraphError
-from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from samovar.v1 import manifest_pb2
 
 __all__ = [
+    "DataSpec",
     "Example",
     "Input",
     "Model",
@@ -45,14 +46,13 @@ __all__ = [
     "Score",
     "Steps",
     "TensorSpec",
-    "Value",
     "module",
 ]
 
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxruntime", "numpy")
 
 
-class OwnFileError(ValueError):
+class CustomModelError(ValueError):
     """A file that does not name a model that can be exported; the message says where, and why."""
 
 
@@ -65,13 +65,13 @@ class Model:
     with the parameters' defaults, one half-way to their minima.
     """
 
-    value: Value
+    data_spec: DataSpec
     programs: tuple[Program, ...]
     name: str = ""
     description: str = ""
     family: str = "own"
     examples: tuple[Example, ...] = ()
-    refusals: Mapping[str, str] = field(default_factory=dict)
+    unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
 
 def module(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
@@ -95,14 +95,14 @@ def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = USU
 def load(path: Path) -> Model:
     """Run a file and take its MODEL, in evaluation mode; OwnFileError where that fails."""
     if not path.is_file() or path.suffix != ".py":
-        raise OwnFileError(f"{path}: expected a Python file that names its MODEL, found none")
+        raise CustomModelError(f"{path}: expected a Python file that names its MODEL, found none")
     with _blaming(path), _importing_beside(path):
         model = getattr(_run(path), "MODEL", None)
     if not isinstance(model, Model):
         found = "found none" if model is None else f"got a {type(model).__name__}"
-        raise OwnFileError(f"{path}: expected MODEL, an export.own.Model, {found}")
+        raise CustomModelError(f"{path}: expected MODEL, an export.own.Model, {found}")
     for problem in _problems(model):
-        raise OwnFileError(f"{path}: MODEL: {problem}")
+        raise CustomModelError(f"{path}: MODEL: {problem}")
     for program in model.programs:
         for _, part, _ in program.modules:
             part.eval()
@@ -110,8 +110,8 @@ def load(path: Path) -> Model:
 
 
 def _problems(model: Model) -> Iterator[str]:
-    if not isinstance(model.value, Value):
-        yield f"expected a Value as its value, got a {type(model.value).__name__}"
+    if not isinstance(model.data_spec, DataSpec):
+        yield f"expected a Value as its value, got a {type(model.data_spec).__name__}"
     if not isinstance(model.programs, tuple) or not model.programs:
         yield f"expected a tuple of programs, got {model.programs!r:.60}"
     elif strangers := [each for each in model.programs if not isinstance(each, Program)]:
@@ -149,7 +149,7 @@ def _blaming(path: Path) -> Iterator[None]:
     """Say in which line of the file something went wrong, instead of through which of ours it came."""
     try:
         yield
-    except (ArtifactError, OwnFileError):
+    except (ArtifactError, CustomModelError):
         raise
     except Exception as error:  # the file may raise anything
         place, source = _place(error, path)
@@ -157,7 +157,7 @@ def _blaming(path: Path) -> Iterator[None]:
             raise GraphError(f"{error}{source}") from error
         reason = (error.msg if isinstance(error, SyntaxError) else str(error)).strip().partition("\n")[0]
         hint = "; @module makes a module of a function" if "no attribute 'forward'" in reason else ""
-        raise OwnFileError(f"{place}: {type(error).__name__}: {reason}{hint}{source}") from error
+        raise CustomModelError(f"{place}: {type(error).__name__}: {reason}{hint}{source}") from error
 
 
 def _place(error: BaseException, path: Path) -> tuple[str, str]:
@@ -185,11 +185,11 @@ def _completed(model: Model, path: Path, name: str) -> writer.Model:
         name=name or model.name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-"),
         family=model.family,
         description=model.description or _summary(path),
-        value=model.value,
+        data_spec=model.data_spec,
         programs=model.programs,
         examples=model.examples or tuple(_examples(model)),
         provenance=_provenance(path),
-        refusals=model.refusals,
+        unsupported_operations=model.unsupported_operations,
     )
 
 
@@ -211,9 +211,13 @@ def _examples(model: Model) -> Iterator[Example]:
         needed = [given.tensor for given in program.inputs if not given.optional]
         every = [given.tensor for given in program.inputs]
         halfway = {each.name: _halfway(each) for each in program.parameters}
-        yield Example(program.name, seed=1, inputs=_draw(needed, model.value, seed=1))
+        yield Example(program.name, seed=1, inputs=_draw(needed, model.data_spec, seed=1))
         yield Example(
-            program.name, seed=2, first_row=5, parameters=halfway, inputs=_draw(every, model.value, seed=2)
+            program.name,
+            seed=2,
+            first_row=5,
+            parameters=halfway,
+            inputs=_draw(every, model.data_spec, seed=2),
         )
 
 
@@ -222,13 +226,13 @@ def _halfway(parameter: Parameter) -> float:
     return middle if parameter.type == "float" else float(math.floor(middle))
 
 
-def _draw(tensors: Sequence[TensorSpec], value: Value, seed: int) -> dict[str, NDArray[Any]]:
+def _draw(tensors: Sequence[TensorSpec], value: DataSpec, seed: int) -> dict[str, NDArray[Any]]:
     """Rows of inputs, within their bounds: normal where they are unbounded, uniform otherwise."""
     random = np.random.default_rng(seed)
     return {tensor.name: _rows(tensor, value, random) for tensor in tensors}
 
 
-def _rows(tensor: TensorSpec, value: Value, random: np.random.Generator) -> NDArray[Any]:
+def _rows(tensor: TensorSpec, value: DataSpec, random: np.random.Generator) -> NDArray[Any]:
     shape, low, high = (Example.rows, *tensor.shape), tensor.minimum, tensor.maximum
     if tensor.dtype.startswith("float"):
         if low is not None and high is not None:
@@ -236,5 +240,5 @@ def _rows(tensor: TensorSpec, value: Value, random: np.random.Generator) -> NDAr
         return np.clip(random.normal(size=shape), low, high).astype(tensor.dtype)
     if high is None:
         is_value = tensor.name == value.tensor.name
-        high = max(value.levels, len(value.vocabulary), 2) - 1 if is_value else max(low or 0, 1)
+        high = max(value.num_levels, len(value.vocabulary), 2) - 1 if is_value else max(low or 0, 1)
     return random.integers(int(low or 0), int(high), shape, endpoint=True).astype(tensor.dtype)

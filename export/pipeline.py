@@ -32,7 +32,7 @@ _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntim
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingJob:
     """What to make. Settings that are None are the preset's; `fresh` forgets a run that was interrupted."""
 
     family: Family
@@ -57,7 +57,7 @@ class Recipe:
     @property
     def suited(self) -> Preset:
         """The preset that suits the data."""
-        return self.family.presets[self.preset].suiting(self.data.value)
+        return self.family.presets[self.preset].suiting(self.data.spec)
 
     @property
     def training(self) -> trainer.Settings:
@@ -73,7 +73,7 @@ class Recipe:
         )
 
 
-def make(recipe: Recipe) -> Path:
+def make(recipe: TrainingJob) -> Path:
     """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be.
 
     A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
@@ -94,7 +94,7 @@ def make(recipe: Recipe) -> Path:
     return path
 
 
-def _identity(recipe: Recipe, network: trainer.Network) -> dict[str, str]:
+def _identity(recipe: TrainingJob, network: trainer.Network) -> dict[str, str]:
     """All that the trained weights depend on."""
     shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
     size = {name: value for name, value in vars(recipe.suited).items() if name not in _NOT_OF_THE_NETWORK}
@@ -114,7 +114,7 @@ def _curve(outcome: trainer.Outcome) -> bytes:
     return (json.dumps({"curve": points, "best_step": outcome.best.step}, indent=1) + "\n").encode()
 
 
-def untrained(recipe: Recipe) -> Path:
+def untrained(recipe: TrainingJob) -> Path:
     """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
     torch.manual_seed(recipe.seed)
     network = recipe.family.network(recipe.data, recipe.suited)
@@ -126,26 +126,26 @@ def untrained(recipe: Recipe) -> Path:
     return writer.write(model, recipe.models, recipe.version, recipe.formats)
 
 
-def _model(recipe: Recipe, outcome: trainer.Outcome, network: trainer.Network) -> writer.Model:
+def _model(recipe: TrainingJob, outcome: trainer.Outcome, network: trainer.Network) -> writer.Model:
     return writer.Model(
         name=recipe.model_name,
         family=recipe.family.name,
         description=recipe.family.description,
-        value=recipe.data.value,
+        data_spec=recipe.data.spec,
         programs=tuple(map(_evaluating, recipe.family.programs(network, recipe.data))),
         examples=recipe.family.examples(recipe.data),
         provenance=_provenance(recipe, outcome),
-        refusals=recipe.family.refusals,
+        unsupported_operations=recipe.family.unsupported_operations,
     )
 
 
-def _measured(recipe: Recipe, model: writer.Model) -> writer.Model:
-    player, family = writer.player(model.value, model.programs), recipe.family
+def _measured(recipe: TrainingJob, model: writer.Model) -> writer.Model:
+    player, family = writer.player(model.data_spec, model.programs), recipe.family
     figures = family.quality(player, recipe.data, recipe.suited)
     for figure in figures:
         print(f"  {formatting.line(figure)}")
     caption = "\n".join(map(formatting.line, figures))
-    picture = draw(model.name, caption, family.panels(player, recipe.data), model.value.levels)
+    picture = draw(model.name, caption, family.panels(player, recipe.data), model.data_spec.num_levels)
     return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
 
 
@@ -155,7 +155,7 @@ def _evaluating(program: Program) -> Program:
     return program
 
 
-def _provenance(recipe: Recipe, outcome: trainer.Outcome) -> manifest_pb2.Provenance:
+def _provenance(recipe: TrainingJob, outcome: trainer.Outcome) -> manifest_pb2.Provenance:
     settings = {
         "preset": recipe.preset,
         "best_step": outcome.best.step,

@@ -21,15 +21,15 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import manifest_pb2
 from server import __version__
 from server.config import Config
-from server.core.errors import ArtifactRefused
+from server.core.errors import InvalidArtifact
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Scheduler
 from server.metrics import Metrics
 from server.models.registry import Model
 from server.models.repository import Repository
-from server.rpc.grpc_server import Edge, binding
+from server.rpc.grpc_server import GrpcServer, bind_errors
 from server.rpc.servicer import library_versions
-from server.rpc.workers import FrontEnds
+from server.rpc.workers import WorkerPool
 from server.runtime import RUNTIMES, Device, OpenGraph
 
 log = logging.getLogger("samovar")
@@ -41,22 +41,22 @@ class App:
     def __init__(self, config: Config, runtimes: Mapping[str, OpenGraph] = RUNTIMES) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
-        self.device = Device(_device_name(config.device), config.threads, config.cuda_graphs)
+        self.device = Device(_device_name(config.device), config.intra_op_threads, config.cuda_graphs)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         scheduler = Scheduler(
             Limits(
-                max_waiting_rows=config.max_waiting_rows,
-                max_held_bytes=config.max_held_mib << 20,
-                quantum_rows=config.quantum_rows,
-                batching=config.scheduling,
+                max_queued_rows=config.max_queued_rows,
+                max_buffered_bytes=config.max_buffered_mib << 20,
+                drr_quantum_rows=config.drr_quantum_rows,
+                batching=config.batching,
             )
         )
         self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes)
-        self.engine = Engine(scheduler, self.metrics, renew=self.repository.renew, on_death=self._end)
-        self.edge = self._made_edge()
+        self.engine = Engine(scheduler, self.metrics, renew=self.repository.reload_graphs, on_death=self._end)
+        self.frontend = self._build_frontend()
         self.port = 0
         self.metrics_port = 0
-        self.num_refused = 0
+        self.num_rejected = 0
         self.has_failed = False
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -72,10 +72,10 @@ class App:
                     # What was loaded stays, and is much: no collection need look at it again.
                     gc.collect()
                     gc.freeze()
-                    print(self.greeting(), flush=True)
+                    print(self.startup_banner(), flush=True)
                     await self._stop.wait()
             finally:
-                log.info("stopping: calls in flight have %g s", self.config.grace_seconds)
+                log.info("stopping: calls in flight have %g s", self.config.drain_timeout)
                 await self.shutdown()
         if self.has_failed:
             raise RuntimeError("the engine died; the log says why")
@@ -86,18 +86,18 @@ class App:
         if not config.models.is_dir():
             raise RuntimeError(f"--models {config.models}: there is no such directory")
         torch.set_num_threads(self.device.threads)
-        with binding(config.host, config.metrics_port, "--metrics-port"):
+        with bind_errors(config.host, config.metrics_port, "--metrics-port"):
             self._metrics_server, _ = prometheus_client.start_http_server(
                 config.metrics_port, config.host, self.metrics.registry
             )
         self.metrics_port = self._metrics_server.server_port
-        self.port = await self.edge.listen(config.port)
+        self.port = await self.frontend.listen(config.port)
         self.metrics.build.info(
             {"version": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
             | {"device": self.device.name}
         )
-        self.metrics.rows_waiting.set_function(lambda: self.engine.num_waiting)
-        self.metrics.rows_active.set_function(lambda: self.engine.num_active)
+        self.metrics.queued_rows.set_function(lambda: self.engine.num_queued)
+        self.metrics.running_rows.set_function(lambda: self.engine.num_running)
         log.info("listening on %s:%d; metrics on port %d", config.host, self.port, self.metrics_port)
         log.info("graphs run on %s with %d CPU thread(s)", self.device.name, self.device.threads)
 
@@ -107,20 +107,20 @@ class App:
         if self._stop.is_set():
             return
         self.engine.start()
-        await self.edge.open()
+        await self.frontend.open()
 
     async def shutdown(self) -> None:
         """Stop in order: refuse new calls, let those in flight finish, stop the engine."""
-        await self.edge.close()
+        await self.frontend.close()
         await asyncio.to_thread(self.engine.stop)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
 
-    def greeting(self) -> str:
+    def startup_banner(self) -> str:
         """What is being served, and one line to try next."""
-        models = list(self.repository.catalogue)
-        if not models and self.num_refused:
-            return f"Serving nothing: all {self.num_refused} artifacts were refused, for the reasons above."
+        models = list(self.repository.registry)
+        if not models and self.num_rejected:
+            return f"Serving nothing: all {self.num_rejected} artifacts were refused, for the reasons above."
         if not models:
             return f"Serving nothing: no artifact under {self.config.models}. Try: python -m export starter"
         lines = ["", "Serving:"]
@@ -128,13 +128,17 @@ class App:
             operations = ", ".join(sorted(model.spec.programs))
             lines.append(f"  {model.name:24} {'+'.join(model.formats):18} {operations}")
         address = "" if self.port == 8001 else f"--address 127.0.0.1:{self.port} "
-        lines += ["", f"Try next, in a second shell:  .venv/bin/samovar {address}{_to_try(models)}", ""]
+        lines += [
+            "",
+            f"Try next, in a second shell:  .venv/bin/samovar {address}{_example_command(models)}",
+            "",
+        ]
         return "\n".join(lines)
 
-    def _made_edge(self) -> Edge | FrontEnds:
+    def _build_frontend(self) -> GrpcServer | WorkerPool:
         """Who speaks gRPC: this process, or others for it."""
-        parts = self.config, self.repository.catalogue, self.engine, self.metrics, self._info()
-        return FrontEnds(*parts, on_death=self._end) if self.config.front_ends else Edge(*parts)
+        parts = self.config, self.repository.registry, self.engine, self.metrics, self._info()
+        return WorkerPool(*parts, on_death=self._end) if self.config.grpc_workers else GrpcServer(*parts)
 
     def _info(self) -> pb.ServerInfo:
         config = self.config
@@ -143,18 +147,17 @@ class App:
             device=self.device.name,
             library_versions=library_versions(),
             max_message_bytes=config.max_message_mib << 20,
-            max_rows_per_request=min(config.max_rows_per_request, config.max_waiting_rows),
-            max_waiting_rows=config.max_waiting_rows,
-            max_held_bytes=config.max_held_mib << 20,
+            max_rows_per_request=min(config.max_rows_per_request, config.max_queued_rows),
+            max_queued_rows=config.max_queued_rows,
+            max_buffered_bytes=config.max_buffered_mib << 20,
             max_batch_rows=config.max_batch_rows,
             max_concurrent_calls=config.max_concurrent_calls,
-            quantum_rows=config.quantum_rows,
-            scheduling=config.scheduling,
-            threads=config.threads,
+            drr_quantum_rows=config.drr_quantum_rows,
+            intra_op_threads=config.intra_op_threads,
             formats=config.formats,
             cuda_graphs=config.cuda_graphs,
-            front_ends=config.front_ends,
-            grace_seconds=config.grace_seconds,
+            grpc_workers=config.grpc_workers,
+            drain_timeout_seconds=config.drain_timeout,
         )
 
     def _end(self) -> None:
@@ -169,7 +172,7 @@ class App:
             start = time.monotonic()
             try:
                 model = self.repository.load(directory)
-            except ArtifactRefused as refusal:
+            except InvalidArtifact as refusal:
                 self._refuse(directory, str(refusal))
             except Exception as error:  # whatever is wrong with one artifact, the others are served
                 self._refuse(directory, f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -178,8 +181,8 @@ class App:
 
     def _refuse(self, directory: Path, reason: str) -> None:
         log.error("refused %s: %s", directory, reason)
-        self.num_refused += 1
-        self.metrics.refused_artifacts.set(self.num_refused)
+        self.num_rejected += 1
+        self.metrics.artifacts_rejected.set(self.num_rejected)
 
     def _admit(self, model: Model, seconds: float) -> None:
         for loaded in model.programs.values():
@@ -196,11 +199,11 @@ class App:
         log.info("loaded %s as %s in %.1f s", model.name, ", ".join(model.formats), seconds)
 
 
-def _to_try(models: Sequence[Model]) -> str:
+def _example_command(models: Sequence[Model]) -> str:
     """A command of the client: samples as a picture, where a model makes pictures."""
     sampled = [model for model in models if "sample" in model.spec.programs]
     for model in sampled:
-        if model.manifest.value.kind == manifest_pb2.Value.KIND_IMAGE:
+        if model.manifest.data_spec.kind == manifest_pb2.DataSpec.KIND_IMAGE:
             return f"sample {model.spec.name} -n 64 --seed 7 -o grid.png"
     return f"sample {sampled[0].spec.name} -n 4 --seed 7" if sampled else "models"
 

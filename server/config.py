@@ -37,20 +37,20 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8001
     metrics_port: int = 8002
-    front_ends: int = 0
+    grpc_workers: int = 0
     device: str = "auto"
     formats: tuple[str, ...] = FORMATS
-    threads: int = 1
+    intra_op_threads: int = 1
     cuda_graphs: bool = False
     max_batch_rows: int = 64
-    scheduling: Batching = "step"
-    quantum_rows: int = 8
-    max_waiting_rows: int = 200_000
-    max_held_mib: int = 1024
+    batching: Batching = "step"
+    drr_quantum_rows: int = 8
+    max_queued_rows: int = 200_000
+    max_buffered_mib: int = 1024
     max_rows_per_request: int = 100_000
     max_message_mib: int = 64
     max_concurrent_calls: int = 4096
-    grace_seconds: float = 30.0
+    drain_timeout: float = 30.0
     log_level: str = "info"
 
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = Config(threads=max(1, (os.cpu_count() or 1) - 1))
+    defaults = Config(intra_op_threads=max(1, (os.cpu_count() or 1) - 1))
 
     def flag(name: str, kind: Any, text: str) -> None:
         default = getattr(defaults, name.replace("-", "_"))
@@ -86,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     flag("port", _integer(0, 65_535), "gRPC port; 0 for any free one")
     flag("metrics-port", _integer(0, 65_535), "Prometheus port; 0 for any free one")
     flag(
-        "front-ends",
+        "grpc-workers",
         _integer(0, 64),
         "processes that speak gRPC on the one port for the engine in this one; 0 to speak it here",
     )
     flag("device", str, "cpu, cuda, cuda:1, …; auto takes a GPU when there is one")
     flag("formats", _formats, "formats to load, the preferred one first")
-    flag("threads", _integer(1, 1024), "CPU threads of one graph call; leave a core to the network")
+    flag("intra-op-threads", _integer(1, 1024), "CPU threads of one graph call; leave a core to the network")
     flag(
         "cuda-graphs",
         _on_or_off,
@@ -100,18 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("max-batch-rows", _integer(1, 65_536), "rows of a program that share a step")
     flag(
-        "max-waiting-rows",
+        "max-queued-rows",
         _integer(1, MAX_ROWS),
         "rows that may wait in all; more are refused with RESOURCE_EXHAUSTED",
     )
     flag(
-        "max-held-mib",
+        "max-buffered-mib",
         _integer(1, 1 << 20),
         "MiB of inputs and unread answers that open requests may hold; more are refused",
     )
-    flag("quantum-rows", _integer(1, 65_536), "rows that a request may place at each turn when others wait")
     flag(
-        "scheduling",
+        "drr-quantum-rows", _integer(1, 65_536), "rows that a request may place at each turn when others wait"
+    )
+    flag(
+        "batching",
         _scheduling,
         "step lets rows join at any step; request and none, for comparisons, batch whole requests or nothing",
     )
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         _integer(1, MAX_ROWS),
         "calls in flight, at each front end; more are refused with RESOURCE_EXHAUSTED",
     )
-    flag("grace-seconds", _seconds, "time that calls in flight have to finish on SIGTERM")
+    flag("drain-timeout", _seconds, "time that calls in flight have to finish on SIGTERM")
     flag("log-level", _log_level, f"one of {', '.join(LOG_LEVELS)}")
     return parser
 

@@ -6,7 +6,7 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from server.core.spec import ProgramKey
-from server.step_metrics import Turns
+from server.step_metrics import StepMetricsCollector
 
 _REQUEST_SECONDS = [0.001 * 2**exponent for exponent in range(18)]
 _CALL = ("method", "model")
@@ -43,27 +43,32 @@ class Metrics:
         self.rows = self._counter("rows", "Rows delivered.", *_OPERATION)
 
     def _add_engine(self) -> None:
-        self.turns = Turns()
-        self.registry.register(self.turns)
-        self.wasted_steps = self._counter(
-            "wasted_steps", "Row steps taken for rows that were never delivered.", *_OPERATION, "reason"
+        self.steps = StepMetricsCollector()
+        self.registry.register(self.steps)
+        self.discarded_steps = self._counter(
+            "discarded_row_steps",
+            "Row steps taken for rows that were never delivered.",
+            *_OPERATION,
+            "reason",
         )
-        self.faults = self._counter(
-            "faults",
+        self.errors = self._counter(
+            "execution_errors",
             "Graphs that raised, rows that came out non-finite, batches that did not fit into memory.",
             *_OPERATION,
             "kind",
         )
-        self.restarts = self._counter("engine_restarts", "Times that the device thread was struck down.")
-        self.front_end_restarts = self._counter(
-            "front_end_restarts", "Front ends that ended by themselves and were started again."
+        self.engine_restarts = self._counter(
+            "engine_restarts", "Times that the device thread was struck down."
         )
-        self.rows_waiting = self._gauge("rows_waiting", "Rows that wait for a slot.")
-        self.rows_active = self._gauge("rows_active", "Rows in a batch.")
+        self.grpc_worker_restarts = self._counter(
+            "grpc_worker_restarts", "Front ends that ended by themselves and were started again."
+        )
+        self.queued_rows = self._gauge("queued_rows", "Rows that wait for a slot.")
+        self.running_rows = self._gauge("running_rows", "Rows in a batch.")
 
     def _add_models(self) -> None:
-        self.refused_artifacts = self._gauge(
-            "refused_artifacts", "Artifacts under the models directory that are not served."
+        self.artifacts_rejected = self._gauge(
+            "artifacts_rejected", "Artifacts under the models directory that are not served."
         )
         self.model_info = self._gauge(
             "model_info",
@@ -91,42 +96,42 @@ class Metrics:
         """Series of a program that is served start at 0, so that rates see their first event."""
         self.requests.labels(program.operation.capitalize(), program.model, "OK")
         self.rows.labels(program.model, program.name)
-        self.turns.expect(program)
+        self.steps.expect(program)
         for reason in WASTE_REASONS:
-            self.wasted_steps.labels(program.model, program.name, reason)
+            self.discarded_steps.labels(program.model, program.name, reason)
         for kind in FAULT_KINDS:
-            self.faults.labels(program.model, program.name, kind)
+            self.errors.labels(program.model, program.name, kind)
 
-    def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
+    def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""
-        self.turns.stepped(program, rows, bucket, seconds)
+        self.steps.on_step(program, rows, bucket, seconds)
 
-    def delivered(self, program: ProgramKey, rows: int) -> None:
+    def on_rows_delivered(self, program: ProgramKey, rows: int) -> None:
         """So many rows of a program went out to a request."""
         self._delivery_series(program).inc(rows)
 
-    def queued(self, program: ProgramKey, seconds: float) -> None:
+    def on_dequeued(self, program: ProgramKey, seconds: float) -> None:
         """A request that has ended had waited so long for its first step."""
         self._queue_series(program).observe(seconds)
 
-    def began(self) -> None:
+    def on_call_start(self) -> None:
         """A call has come in."""
         self.calls_in_flight.inc()
 
-    def ended(self, method: str, model: str, code: str, seconds: float) -> None:
+    def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None:
         """A call has ended; `model` is one that is known, or empty."""
         self.calls_in_flight.dec()
         requests, request_seconds = self._call_series(method, model, code)
         requests.inc()
         request_seconds.observe(seconds)
 
-    def lost(self, calls: int) -> None:
+    def on_worker_lost(self, calls: int) -> None:
         """So many calls ended with their front end, who knows how."""
         self.calls_in_flight.dec(calls)
 
-    def replaced(self) -> None:
+    def on_worker_restart(self) -> None:
         """A front end ended by itself, and another was started."""
-        self.front_end_restarts.inc()
+        self.grpc_worker_restarts.inc()
 
     @cache  # noqa: B019 (there is one of these in a process, and every turn asks)
     def _delivery_series(self, program: ProgramKey) -> Counter:
@@ -140,14 +145,14 @@ class Metrics:
     def _call_series(self, method: str, model: str, code: str) -> tuple[Counter, Histogram]:
         return self.requests.labels(method, model, code), self.request_seconds.labels(method, model)
 
-    def wasted(self, program: ProgramKey, steps: int, reason: str) -> None:
+    def on_steps_discarded(self, program: ProgramKey, steps: int, reason: str) -> None:
         """So many steps were taken for rows that nobody will get."""
-        self.wasted_steps.labels(program.model, program.name, reason).inc(steps)
+        self.discarded_steps.labels(program.model, program.name, reason).inc(steps)
 
-    def restarted(self) -> None:
+    def on_restart(self) -> None:
         """The device thread was struck down and starts again."""
-        self.restarts.inc()
+        self.engine_restarts.inc()
 
-    def faulted(self, program: ProgramKey, kind: str) -> None:
+    def on_error(self, program: ProgramKey, kind: str) -> None:
         """A graph raised or a row came out non-finite."""
-        self.faults.labels(program.model, program.name, kind).inc()
+        self.errors.labels(program.model, program.name, kind).inc()

@@ -42,41 +42,41 @@ class Distribution:
 
 
 @dataclass
-class Tally:
+class StepStats:
     """What is counted of one program's turns."""
 
-    turns: int = 0
+    steps: int = 0
     padding_rows: int = 0
     seconds: Distribution = field(default_factory=lambda: Distribution(_SECONDS))
     rows: Distribution = field(default_factory=lambda: Distribution(_ROWS))
 
 
-class Turns(Collector):
+class StepMetricsCollector(Collector):
     """The tallies of all programs; versions of a model share one."""
 
     def __init__(self) -> None:
-        self._tallies: dict[ProgramKey, Tally] = {}
-        self._series: dict[tuple[str, str, str], Tally] = {}
+        self._stats: dict[ProgramKey, StepStats] = {}
+        self._series: dict[tuple[str, str, str], StepStats] = {}
 
-    def expect(self, program: ProgramKey) -> Tally:
+    def expect(self, program: ProgramKey) -> StepStats:
         """The tally of a program, whose series start at 0, so that rates see their first turn."""
         labels = program.model, program.name, program.format
         if labels not in self._series:
             # As a whole, because it may be read at this moment.
-            self._series = {**self._series, labels: Tally()}
-        return self._tallies.setdefault(program, self._series[labels])
+            self._series = {**self._series, labels: StepStats()}
+        return self._stats.setdefault(program, self._series[labels])
 
-    def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
+    def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         """One turn of a program advanced so many rows, padded to a bucket."""
-        tally = self._tallies.get(program) or self.expect(program)
-        tally.turns += 1
-        tally.padding_rows += bucket - rows
-        tally.seconds.observe(seconds)
-        tally.rows.observe(rows)
+        stats = self._stats.get(program) or self.expect(program)
+        stats.steps += 1
+        stats.padding_rows += bucket - rows
+        stats.seconds.observe(seconds)
+        stats.rows.observe(rows)
 
     def collect(self) -> Iterator[Metric]:
         """The series as they are now."""
-        turns = CounterMetricFamily(
+        steps = CounterMetricFamily(
             "samovar_steps", "Turns of a program: each advances all its rows.", labels=_LABELS
         )
         padding = CounterMetricFamily(
@@ -86,9 +86,9 @@ class Turns(Collector):
             "samovar_step_duration_seconds", "Time of one turn of a program.", labels=_LABELS
         )
         rows = HistogramMetricFamily("samovar_step_rows", "Rows that shared a turn.", labels=_LABELS)
-        for labels, tally in self._series.items():
-            turns.add_metric(labels, tally.turns)
-            padding.add_metric(labels, tally.padding_rows)
-            seconds.add_metric(labels, tally.seconds.buckets, tally.seconds.total)
-            rows.add_metric(labels, tally.rows.buckets, tally.rows.total)
-        yield from (turns, padding, seconds, rows)
+        for labels, stats in self._series.items():
+            steps.add_metric(labels, stats.steps)
+            padding.add_metric(labels, stats.padding_rows)
+            seconds.add_metric(labels, stats.seconds.buckets, stats.seconds.total)
+            rows.add_metric(labels, stats.rows.buckets, stats.rows.total)
+        yield from (steps, padding, seconds, rows)

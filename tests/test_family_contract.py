@@ -93,7 +93,7 @@ def ask(
 ) -> dict[str, Array]:
     """The outputs by name, of the declared shapes and finite, of as many rows as the inputs have."""
     rows = len(next(iter(inputs.values()), range(ROWS)))
-    name, options = operation.name.partition(":")[0], {"seed": 7, "method": operation.method, **settings}
+    name, options = operation.name.partition(":")[0], {"seed": 7, "method": operation.variant, **settings}
     options["parameters"] = {**brief(operation), **options.get("parameters", {})}
     if name == "sample":
         result = client.sample(model.name, rows, inputs=inputs, **options)
@@ -129,7 +129,7 @@ def refusal(
             stub,
             operation.name.partition(":")[0],
             model=pb.ModelSelector(name=model.name),
-            method=operation.method,
+            method=operation.variant,
             inputs=packed,
             parameters=parameters,
         )
@@ -148,10 +148,10 @@ def test_formats_agree_on_every_operation(client: samovar.Client, model: samovar
         for other in others:
             for name, expected in first.items():
                 apart = np.abs(other[name].astype(np.float64) - expected.astype(np.float64)).max()
-                assert apart <= tolerance(model.value, name, expected), (operation.name, name)
+                assert apart <= tolerance(model.data_spec, name, expected), (operation.name, name)
 
 
-def tolerance(value: samovar.Value, name: str, array: Array) -> float:
+def tolerance(value: samovar.DataSpec, name: str, array: Array) -> float:
     if array.dtype.kind == "f":
         return 1e-4 * max(1.0, float(np.abs(array).max()))
     return float(value.kind is ValueKind.IMAGE and name == value.tensor.name)
@@ -165,7 +165,7 @@ def test_previews_are_readouts_on_the_way_and_change_nothing(
     for operation in (each for each in samples if each.previewable):
         settings: dict[str, Any] = {
             "seed": 7,
-            "method": operation.method,
+            "method": operation.variant,
             "parameters": brief(operation),
             "inputs": free(operation),
         }
@@ -191,7 +191,7 @@ def test_another_seed_or_index_is_another_row(client: samovar.Client, model: sam
     for operation in model.operations.values():
         if operation.name.startswith("sample"):
             settings: dict[str, Any] = {
-                "method": operation.method,
+                "method": operation.variant,
                 "parameters": brief(operation),
                 "inputs": free(operation),
             }
@@ -301,9 +301,9 @@ def test_what_a_model_lacks_is_refused_with_the_reason(
     stub: pb_grpc.InferenceStub, model: samovar.Model
 ) -> None:
     lacking = set(OPERATIONS) - set(model.operations)
-    assert lacking == set(model.refusals)
+    assert lacking == set(model.unsupported_operations)
     for name in lacking:
         with pytest.raises(grpc.RpcError) as raised:
             send(stub, name, model=pb.ModelSelector(name=model.name))
         assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert model.refusals[name] in str(from_rpc(raised.value))
+        assert model.unsupported_operations[name] in str(from_rpc(raised.value))

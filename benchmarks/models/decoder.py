@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from export.custom_model import Input, Model, Program, TensorSpec, Value
+from export.custom_model import DataSpec, Input, Model, Program, TensorSpec
 
 torch.manual_seed(0)
 IMAGE = TensorSpec("image", shape=(1, 32, 32), minimum=0, maximum=1)
@@ -34,4 +34,4 @@ class Decoder(nn.Module):
 
 
 DECODE = Program("decode", Decoder(), (IMAGE,), "The image of a latent.", inputs=(Input(LATENT),))
-MODEL = Model(Value("image", IMAGE), (DECODE,))
+MODEL = Model(DataSpec("image", IMAGE), (DECODE,))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from export.custom_model import Input, Model, Program, TensorSpec, Value
+from export.custom_model import DataSpec, Input, Model, Program, TensorSpec
 
 torch.manual_seed(0)
 POINT = TensorSpec("point", shape=(2,))
@@ -22,4 +22,4 @@ class Perceptron(nn.Module):
 
 
 DECODE = Program("decode", Perceptron(), (POINT,), "Moves a point.", inputs=(Input(POINT),))
-MODEL = Model(Value("vector", POINT), (DECODE,))
+MODEL = Model(DataSpec("vector", POINT), (DECODE,))

@@ -34,7 +34,7 @@ INPUTS = {artifacts.DECODER: ("latent", 32), artifacts.TINY: ("point", 2)}
 
 TEXT = f"""\
 One row a call: the same request bytes go in turns to Samovar and to a bare `grpc.aio` server (plain
-asyncio) that answers 4 KiB without reading. *n front ends* is a server with `--front-ends n`, processes that
+asyncio) that answers 4 KiB without reading. *n front ends* is a server with `--grpc-workers n`, processes that
 speak gRPC on one port and feed one engine. Every {CALLERS_A_CHANNEL} callers have a connection of their own.
 Callers send bytes and do not parse answers; `callers' cores` is the CPU that they took, and while that is
 below 1 they are not what limits the rate. CPU/call is that of all the server's processes. The targets: 0.75
@@ -92,7 +92,7 @@ def _sides(bench: Bench, models: Path) -> Iterator[list[Side]]:
         servers = {"": stack.enter_context(samovar_server(models))}
         for number in () if bench.is_quick else FRONT_ENDS:
             name = f", {number} front end{'s' if number > 1 else ''}"
-            servers[name] = stack.enter_context(samovar_server(models, "--front-ends", str(number)))
+            servers[name] = stack.enter_context(samovar_server(models, "--grpc-workers", str(number)))
         served = [
             Side(f"{model}{name}", server, request(model, 1))
             for model in INPUTS

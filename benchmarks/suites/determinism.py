@@ -22,7 +22,7 @@ MOST_ROWS = 24
 REQUESTS_A_SECOND = 60.0
 CANCELLED_SHARE = 0.15
 PATIENCE_SECONDS = (0.02, 2.0)
-WASTED = "samovar_wasted_steps_total"
+WASTED = "samovar_discarded_row_steps_total"
 
 TEXT = """\
 Requests of 1 to 24 rows with programs, lengths and seeds drawn by chance arrive faster than they can be
@@ -46,10 +46,10 @@ def compare(bench: Bench, kinds: Sequence[Kind], form: str, number: int) -> list
     """Rows, those that came out the same, and requests that were cancelled, by model and in all."""
     models = bench.models(*(kind.model for kind in kinds), formats=(form,))
     traffic = draw(number, kinds)
-    with samovar_server(models, "--threads", "1") as server:
+    with samovar_server(models, "--intra-op-threads", "1") as server:
         together = bench.callers.open(server.address, traffic, keep=True)
         wasted = f"{server.metric(WASTED):,.0f}"
-    with samovar_server(models, "--threads", "1") as server:
+    with samovar_server(models, "--intra-op-threads", "1") as server:
         alone = bench.callers.one_by_one(server.address, split(staying(traffic)))
     equal = same(traffic, together, alone)
     rows = [(form, kind.model, *_counts(traffic, together, equal, kind.model), "") for kind in kinds]

@@ -13,7 +13,7 @@ from benchmarks.statistics import milliseconds, short
 from benchmarks.suites.base import Bench
 from benchmarks.suites.efficiency import ONE_SHOT, STEPPING, Case, tables, zeros
 from server.models import artifact
-from server.runtime import RUNTIMES, Device, bound
+from server.runtime import RUNTIMES, Device, bind_graph
 
 BATCHES = tuple(2**exponent for exponent in range(11))
 MEGABYTE = 1 << 20
@@ -71,7 +71,7 @@ def call_seconds(directory: Path, case: Case, rows: int, device: Device) -> floa
     graph, written = (program.step, program.state) if program.step else (program.readout, program.outputs)
     opened = RUNTIMES["torchscript"](spec.files["torchscript"][graph.name], graph, device)
     inputs = [made[tensor.name].to(device.torch) for tensor in graph.inputs]
-    return seconds_of(bound(opened, inputs, zeros(written, rows, device.torch)))
+    return seconds_of(bind_graph(opened, inputs, zeros(written, rows, device.torch)))
 
 
 def _transfers() -> Table:

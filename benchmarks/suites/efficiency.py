@@ -20,11 +20,11 @@ from benchmarks.report import Section, Table
 from benchmarks.servers import Server, device, samovar_server
 from benchmarks.statistics import ratio, spread
 from benchmarks.suites.base import Bench, per_second
-from samovar._messages import Options
+from samovar._messages import CallOptions
 from server.core.spec import GraphSpec, ProgramSpec, TensorSpec
 from server.engine.program_queue import RESERVED_SHARE
 from server.models import artifact
-from server.runtime import RUNTIMES, Device, Graph, bound
+from server.runtime import RUNTIMES, Device, Graph, bind_graph
 
 BUCKETS = (8, 16, 32, 64)
 WITH_TARGETS = (8, 64)
@@ -103,7 +103,7 @@ def _rows(bench: Bench, cases: Sequence[Case], bucket: int) -> Iterator[tuple[st
     ):
         alike = list(group)
         models = bench.models(*(case.model for case in alike))
-        with samovar_server(models, "--max-batch-rows", str(slots), "--threads", "1") as server:
+        with samovar_server(models, "--max-batch-rows", str(slots), "--intra-op-threads", "1") as server:
             for case in alike:
                 yield _row(bench, case, bucket, server, models)
 
@@ -135,7 +135,7 @@ def served_rate(server: Server, case: Case, program: ProgramSpec, rows: int) -> 
 
 
 def _ask(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) -> None:
-    options = Options(seed=1, parameters=case.parameters, priority="interactive")
+    options = CallOptions(seed=1, parameters=case.parameters, priority="interactive")
     if case.operation == "sample":
         client.sample(case.model, rows, **options)
         return
@@ -191,7 +191,7 @@ class Loop:
         if graph is None:
             return lambda: None
         opened: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, self._device)
-        return bound(opened, [tables[tensor.name] for tensor in graph.inputs], outputs)
+        return bind_graph(opened, [tables[tensor.name] for tensor in graph.inputs], outputs)
 
 
 def tables(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> dict[str, torch.Tensor]:

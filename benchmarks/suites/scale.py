@@ -16,7 +16,7 @@ from benchmarks.servers import Server, samovar_server
 from benchmarks.statistics import milliseconds, percentile, short, spread
 from benchmarks.suites.base import Bench
 from benchmarks.suites.calls import METHOD, request
-from server.core.request import Request, Work
+from server.core.request import Request, RowInputs
 from server.core.spec import ProgramKey
 from server.engine.scheduler import Limits, Scheduler
 
@@ -29,7 +29,7 @@ STEPS = 10
 GAP_SECONDS = 0.02
 # The memory of fewer rows drowns in what a process grows by anyhow.
 MANY = 1000
-ROWS_WAITING = "samovar_rows_waiting"
+ROWS_WAITING = "samovar_queued_rows"
 
 TEXT = """\
 *Scheduler*: rows wait as requests of one row each, the dearest way, in the scheduler alone, without graphs;
@@ -78,10 +78,10 @@ def turn_seconds(waiting: int, turns: int = 2000) -> float:
     active: list[Request] = []
     start = time.perf_counter()
     for _ in range(turns):
-        turn = scheduler.next_turn()
+        turn = scheduler.next_step()
         assert turn is not None
         active += [admission.request for admission in turn.admissions]
-        scheduler.charge(KEY, CAPACITY, 1e-3)
+        scheduler.record_step_time(KEY, CAPACITY, 1e-3)
         leaving, active = active[:8], active[8:]
         for each in leaving:
             scheduler.finish(each, 1)
@@ -90,13 +90,13 @@ def turn_seconds(waiting: int, turns: int = 2000) -> float:
 
 
 def _scheduler() -> Scheduler:
-    scheduler = Scheduler(Limits(max_waiting_rows=1_000_000))
-    scheduler.open_lane(KEY, CAPACITY)
+    scheduler = Scheduler(Limits(max_queued_rows=1_000_000))
+    scheduler.add_program(KEY, CAPACITY)
     return scheduler
 
 
 def _submit(scheduler: Scheduler) -> Request:
-    request = Request(KEY, 1, STEPS, _ignore, work=Work({"steps": STEPS}, {}))
+    request = Request(KEY, 1, STEPS, _ignore, inputs=RowInputs({"steps": STEPS}, {}))
     scheduler.submit(request)
     return request
 
@@ -110,7 +110,7 @@ def waiting(bench: Bench, numbers: Sequence[int]) -> Table:
     models = bench.models(artifacts.EBM)
     rows = []
     for count in numbers:
-        with samovar_server(models, "--threads", "1", "--max-batch-rows", str(CAPACITY)) as server:
+        with samovar_server(models, "--intra-op-threads", "1", "--max-batch-rows", str(CAPACITY)) as server:
             rows.append(_while_waiting(bench, server, count))
     columns = ("rows waiting", "resident bytes a row", "step ms", "p50 ms of a call", "p99 ms of a call")
     return Table(columns, rows, "Server")

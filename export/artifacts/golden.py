@@ -34,16 +34,16 @@ class Example:
         return range(self.first_row, self.first_row + self.rows)
 
 
-def record(eager: interpreter.Player, example: Example) -> manifest_pb2.GoldenRows:
+def record(eager: interpreter.Interpreter, example: Example) -> manifest_pb2.GoldenRows:
     """A request with the answer that the modules give; ProgramError when a server would refuse it."""
     program = eager.program(example.program)
     _refuse_out_of_bounds(program, example)
     rows = interpreter.request(program, example.seed, example.indices, example.parameters, example.inputs)
-    outputs, value = eager.play(example.program, rows), eager.manifest.value
+    outputs, value = eager.run(example.program, rows), eager.manifest.data_spec
     operation, _, method = example.program.partition(":")
     return manifest_pb2.GoldenRows(
         operation=operation,
-        method=method,
+        variant=method,
         seed=example.seed,
         first_row=example.first_row,
         rows=example.rows,
@@ -82,9 +82,9 @@ def array(tensor: manifest_pb2.GoldenTensor) -> NDArray[Any]:
     return np.frombuffer(tensor.data, DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
 
 
-def _tolerance(array: NDArray[Any], value: manifest_pb2.Value, output: str) -> float:
+def _tolerance(array: NDArray[Any], value: manifest_pb2.DataSpec, output: str) -> float:
     if array.dtype.kind not in "uib":
         return float(f"{_RELATIVE_TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0))):.1e}")
     # Rounding to a level may fall the other way by one, which is nothing, if it is not the opposite.
-    is_picture = value.kind == manifest_pb2.Value.KIND_IMAGE and output == value.tensor.name
-    return 1.0 if is_picture and value.levels > _OPPOSITES else 0.0
+    is_picture = value.kind == manifest_pb2.DataSpec.KIND_IMAGE and output == value.tensor.name
+    return 1.0 if is_picture and value.num_levels > _OPPOSITES else 0.0

@@ -56,7 +56,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Player:
+class Interpreter:
     """The programs of a manifest with the graphs to run them, by graph name."""
 
     manifest: manifest_pb2.Manifest
@@ -64,9 +64,9 @@ class Player:
 
     def program(self, name: str) -> manifest_pb2.Program:
         """The program `sample` or `sample:inpaint`, say; KeyError when the model lacks it."""
-        return {program_name(each.operation, each.method): each for each in self.manifest.programs}[name]
+        return {program_name(each.operation, each.variant): each for each in self.manifest.programs}[name]
 
-    def play(self, name: str, rows: Rows, title: str = "") -> Tensors:
+    def run(self, name: str, rows: Rows, title: str = "") -> Tensors:
         """Run every row of a program to its end; returns the outputs by name, [B, *shape].
 
         With a title, under a progress bar of steps.
@@ -82,7 +82,9 @@ class Player:
                 for name, array in self._call(program.step, context).items():
                     state[name][active] = array
                 done[active] += 1
-                ended = state[program.steps.done] if program.steps.done else np.zeros(len(rows), bool)
+                ended = (
+                    state[program.steps.done_flag] if program.steps.done_flag else np.zeros(len(rows), bool)
+                )
                 active = np.flatnonzero((done < total) & ~ended)
                 bar.update()
         return self._call(program.readout, _Context(program, rows, state, done, total))

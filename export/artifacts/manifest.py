@@ -6,16 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graphs.graph import Graph
-from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from samovar.tensors import data_type, pack
 from samovar.v1 import manifest_pb2
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _KINDS = {
-    "image": manifest_pb2.Value.KIND_IMAGE,
-    "vector": manifest_pb2.Value.KIND_VECTOR,
-    "tokens": manifest_pb2.Value.KIND_TOKENS,
+    "image": manifest_pb2.DataSpec.KIND_IMAGE,
+    "vector": manifest_pb2.DataSpec.KIND_VECTOR,
+    "tokens": manifest_pb2.DataSpec.KIND_TOKENS,
 }
 _TYPES = {
     "float": manifest_pb2.Parameter.TYPE_FLOAT,
@@ -35,12 +35,12 @@ _SCORES = {
 }
 
 
-def value_message(value: Value) -> manifest_pb2.Value:
+def value_message(value: DataSpec) -> manifest_pb2.DataSpec:
     """What one row of data is."""
-    return manifest_pb2.Value(
+    return manifest_pb2.DataSpec(
         kind=_KINDS[value.kind],
         tensor=tensor_message(value.tensor),
-        levels=value.levels,
+        num_levels=value.num_levels,
         vocabulary=value.vocabulary,
         class_labels=value.class_labels,
     )
@@ -73,7 +73,7 @@ def program_message(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.P
     roles = {role: names[id(module)] for role, module, _ in program.modules}
     return manifest_pb2.Program(
         operation=program.operation,
-        method=program.method,
+        variant=program.variant,
         doc=program.doc,
         init=roles.get("init", ""),
         step=roles.get("step", ""),
@@ -99,7 +99,7 @@ def _steps_message(steps: Steps) -> manifest_pb2.Steps:
     units = steps.units_per_step if steps.units_per_step > 1 else 0
     return manifest_pb2.Steps(
         units_per_step=units,
-        done=steps.done or "",
+        done_flag=steps.done_flag or "",
         **({"parameter": steps.parameter} if steps.fixed is None else {"fixed": steps.fixed}),
     )
 
@@ -134,9 +134,9 @@ def _score_message(score: Score) -> manifest_pb2.Score:
     return manifest_pb2.Score(
         kind=_SCORES[score.kind],
         dimensions=score.dimensions,
-        space=score.space,
-        nats=score.nats,
-        standard_error=score.standard_error or "",
-        draws=score.draws or "",
-        row_dimensions=score.row_dimensions or "",
+        coordinate_space=score.coordinate_space,
+        nats_output=score.nats_output,
+        standard_error_output=score.standard_error_output or "",
+        draws_parameter=score.draws_parameter or "",
+        row_dimensions_output=score.row_dimensions_output or "",
     )

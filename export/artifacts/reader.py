@@ -37,7 +37,7 @@ def read(directory: Path) -> manifest_pb2.Manifest:
         raise ArtifactError(f"{path}: expected a manifest of the artifact contract: {error}") from error
 
 
-def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> interpreter.Player:
+def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> interpreter.Interpreter:
     """The programs of an artifact run by its files in one format."""
     graphs = {
         entry.name: graph.load(directory / file.path, format)
@@ -45,7 +45,7 @@ def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> inter
         for file in entry.files
         if file.format == format
     }
-    return interpreter.Player(manifest, graphs)
+    return interpreter.Interpreter(manifest, graphs)
 
 
 def is_sealed(directory: Path) -> bool:

@@ -21,10 +21,10 @@ from export.graphs.program import program_name
 from samovar.v1 import manifest_pb2
 
 _STRANGERS = 5
-_ALONE, _COMPANY, _INDEPENDENCE = "golden rows", "golden rows in company", "independence"
+_ALONE, _BATCHED, _INDEPENDENCE = "golden rows", "golden rows in company", "independence"
 _MEANING = {
     _ALONE: "the file does not compute what was recorded",
-    _COMPANY: "the file computes something else when other rows share the batch; "
+    _BATCHED: "the file computes something else when other rows share the batch; "
     "every output row must be a function of its own input row",
     _INDEPENDENCE: "a row depends on the other rows of its batch; "
     "nothing may be summed, averaged, sorted or normalised over axis 0",
@@ -32,7 +32,7 @@ _MEANING = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One comparison: the largest absolute difference, and the largest that is allowed."""
 
     program: str
@@ -57,7 +57,7 @@ class Finding:
 class Report:
     """What was compared, and one line for everything that is wrong."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
     problems: tuple[str, ...]
 
     @property
@@ -72,7 +72,7 @@ def verify(directory: Path) -> Report:
     problems = [*_file_problems(directory, manifest), *_manifest_problems(manifest)]
     if problems:
         return Report((), tuple(problems))
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for format in formats(manifest):
         try:
             player = reader.load(directory, manifest, format)
@@ -148,11 +148,11 @@ def _is_finite(tensor: manifest_pb2.GoldenTensor) -> bool:
 
 
 def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
-    return program_name(message.operation, message.method)
+    return program_name(message.operation, message.variant)
 
 
 @dataclass(frozen=True)
-class _Proof:
+class _GoldenCase:
     """Golden rows of one program, as requested and as answered."""
 
     rows: interpreter.Rows
@@ -161,10 +161,10 @@ class _Proof:
 
 
 def _program_findings(
-    player: interpreter.Player, program: manifest_pb2.Program, format: str
-) -> Iterator[Finding]:
+    player: interpreter.Interpreter, program: manifest_pb2.Program, format: str
+) -> Iterator[CheckResult]:
     proofs = [
-        _Proof(
+        _GoldenCase(
             golden.request(program, entry),
             {name: golden.array(tensor) for name, tensor in entry.outputs.items()},
             entry.tolerance,
@@ -172,14 +172,14 @@ def _program_findings(
         for entry in player.manifest.golden_rows
         if _name(entry) == _name(program)
     ]
-    alone = [player.play(_name(program), proof.rows) for proof in proofs]
-    first = [player.play(_name(program), proof.rows[:1]) for proof in proofs]
+    alone = [player.run(_name(program), proof.rows) for proof in proofs]
+    first = [player.run(_name(program), proof.rows[:1]) for proof in proofs]
     company, others = (_in_company(player, program, proofs, seed) for seed in (1, 2))
     recorded = [(proof.outputs, proof.tolerance) for proof in proofs]
     exact = [(answer, _independence(proof, format)) for answer, proof in zip(company, proofs, strict=True)]
     for check, given, expected in (
         (_ALONE, alone, recorded),
-        (_COMPANY, company, recorded),
+        (_BATCHED, company, recorded),
         (_INDEPENDENCE, [*others, *first], [*exact, *exact]),
     ):
         pairs = [
@@ -188,19 +188,19 @@ def _program_findings(
             for pair in _compare(answer, known, tolerance)
         ]
         difference, allowed = max(pairs, key=_severity)
-        yield Finding(_name(program), format, check, difference, allowed)
+        yield CheckResult(_name(program), format, check, difference, allowed)
 
 
-def _independence(proof: _Proof, format: str) -> Mapping[str, float]:
+def _independence(proof: _GoldenCase, format: str) -> Mapping[str, float]:
     """ONNX Runtime computes a row to the bit in any company on a CPU; torch may not in small batches."""
     return dict.fromkeys(proof.tolerance, 0.0) if format == "onnx" else proof.tolerance
 
 
 def _in_company(
-    player: interpreter.Player, program: manifest_pb2.Program, proofs: list[_Proof], seed: int
+    player: interpreter.Interpreter, program: manifest_pb2.Program, proofs: list[_GoldenCase], seed: int
 ) -> list[dict[str, NDArray[Any]]]:
     strangers = _strangers(proofs[0].rows, seed)
-    answers = player.play(_name(program), interpreter.join([strangers, *(proof.rows for proof in proofs)]))
+    answers = player.run(_name(program), interpreter.join([strangers, *(proof.rows for proof in proofs)]))
     bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
     return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
 

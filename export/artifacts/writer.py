@@ -21,7 +21,7 @@ from export.artifacts.reader import VERSION, ArtifactError, seal, sha256, versio
 from export.artifacts.verify import verify
 from export.graphs import graph
 from export.graphs.formats import USUAL
-from export.graphs.program import Program, ProgramError, Value
+from export.graphs.program import DataSpec, Program, ProgramError
 from samovar.v1 import manifest_pb2
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -37,25 +37,25 @@ class Model:
     name: str
     family: str
     description: str
-    value: Value
+    data_spec: DataSpec
     programs: tuple[Program, ...]
     examples: tuple[Example, ...]
     provenance: manifest_pb2.Provenance = field(default_factory=manifest_pb2.Provenance)
     quality: tuple[manifest_pb2.Quality, ...] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
-    refusals: Mapping[str, str] = field(default_factory=dict)
+    unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
 
-def player(value: Value, programs: Sequence[Program]) -> interpreter.Player:
+def player(value: DataSpec, programs: Sequence[Program]) -> interpreter.Interpreter:
     """The programs run by their own modules, before any file is written."""
     _refuse_namesakes(programs)
     graphs = graph.collect(programs)
     described = manifest_pb2.Manifest(
-        value=manifest.value_message(value),
+        data_spec=manifest.value_message(value),
         graphs=map(manifest.graph_message, graphs),
         programs=(manifest.program_message(program, graphs) for program in programs),
     )
-    return interpreter.Player(described, {entry.name: graph.eager(entry.module) for entry in graphs})
+    return interpreter.Interpreter(described, {entry.name: graph.eager(entry.module) for entry in graphs})
 
 
 def _refuse_namesakes(programs: Sequence[Program]) -> None:
@@ -102,7 +102,7 @@ def destination(models: Path, name: str, version: str | None = None) -> Path:
 
 
 def _write_files(model: Model, version: str, formats: Sequence[str], directory: Path) -> str:
-    eager = player(model.value, model.programs)
+    eager = player(model.data_spec, model.programs)
     whole = manifest_pb2.Manifest(
         format_version=manifest.FORMAT_VERSION,
         name=model.name,
@@ -112,7 +112,7 @@ def _write_files(model: Model, version: str, formats: Sequence[str], directory: 
         provenance=model.provenance,
         golden_rows=(golden.record(eager, example) for example in model.examples),
         quality=model.quality,
-        refusals=model.refusals,
+        unsupported_operations=model.unsupported_operations,
     )
     whole.MergeFrom(eager.manifest)
     for message, entry in zip(whole.graphs, graph.collect(model.programs), strict=True):

@@ -37,6 +37,6 @@ def _write(options: argparse.Namespace) -> int:
     print(f"Wrote {path}, verified in {' and '.join(chosen)}: {', '.join(operations)}")
     print(f"  serve it:  python -m server --models {options.models}")
     if "sample" in operations:
-        kind = written.value.Kind.Name(written.value.kind).removeprefix("KIND_").lower()
+        kind = written.data_spec.Kind.Name(written.data_spec.kind).removeprefix("KIND_").lower()
         print(f"  ask it:    samovar sample {written.name} -n 16 --seed 7 -o {written.name}{_ENDINGS[kind]}")
     return 0

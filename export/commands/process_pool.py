@@ -53,7 +53,7 @@ class Display(Protocol):
 
 
 @dataclass
-class Crew:
+class ProcessPool:
     """Runs commands, at most `size` at a time, and stops those under way when it is interrupted."""
 
     size: int

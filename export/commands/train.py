@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     path = pipeline.make(
-        pipeline.Recipe(
+        pipeline.TrainingJob(
             family=FAMILIES[options.family].load(),
             data=loading.load(data_name, options.data_dir),
             models=options.models,

@@ -58,7 +58,7 @@ def _make(options: argparse.Namespace) -> int:
         return 0
     size = min(options.jobs, len(todo))
     print(f"Making {len(todo)} artifact(s), {size} at a time.", flush=True)
-    crew = process_pool.Crew(size, process_pool.display(size, len(todo)))
+    crew = process_pool.ProcessPool(size, process_pool.display(size, len(todo)))
     results = crew.run({job.name: _command(job, options) for job in todo})
     _print_results(results, options.models)
     failed = [result.name for result in results if result.status]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from export.datasets import chorales as music
 from export.datasets import text as writing
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 
 VALIDATION_SHARE = 0.12
 # Rows and seed, to learn and to test.
@@ -53,7 +53,7 @@ class Dataset:
     """Validation rows, cut from the training rows, choose a model; test rows report on it."""
 
     name: str
-    value: Value
+    spec: DataSpec
     train: Part
     validation: Part
     test: Part
@@ -87,7 +87,7 @@ def moons() -> Dataset:
     ]
     doc = "coordinates of make_moons, less {:.4f}, {:.4f}, over {:.4f}, {:.4f}".format(*mean, *spread)
     point = TensorSpec("point", "float32", (2,), -POINT_LIMIT, POINT_LIMIT, doc)
-    return _dataset("moons", Value("vector", point, class_labels=("upper", "lower")), *parts)
+    return _dataset("moons", DataSpec("vector", point, class_labels=("upper", "lower")), *parts)
 
 
 def text() -> Dataset:
@@ -146,11 +146,11 @@ def first_half(rows: NDArray[Any]) -> NDArray[np.uint8]:
     return known
 
 
-def _images(part: Part, levels: int, class_labels: tuple[str, ...]) -> Value:
+def _images(part: Part, levels: int, class_labels: tuple[str, ...]) -> DataSpec:
     pixels = TensorSpec(
         "image", "uint8", part.rows.shape[1:], 0, levels - 1, doc=f"brightness, integers 0..{levels - 1}"
     )
-    return Value("image", pixels, levels=levels, class_labels=class_labels)
+    return DataSpec("image", pixels, num_levels=levels, class_labels=class_labels)
 
 
 def _sequences(name: str, corpus: writing.Corpus, doc: str) -> Dataset:
@@ -160,12 +160,12 @@ def _sequences(name: str, corpus: writing.Corpus, doc: str) -> Dataset:
         f"{doc}, as indices 1..{last} of the vocabulary; the first 0 ends it",
     )  # fmt: skip
     train, validation, test = (Part(rows, np.zeros(len(rows), np.int64)) for rows in parts)
-    value = Value("tokens", sequence, levels=last + 1, vocabulary=corpus.vocabulary)
+    value = DataSpec("tokens", sequence, num_levels=last + 1, vocabulary=corpus.vocabulary)
     digest = hashlib.sha256(corpus.train.tobytes()).hexdigest()
     return Dataset(name, value, train, validation, test, digest)
 
 
-def _dataset(name: str, value: Value, learn: Part, test: Part) -> Dataset:
+def _dataset(name: str, value: DataSpec, learn: Part, test: Part) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     chosen, held = train_test_split(
@@ -173,7 +173,7 @@ def _dataset(name: str, value: Value, learn: Part, test: Part) -> Dataset:
     )
     return Dataset(
         name=name,
-        value=value,
+        spec=value,
         train=learn[chosen],
         validation=learn[held],
         test=test,

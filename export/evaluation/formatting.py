@@ -5,7 +5,7 @@ from samovar.v1 import manifest_pb2
 
 def line(quality: manifest_pb2.Quality) -> str:
     """A figure with all that it is read beside, in one line."""
-    floor = f", real data {quality.floor:.3f}" if quality.HasField("floor") else ""
+    floor = f", real data {quality.reference_value:.3f}" if quality.HasField("reference_value") else ""
     return f"{quality.name}: {figure(quality)}{floor}"
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.artifacts import interpreter
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset, Part
 from export.evaluation.figures import cells
 from export.training.trainer import Network, Settings, fit
@@ -43,19 +43,19 @@ CLASSIFIER = "our-cnn"
 Rows = NDArray[Any]
 
 
-def play(player: Player, name: str, rows: interpreter.Rows, title: str) -> interpreter.Tensors:
+def play(player: Interpreter, name: str, rows: interpreter.Rows, title: str) -> interpreter.Tensors:
     """Run many rows in chunks under a progress bar; returns the outputs by name."""
     bounds = range(0, len(rows), _CHUNK_ROWS)
     chunks = [
-        player.play(name, rows[start : start + _CHUNK_ROWS])
+        player.run(name, rows[start : start + _CHUNK_ROWS])
         for start in tqdm(bounds, desc=f"  measuring: {title}", unit="chunk", dynamic_ncols=True)
     ]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def sampler(player: Player) -> Callable[[int, int], Rows]:
+def sampler(player: Interpreter) -> Callable[[int, int], Rows]:
     """The model's own samples: `draw(n, i)` gives the i-th set of n, [n, *shape]."""
-    program, name = player.program("sample"), player.manifest.value.tensor.name
+    program, name = player.program("sample"), player.manifest.data_spec.tensor.name
 
     def draw(count: int, number: int) -> Rows:
         rows = interpreter.request(program, number, range(count))
@@ -64,12 +64,12 @@ def sampler(player: Player) -> Callable[[int, int], Rows]:
     return draw
 
 
-def density(player: Player, name: str, limit: float, count: int) -> NDArray[np.float32]:
+def density(player: Interpreter, name: str, limit: float, count: int) -> NDArray[np.float32]:
     """The density of points in the cells of a square, [count, count], by the program `score`, say."""
     points = cells(limit, count)
-    given = {player.manifest.value.tensor.name: points}
+    given = {player.manifest.data_spec.tensor.name: points}
     rows = interpreter.request(player.program(name), 0, range(len(points)), inputs=given)
-    nats = player.play(name, rows)[player.program(name).score.nats]
+    nats = player.run(name, rows)[player.program(name).score.nats_output]
     return np.asarray(np.exp(nats).reshape(count, count), np.float32)
 
 
@@ -121,17 +121,17 @@ def two_sample_test(data: Dataset, draw: Callable[[int, int], Rows], count: int)
 
 
 @dataclass(frozen=True)
-class Judge:
+class SampleEvaluator:
     """Compares rows with the test rows of a data set, by a classifier that it trains first."""
 
     data: Dataset
     classifier: "Classifier"
 
     @classmethod
-    def train(cls, data: Dataset, settings: Settings) -> "Judge":
+    def train(cls, data: Dataset, settings: Settings) -> "SampleEvaluator":
         """A judge with a classifier that has learned every other training row; the rest are for the floor."""
         torch.manual_seed(settings.seed)
-        classifier = Classifier(data.value.tensor.shape, data.value.levels, len(data.value.class_labels))
+        classifier = Classifier(data.spec.tensor.shape, data.spec.num_levels, len(data.spec.class_labels))
         half = dataclasses.replace(data, train=data.train[0::2])
         fit(classifier, half, settings, "  measuring: classifier")
         return cls(data, classifier)
@@ -182,7 +182,7 @@ class Judge:
             value=float(hits.mean()),
             unit="accuracy",
             standard_error=standard_error(hits),
-            floor=float(known.mean()),
+            reference_value=float(known.mean()),
             doc=f"How often our classifier sees the label that was asked for, over {len(hits)} samples. "
             "The floor is its accuracy on test rows.",
         )
@@ -303,6 +303,6 @@ def _quality(
         value=float(np.mean(values)),
         unit=unit,
         standard_error=standard_error(np.asarray(values)),
-        floor=float(np.mean(floor)),
+        reference_value=float(np.mean(floor)),
         doc=f"{doc} Mean of {len(values)} sets.",
     )

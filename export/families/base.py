@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset
 from export.evaluation.figures import Drawing
-from export.graphs.program import Input, Program, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Program, TensorSpec
 from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
@@ -36,7 +36,7 @@ class Preset:
         """How many samples are compared with as many test rows; with 0, none are."""
         return self.measured_rows if self.sampled_rows is None else self.sampled_rows
 
-    def suiting(self, value: Value) -> "Preset":
+    def suiting(self, value: DataSpec) -> "Preset":
         """This preset, or the one that it has for the value's kind."""
         return self.kinds.get(value.kind, self)
 
@@ -51,7 +51,7 @@ class Family(Protocol):
     name: str
     description: str
     operations: tuple[str, ...]
-    refusals: Mapping[str, str]
+    unsupported_operations: Mapping[str, str]
     presets: Mapping[str, Preset]
 
     def network(self, data: Dataset, preset: Preset) -> Network:
@@ -63,14 +63,14 @@ class Family(Protocol):
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests whose answers the artifact carries: a few for every operation, some with parameters."""
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Figures on test rows, measured by running the programs."""
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """What the artifact's picture shows: real rows beside what the programs make."""
 
 
-def label_input(value: Value, absence: str) -> Input:
+def label_input(value: DataSpec, absence: str) -> Input:
     """The class that a row is made or known to be of; the number of classes says that none is given."""
     classes = len(value.class_labels)
     doc = f"index of the class label; {classes} {absence}"

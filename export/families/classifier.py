@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset, Part
 from export.evaluation.calibration import BINS, TEMPERATURES, calibration, fit_temperature
 from export.evaluation.figures import Panel
@@ -81,8 +81,8 @@ class Classifier(Network):
 
     def __init__(self, data: Dataset, body: nn.Module, features: int) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
-        self.features, self.classes = features, len(data.value.class_labels)
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
+        self.features, self.classes = features, len(data.spec.class_labels)
         self.body = body
         self.head = nn.Linear(features, self.classes)
 
@@ -174,7 +174,7 @@ class ClassifierFamily:
     """A kind of classifier as the exporter sees it; the kinds differ in their networks."""
 
     operations: tuple[str, ...] = ("classify", "encode")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "score": "a classifier knows the probability of a label given an image, not of the image",
         "sample": "a classifier does not generate",
         "reconstruct": "features keep what tells classes apart, and not the image",
@@ -188,7 +188,7 @@ class ClassifierFamily:
         assert isinstance(network, Classifier)
         served = network.frozen()
         temperature = fit_temperature(_logits(served, data.validation), data.validation.labels)
-        return _classify(served, data.value.tensor, round(temperature, 3)), _encode(served, data.value.tensor)
+        return _classify(served, data.spec.tensor, round(temperature, 3)), _encode(served, data.spec.tensor)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without parameters, on the first rows of the test part."""
@@ -199,7 +199,7 @@ class ClassifierFamily:
             Example("encode", rows=4, inputs={"image": images}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Accuracy, cross-entropy, and calibration error with and without the fitted temperature."""
         held_out = data.test[: preset.measured_rows]
         fitted = _answers(player, held_out.rows, "classes")
@@ -212,7 +212,7 @@ class ClassifierFamily:
             _calibration_error(fitted, held_out, temperature),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> list[Panel]:
+    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
         """The test images that the classifier is least and most sure of."""
         images = data.test.rows[:LOOKED_THROUGH]
         order = _answers(player, images, "pictures")["probabilities"].max(1).argsort()
@@ -229,7 +229,7 @@ def _logits(served: Classifier, part: Part) -> NDArray[np.float32]:
 
 
 def _answers(
-    player: Player, images: NDArray[Any], title: str, parameters: Mapping[str, float] | None = None
+    player: Interpreter, images: NDArray[Any], title: str, parameters: Mapping[str, float] | None = None
 ) -> interpreter.Tensors:
     program = player.program("classify")
     rows = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})

@@ -74,7 +74,7 @@ class Family(ClassifierFamily):
 
     def network(self, data: Dataset, preset: Preset) -> Classifier:
         """An untrained network of `depth` stages, of which the first has `width` channels."""
-        shape = data.value.tensor.shape
+        shape = data.spec.tensor.shape
         height, width, channels = shape if len(shape) == 3 else (*shape, 1)
         layers: list[nn.Module] = [ChannelsFirst()]
         for stage in range(preset.depth):

@@ -35,12 +35,12 @@ from torch.nn import functional
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset
 from export.evaluation.figures import Drawing, Panel, Scatter
-from export.evaluation.sample_quality import SETS, Judge, play, sampler, two_sample_test
+from export.evaluation.sample_quality import SETS, SampleEvaluator, play, sampler, two_sample_test
 from export.families.base import Preset, label_input
-from export.graphs.program import Input, Noise, Parameter, Program, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, TensorSpec
 from export.probability.discretized_logistic import nearest, scaled
 from export.training.trainer import Network, Objective, Settings
 from samovar.v1 import manifest_pb2
@@ -107,9 +107,9 @@ class Generator(nn.Module):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
-        self.latent = LATENT_DIMENSIONS[data.value.kind]
-        self.classes, sizes = len(data.value.class_labels), _sizes(data.value, preset)
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
+        self.latent = LATENT_DIMENSIONS[data.spec.kind]
+        self.classes, sizes = len(data.spec.class_labels), _sizes(data.spec, preset)
         counts = torch.tensor(data.train.labels).bincount(minlength=self.classes)
         self.register_buffer("class_shares", counts / counts.sum())
         self.label = nn.Embedding(self.classes, self.latent)
@@ -146,7 +146,7 @@ class Generator(nn.Module):
         return scaled
 
 
-class Waves(nn.Module):
+class FourierFeatures(nn.Module):
     """Coordinates [B, D] -> themselves, with sines and cosines of random combinations of them.
 
     Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions" (2020): without them
@@ -169,14 +169,14 @@ class Discriminator(nn.Module):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        classes, sizes = len(data.value.class_labels), _sizes(data.value, preset)
-        self.is_image, seen = data.value.kind == "image", math.prod(sizes[-1])
+        classes, sizes = len(data.spec.class_labels), _sizes(data.spec, preset)
+        self.is_image, seen = data.spec.kind == "image", math.prod(sizes[-1])
         layers: list[nn.Module] = []
         for wide, deep in pairwise(sizes):
             layers += [nn.Conv2d(wide[0], deep[0], 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
         layers += [nn.Flatten()]
         if not self.is_image:
-            layers, seen = [*layers, Waves(seen)], seen + 2 * WAVES
+            layers, seen = [*layers, FourierFeatures(seen)], seen + 2 * WAVES
         self.layers = nn.Sequential(*layers, *_perceptron(seen, preset))
         self.realness = nn.Linear(preset.width, 1)
         self.direction = nn.Embedding(classes, preset.width)
@@ -194,7 +194,7 @@ def _perceptron(inputs: int, preset: Preset) -> list[nn.Module]:
     return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.LeakyReLU(SLOPE))]
 
 
-def _sizes(value: Value, preset: Preset) -> list[tuple[int, ...]]:
+def _sizes(value: DataSpec, preset: Preset) -> list[tuple[int, ...]]:
     """What convolutions halve: [channels, height, width] from the full size down. A vector has one size."""
     if value.kind != "image":
         return [value.tensor.shape]
@@ -223,7 +223,7 @@ class GAN(Network):
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
         self.generator, self.discriminator = Generator(data, preset), Discriminator(data, preset)
-        self.penalty = PENALTY[data.value.kind]
+        self.penalty = PENALTY[data.spec.kind]
         some = self.generator.scaled(torch.tensor(data.train.rows[:_MEDIAN_ROWS])).flatten(1)
         self.register_buffer("median_distance", functional.pdist(some).median())
 
@@ -312,7 +312,7 @@ class Family:
     name = "gan"
     description = "Class-conditional GAN (Goodfellow et al. 2014) with the loss of R3GAN (Huang et al. 2024)."
     operations = ("sample", "decode")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "score": "a GAN has no likelihood: its generator has no density to evaluate, and its discriminator "
         "tells real rows from made ones, which is no density either",
         "energy": "its discriminator tells real rows from made ones of its own training, which is no energy; "
@@ -362,12 +362,12 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample and decode."""
         assert isinstance(network, GAN)
-        return _sample(network.generator, data.value), _decode(network.generator, data.value)
+        return _sample(network.generator, data.spec), _decode(network.generator, data.spec)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without latents, labels and truncation."""
-        labels = np.arange(3) % len(data.value.class_labels)
-        latents = np.linspace(-2, 2, 3 * LATENT_DIMENSIONS[data.value.kind], dtype=np.float32).reshape(3, -1)
+        labels = np.arange(3) % len(data.spec.class_labels)
+        latents = np.linspace(-2, 2, 3 * LATENT_DIMENSIONS[data.spec.kind], dtype=np.float32).reshape(3, -1)
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"truncation": 0.7}, inputs={"label": labels}),
@@ -376,26 +376,26 @@ class Family:
             Example("decode", inputs={"latent": latents, "label": labels}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """How samples compare with test rows, and whether images show the label that they were asked for."""
         draw, count = sampler(player), preset.measured_rows
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [two_sample_test(data, draw, count)]
-        judge = Judge.train(data, preset.judge)
-        labels = np.arange(count) % len(data.value.class_labels)
+        judge = SampleEvaluator.train(data, preset.judge)
+        labels = np.arange(count) % len(data.spec.class_labels)
         rows = interpreter.request(player.program("sample"), SETS, range(count), inputs={"label": labels})
-        labelled = play(player, "sample", rows, "labelled samples")[data.value.tensor.name]
+        labelled = play(player, "sample", rows, "labelled samples")[data.spec.tensor.name]
         return [
             *judge.similarity(draw, count),
             judge.coverage(draw, count),
             judge.agreement(labelled, labels),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows, samples of every class, and what lies between latents."""
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return _point_panels(player, data)
-        classes = min(PICTURED, len(data.value.class_labels))
+        classes = min(PICTURED, len(data.spec.class_labels))
         labels = np.repeat(np.arange(classes), PICTURED)
         order = [np.flatnonzero(data.test.labels == label)[:PICTURED] for label in range(classes)]
         return [
@@ -405,12 +405,12 @@ class Family:
         ]
 
 
-def _play(player: Player, operation: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def _play(player: Interpreter, operation: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     rows = interpreter.request(player.program(operation), 0, range(len(inputs["label"])), inputs=inputs)
-    return player.play(operation, rows)[player.manifest.value.tensor.name]
+    return player.run(operation, rows)[player.manifest.data_spec.tensor.name]
 
 
-def _paths(player: Player, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _paths(player: Interpreter, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """For every PICTURED labels as many latents from one draw to another, all equally likely."""
     (dimensions,) = player.program("decode").inputs[0].tensor.shape
     ends = np.random.default_rng(0).standard_normal((2, len(labels) // PICTURED, 1, dimensions))
@@ -419,11 +419,11 @@ def _paths(player: Player, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]
     return {"label": labels, "latent": arcs.reshape(len(labels), -1).astype(np.float32)}
 
 
-def _point_panels(player: Player, data: Dataset) -> Sequence[Drawing]:
-    classes, count = len(data.value.class_labels), len(data.test) // 2
+def _point_panels(player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    classes, count = len(data.spec.class_labels), len(data.test) // 2
     samples = [
         Scatter(f"samples, {name}", _play(player, "sample", {"label": np.full(count, label)}), LIMIT)
-        for label, name in enumerate(data.value.class_labels)
+        for label, name in enumerate(data.spec.class_labels)
     ]
     labels = np.repeat(np.arange(classes), 5 * PICTURED)
     between = _play(player, "decode", _paths(player, labels))
@@ -434,7 +434,7 @@ def _point_panels(player: Player, data: Dataset) -> Sequence[Drawing]:
     ]
 
 
-def _sample(generator: Generator, value: Value) -> Program:
+def _sample(generator: Generator, value: DataSpec) -> Program:
     return Program(
         operation="sample",
         readout=Sample(generator),
@@ -471,7 +471,7 @@ def _sample(generator: Generator, value: Value) -> Program:
     )
 
 
-def _decode(generator: Generator, value: Value) -> Program:
+def _decode(generator: Generator, value: DataSpec) -> Program:
     return Program(
         operation="decode",
         readout=Decode(generator),

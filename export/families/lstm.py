@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets import chorales, text
 from export.datasets.loading import DataError, Dataset
 from export.evaluation.figures import Drawing, Panel
@@ -57,7 +57,7 @@ class LSTM(Network):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        (self.context,), vocabulary = data.value.tensor.shape, data.value.vocabulary
+        (self.context,), vocabulary = data.spec.tensor.shape, data.spec.vocabulary
         self.width, self.depth = preset.width, preset.depth
         self.is_music = vocabulary == chorales.VOCABULARY
         self.period = BEAT if self.is_music else 1
@@ -291,7 +291,7 @@ class Family:
     name = "lstm"
     description = "LSTM over characters or voices (Hochreiter & Schmidhuber 1997), exact token by token."
     operations: tuple[str, ...] = ("sample", "score", "encode")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "reconstruct": "the features of a sequence cannot be decoded; sample continues a sequence",
         "decode": "the features of a sequence cannot be decoded; sample continues a sequence",
         "energy": "the score is exact; the energy is its negative",
@@ -330,9 +330,9 @@ class Family:
 
     def network(self, data: Dataset, preset: Preset) -> LSTM:
         """An untrained network; DataError when the rows are not sequences."""
-        if data.value.kind != "tokens":
+        if data.spec.kind != "tokens":
             raise DataError(
-                f"{data.name}: expected sequences of tokens, got {data.value.kind} rows; train on "
+                f"{data.name}: expected sequences of tokens, got {data.spec.kind} rows; train on "
                 "--data text, --data chorales, or a --data-dir with input.txt"
             )
         return LSTM(data, preset)
@@ -340,7 +340,7 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, score and encode."""
         assert isinstance(network, LSTM)
-        sequence = data.value.tensor
+        sequence = data.spec.tensor
         return _sample(network, sequence), _score(network, sequence), _encode(network, sequence)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
@@ -348,7 +348,7 @@ class Family:
         rows = data.test.rows[:3].copy()
         for row, length in zip(rows, (20, 9, 1), strict=True):
             row[length:] = 0
-        few = min(12, data.value.levels - 1)
+        few = min(12, data.spec.num_levels - 1)
         settings = {"tokens": 12, "temperature": 0.7, "top_k": few, "top_p": 0.9, "stop": int(rows[0, 0])}
         return (
             Example("sample", seed=1, parameters={"tokens": 24}),
@@ -358,30 +358,30 @@ class Family:
             Example("encode", inputs={"sequence": rows}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Exact log-masses of test rows beside those of an n-gram model of the same training rows."""
         rows = data.test.rows[: preset.measured_rows]
         given = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
         scores = play(player, "score", given, "log-mass of test rows")
         nats, lengths = scores["log_mass"].astype(np.float64), scores["length"]
-        rival = WittenBell(data.train.rows, len(data.value.vocabulary) - 1).log_masses(rows)
-        if data.value.vocabulary == chorales.VOCABULARY:
+        rival = WittenBell(data.train.rows, len(data.spec.vocabulary) - 1).log_masses(rows)
+        if data.spec.vocabulary == chorales.VOCABULARY:
             frames = (lengths - 1) // chorales.VOICES
             return [*_figures(nats, rival, frames, "nats/frame", 1), _rate(nats, lengths, "nats/token", 1)]
         return _figures(nats, rival, lengths, "bits/char", math.log(2))
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, as text or as the pitches that sound."""
-        real, vocabulary = data.test.rows[:PICTURED], data.value.vocabulary
+        real, vocabulary = data.test.rows[:PICTURED], data.spec.vocabulary
         drawn = {
-            title: player.play(
+            title: player.run(
                 "sample", interpreter.request(player.program("sample"), 0, range(PICTURED), given)
             )
             for title, given in {"samples": {}, "samples, temperature 0.7": {"temperature": 0.7}}.items()
         }
         shown = {"test rows": real} | {title: outputs["sequence"] for title, outputs in drawn.items()}
         if vocabulary == chorales.VOCABULARY:
-            ink = data.value.levels - 1
+            ink = data.spec.num_levels - 1
             return [Panel(title, chorales.roll(rows) * ink, columns=1) for title, rows in shown.items()]
         return [
             text.Page(title, tuple("\n~\n".join(text.written(rows, vocabulary)).split("\n")))
@@ -449,7 +449,7 @@ def _sample(lstm: LSTM, sequence: TensorSpec) -> Program:
             TensorSpec("num_drawn", "int64", doc="tokens drawn, those of the prompt not among them"),
             TensorSpec("is_done", "bool", doc="true after the last token"),
         ),
-        steps=Steps(fixed=lstm.context, done="is_done"),
+        steps=Steps(fixed=lstm.context, done_flag="is_done"),
         parameters=_settings(lstm),
         inputs=(
             Input(TensorSpec("prompt", sequence.dtype, sequence.shape, 0, sequence.maximum, prompt), True),
@@ -499,9 +499,11 @@ def _score(lstm: LSTM, sequence: TensorSpec) -> Program:
             TensorSpec("total", doc="their sum so far"),
             TensorSpec("is_done", "bool", doc="true after the last token"),
         ),
-        steps=Steps(fixed=lstm.context, done="is_done"),
+        steps=Steps(fixed=lstm.context, done_flag="is_done"),
         inputs=(Input(sequence),),
-        score=Score("exact", lstm.context, f"tokens 1..{lstm.symbols}", "log_mass", row_dimensions="length"),
+        score=Score(
+            "exact", lstm.context, f"tokens 1..{lstm.symbols}", "log_mass", row_dimensions_output="length"
+        ),
     )
 
 
@@ -514,7 +516,7 @@ def _encode(lstm: LSTM, sequence: TensorSpec) -> Program:
         doc="What the network knows after a sequence: features, from which it cannot be had back.",
         state=(*_state(lstm), TensorSpec("is_done", "bool", doc="true after the last token")),
         # One more than there are tokens: the first step reads the empty token before them.
-        steps=Steps(fixed=lstm.context + 1, done="is_done"),
+        steps=Steps(fixed=lstm.context + 1, done_flag="is_done"),
         inputs=(Input(sequence),),
     )
 

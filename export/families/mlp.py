@@ -48,7 +48,7 @@ class Family(ClassifierFamily):
 
     def network(self, data: Dataset, preset: Preset) -> Classifier:
         """An untrained perceptron of `depth` hidden layers of `width` units."""
-        widths = [math.prod(data.value.tensor.shape)] + [preset.width] * preset.depth
+        widths = [math.prod(data.spec.tensor.shape)] + [preset.width] * preset.depth
         units = [Unit(nn.Linear(a, b), preset.dropout) for a, b in pairwise(widths)]
         return Classifier(data, nn.Sequential(nn.Flatten(), *units), preset.width)
 

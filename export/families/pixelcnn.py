@@ -27,12 +27,19 @@ from torch.nn import functional
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import DataError, Dataset, first_half
 from export.evaluation.figures import Panel
-from export.evaluation.sample_quality import SETS, Judge, accuracy, exact_bits_per_dimension, play, sampler
+from export.evaluation.sample_quality import (
+    SETS,
+    SampleEvaluator,
+    accuracy,
+    exact_bits_per_dimension,
+    play,
+    sampler,
+)
 from export.families.base import Preset
-from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
@@ -45,7 +52,7 @@ _COLDEST = 1e-4
 _NOTHING = -1e30
 
 
-class Above(nn.Module):
+class VerticalConv(nn.Module):
     """Convolution of a pixel's surroundings in the rows above it, and in its own row unless `strict`."""
 
     def __init__(self, inputs: int, outputs: int, reach: int, strict: bool) -> None:
@@ -59,7 +66,7 @@ class Above(nn.Module):
         return seen[:, :, :-1] if self.strict else seen
 
 
-class Left(nn.Module):
+class HorizontalConv(nn.Module):
     """Convolution of the pixels to the left, and of the pixel itself unless `strict`."""
 
     def __init__(self, inputs: int, outputs: int, reach: int, strict: bool) -> None:
@@ -83,8 +90,8 @@ class Layer(nn.Module):
         super().__init__()
         reach = FIRST_REACH if first else 1
         self.first = first
-        self.above = Above(width, 2 * width, reach, strict=first)
-        self.left = Left(width, 2 * width, reach, strict=first)
+        self.above = VerticalConv(width, 2 * width, reach, strict=first)
+        self.left = HorizontalConv(width, 2 * width, reach, strict=first)
         self.link = nn.Conv2d(2 * width, 2 * width, 1)
         self.exit = nn.Conv2d(width, width, 1)
         self.dropout = nn.Dropout(dropout)
@@ -111,9 +118,9 @@ class PixelCNN(Network):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
         self.dimensions = self.shape[0] * self.shape[1]
-        counts = torch.tensor(data.train.labels).bincount(minlength=len(data.value.class_labels))
+        counts = torch.tensor(data.train.labels).bincount(minlength=len(data.spec.class_labels))
         self.classes, width = len(counts), preset.width
         self.register_buffer("log_shares", (counts / counts.sum()).log().clamp(min=_NOTHING))
         self.pixel = nn.Embedding(self.levels, width)
@@ -269,7 +276,7 @@ class Family:
     name = "pixelcnn"
     description = "Class-conditional Gated PixelCNN (van den Oord et al. 2016), exact pixel by pixel."
     operations = ("sample", "score", "classify")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "encode": "it has no latent space",
         "decode": "it has no latent space; sample draws an image pixel by pixel",
         "reconstruct": "it has no latent space to go through; sample completes an image of which some pixels "
@@ -309,17 +316,17 @@ class Family:
 
     def network(self, data: Dataset, preset: Preset) -> PixelCNN:
         """An untrained network; DataError when the images are not grey."""
-        if data.value.kind != "image" or len(data.value.tensor.shape) != 2:
+        if data.spec.kind != "image" or len(data.spec.tensor.shape) != 2:
             raise DataError(
-                f"{data.name}: expected grey images [height, width], got {data.value.kind} rows of shape "
-                f"{list(data.value.tensor.shape)}; train vae or diffusion on them"
+                f"{data.name}: expected grey images [height, width], got {data.spec.kind} rows of shape "
+                f"{list(data.spec.tensor.shape)}; train vae or diffusion on them"
             )
         return PixelCNN(data, preset)
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, score and classify."""
         assert isinstance(network, PixelCNN)
-        return _sample(network, data.value), _score(network, data.value), _classify(network, data.value)
+        return _sample(network, data.spec), _score(network, data.spec), _classify(network, data.spec)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """With and without labels, parameters and known pixels."""
@@ -334,7 +341,7 @@ class Family:
             Example("classify", inputs={"image": images}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Bits per dimension, accuracy, and how samples compare with test rows."""
         test = data.test[: preset.measured_rows]
         scores, classes = (
@@ -347,9 +354,9 @@ class Family:
             *(_sample_quality(player, data, preset) if preset.samples else ()),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> list[Panel]:
+    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, samples, and completions of the test rows' upper halves, a line for each class."""
-        classes = min(10, len(data.value.class_labels))
+        classes = min(10, len(data.spec.class_labels))
         each = PICTURED if data.test.rows[0].size <= QUICK_PIXELS else PICTURED_OF_MORE
         labels = np.repeat(np.arange(classes), each)
         order = [np.flatnonzero(data.test.labels == label)[:each] for label in range(classes)]
@@ -357,37 +364,37 @@ class Family:
         halves = _given(player, "sample", real, known=first_half(real))
         return [
             Panel("test images", real, each),
-            Panel("samples", player.play("sample", _labelled(player, labels))["image"], each),
-            Panel("upper halves of the test images, completed", player.play("sample", halves)["image"], each),
+            Panel("samples", player.run("sample", _labelled(player, labels))["image"], each),
+            Panel("upper halves of the test images, completed", player.run("sample", halves)["image"], each),
         ]
 
 
-def _sample_quality(player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
-    judge = Judge.train(data, preset.judge)
-    labels = np.arange(preset.samples) % len(data.value.class_labels)
+def _sample_quality(player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    judge = SampleEvaluator.train(data, preset.judge)
+    labels = np.arange(preset.samples) % len(data.spec.class_labels)
     labelled = play(player, "sample", _labelled(player, labels), "labelled samples")["image"]
     return [*judge.similarity(sampler(player), preset.samples), judge.agreement(labelled, labels)]
 
 
-def _labelled(player: Player, labels: NDArray[np.int64]) -> interpreter.Rows:
+def _labelled(player: Interpreter, labels: NDArray[np.int64]) -> interpreter.Rows:
     return interpreter.request(player.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
 
 
 def _given(
-    player: Player, operation: str, images: NDArray[np.uint8], **inputs: NDArray[np.uint8]
+    player: Interpreter, operation: str, images: NDArray[np.uint8], **inputs: NDArray[np.uint8]
 ) -> interpreter.Rows:
     return interpreter.request(
         player.program(operation), 0, range(len(images)), inputs={"image": images, **inputs}
     )
 
 
-def _label(value: Value, without: str) -> Input:
+def _label(value: DataSpec, without: str) -> Input:
     classes = len(value.class_labels)
     doc = f"index of the class label, or {classes} {without}"
     return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)
 
 
-def _sample(pixelcnn: PixelCNN, value: Value) -> Program:
+def _sample(pixelcnn: PixelCNN, value: DataSpec) -> Program:
     image, shape = value.tensor, pixelcnn.shape
     return Program(
         operation="sample",
@@ -432,7 +439,7 @@ def _given_pixels(image: TensorSpec) -> tuple[Input, Input]:
     )
 
 
-def _score(pixelcnn: PixelCNN, value: Value) -> Program:
+def _score(pixelcnn: PixelCNN, value: DataSpec) -> Program:
     return Program(
         operation="score",
         step=ScoreStep(pixelcnn),
@@ -454,13 +461,13 @@ def _score(pixelcnn: PixelCNN, value: Value) -> Program:
             ),
             TensorSpec("is_done", "bool", doc="true after one step when the label is given"),
         ),
-        steps=Steps(fixed=pixelcnn.classes, done="is_done"),
+        steps=Steps(fixed=pixelcnn.classes, done_flag="is_done"),
         inputs=(Input(value.tensor), _label(value, "for the mixture of classes by their frequency")),
         score=Score("exact", pixelcnn.dimensions, f"integers 0..{pixelcnn.levels - 1}", "log_mass"),
     )
 
 
-def _classify(pixelcnn: PixelCNN, value: Value) -> Program:
+def _classify(pixelcnn: PixelCNN, value: DataSpec) -> Program:
     return Program(
         operation="classify",
         readout=Classify(pixelcnn),

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
-    Judge,
+    SampleEvaluator,
     bits_per_dimension,
     density,
     negative_log_density,
@@ -39,7 +39,7 @@ from export.evaluation.sample_quality import (
     two_sample_test,
 )
 from export.families.base import Preset
-from export.graphs.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, TensorSpec
 from export.probability import importance_weighting
 from export.probability.batch_invariant_ops import total
 from export.training.trainer import Network, Settings
@@ -74,7 +74,7 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
 
-class Marginal(Bijection):
+class EmpiricalCdf(Bijection):
     """Each dequantised pixel 0..levels to the logit of its rank among the training rows' own (its CDF).
 
     After it every pixel alone is nearly normal, so that what is left to learn is how pixels hang
@@ -221,9 +221,9 @@ class RealNVP(Network):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
         self.dimensions = math.prod(self.shape)
-        layers: list[Bijection] = [Marginal(data.train.rows, self.levels)] if self.levels else []
+        layers: list[Bijection] = [EmpiricalCdf(data.train.rows, self.levels)] if self.levels else []
         for kept in masks(self.shape, preset.depth):
             layers += [Coupling(kept, preset), Affine(self.dimensions)]
         self.layers = nn.ModuleList(layers)
@@ -371,7 +371,7 @@ class Family:
     name = "realnvp"
     description = "Normalising flow of affine couplings (RealNVP, Dinh et al. 2017)."
     operations: tuple[str, ...] = ("sample", "reconstruct", "encode", "decode", "score")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "energy": "score gives the log-density itself, normalised",
         "classify": "it has learned no labels",
     }
@@ -413,7 +413,7 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, reconstruct, encode, decode and score."""
         assert isinstance(network, RealNVP)
-        value, points = data.value, data.value.kind == "vector"
+        value, points = data.spec, data.spec.kind == "vector"
         return (
             _sample(network, value.tensor),
             _reconstruct_point(network, value) if points else _reconstruct_image(network, value),
@@ -424,7 +424,7 @@ class Family:
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without parameters, on the first rows of the test part."""
-        value, points = data.value, data.value.kind == "vector"
+        value, points = data.spec, data.spec.kind == "vector"
         rows = {value.tensor.name: data.test.rows[:3]}
         latents = torch.linspace(-2, 2, 3 * math.prod(value.tensor.shape)).reshape(3, -1).numpy()
         drawn = (
@@ -439,24 +439,24 @@ class Family:
             *(() if points else drawn),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
         draw, count = sampler(player), preset.measured_rows
         rows = data.test.rows[:count]
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [
-                negative_log_density(_scores(player, rows), f"In {data.value.tensor.doc}."),
+                negative_log_density(_scores(player, rows), f"In {data.spec.tensor.doc}."),
                 two_sample_test(data, draw, count),
             ]
         bounds = [
             bits_per_dimension(_scores(player, rows, {"draws": draws}), rows[0].size, draws)
             for draws in (MEASURED_DRAWS, 1)
         ]
-        return [*bounds, *Judge.train(data, preset.judge).similarity(draw, count)]
+        return [*bounds, *SampleEvaluator.train(data, preset.judge).similarity(draw, count)]
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or samples nearer to the mode."""
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows, LIMIT),
                 Scatter("samples", _samples(player, len(data.test)), LIMIT),
@@ -470,18 +470,18 @@ class Family:
 
 
 def _samples(
-    player: Player, count: int, parameters: Mapping[str, float] | None = None
+    player: Interpreter, count: int, parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.generic]:
     rows = interpreter.request(player.program("sample"), 0, range(count), parameters)
-    return player.play("sample", rows)[player.manifest.value.tensor.name]
+    return player.run("sample", rows)[player.manifest.data_spec.tensor.name]
 
 
 def _scores(
-    player: Player, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+    player: Interpreter, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.float32]:
-    program, given = player.program("score"), {player.manifest.value.tensor.name: values}
+    program, given = player.program("score"), {player.manifest.data_spec.tensor.name: values}
     rows = interpreter.request(program, 0, range(len(values)), parameters, given)
-    return play(player, "score", rows, "log-density of test rows")[program.score.nats]
+    return play(player, "score", rows, "log-density of test rows")[program.score.nats_output]
 
 
 def _latent(flow: RealNVP) -> TensorSpec:
@@ -513,7 +513,7 @@ def _decode(flow: RealNVP, tensor: TensorSpec) -> Program:
     )
 
 
-def _reconstruct_point(flow: RealNVP, value: Value) -> Program:
+def _reconstruct_point(flow: RealNVP, value: DataSpec) -> Program:
     return Program(
         operation="reconstruct",
         readout=ReconstructPoint(flow),
@@ -523,7 +523,7 @@ def _reconstruct_point(flow: RealNVP, value: Value) -> Program:
     )
 
 
-def _reconstruct_image(flow: RealNVP, value: Value) -> Program:
+def _reconstruct_image(flow: RealNVP, value: DataSpec) -> Program:
     return Program(
         operation="reconstruct",
         readout=ReconstructImage(flow),
@@ -540,7 +540,7 @@ def _largest_error(doc: str) -> TensorSpec:
     return TensorSpec("largest_error", minimum=0, doc=doc)
 
 
-def _encode_point(flow: RealNVP, value: Value) -> Program:
+def _encode_point(flow: RealNVP, value: DataSpec) -> Program:
     return Program(
         operation="encode",
         readout=EncodePoint(flow),
@@ -550,7 +550,7 @@ def _encode_point(flow: RealNVP, value: Value) -> Program:
     )
 
 
-def _encode_image(flow: RealNVP, value: Value) -> Program:
+def _encode_image(flow: RealNVP, value: DataSpec) -> Program:
     return Program(
         operation="encode",
         readout=EncodeImage(flow),
@@ -568,7 +568,7 @@ def _encode_image(flow: RealNVP, value: Value) -> Program:
     )
 
 
-def _score_point(flow: RealNVP, value: Value) -> Program:
+def _score_point(flow: RealNVP, value: DataSpec) -> Program:
     return Program(
         operation="score",
         readout=ScorePoint(flow),
@@ -579,7 +579,7 @@ def _score_point(flow: RealNVP, value: Value) -> Program:
     )
 
 
-def _score_image(flow: RealNVP, value: Value) -> Program:
+def _score_image(flow: RealNVP, value: DataSpec) -> Program:
     shape, space = value.tensor.shape, f"integers 0..{flow.levels - 1}"
     doc = "dequantisation bound on the log-mass of the image, in nats"
     return Program(

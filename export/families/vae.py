@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset, first_half
 from export.evaluation.figures import Panel
-from export.evaluation.sample_quality import Judge, bits_per_dimension, play, sampler
+from export.evaluation.sample_quality import SampleEvaluator, bits_per_dimension, play, sampler
 from export.families.base import Preset
 from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.probability import importance_weighting
@@ -218,7 +218,7 @@ class Family:
         "Variational autoencoder (Kingma & Welling 2013), trained on the bound of Burda et al. (2015)."
     )
     operations = ("sample", "sample:inpaint", "reconstruct", "encode", "decode", "score")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "energy": "its log-density is an integral without a closed form; score bounds it",
         "classify": "it has learned no labels",
     }
@@ -242,12 +242,12 @@ class Family:
 
     def network(self, data: Dataset, preset: Preset) -> VAE:
         """An untrained autoencoder with LATENT_DIMENSIONS latents."""
-        return VAE(data.value.tensor.shape, data.value.levels, LATENT_DIMENSIONS, preset)
+        return VAE(data.spec.tensor.shape, data.spec.num_levels, LATENT_DIMENSIONS, preset)
 
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, and by inpainting; reconstruct, encode, decode and score."""
         assert isinstance(network, VAE)
-        image = data.value.tensor
+        image = data.spec.tensor
         return (
             _sample(network, image),
             _inpaint(network, image),
@@ -276,16 +276,16 @@ class Family:
             Example("score", seed=5, first_row=2, rows=2, inputs={"image": images[:2]}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Bits per dimension of the bound, and how samples compare with test rows."""
         images = data.test.rows[: preset.measured_rows]
-        judge = Judge.train(data, preset.judge)
+        judge = SampleEvaluator.train(data, preset.judge)
         return [
             *(_bits_per_dimension(player, images, draws) for draws in (MEASURED_DRAWS, 1)),
             *judge.similarity(sampler(player), preset.measured_rows),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> list[Panel]:
+    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, their reconstructions, and samples."""
         real, sample, reconstruct = (
             data.test.rows[:PICTURED],
@@ -295,12 +295,12 @@ class Family:
         seen = interpreter.request(reconstruct, 0, range(len(real)), inputs={"image": real})
         return [
             Panel("test images", real),
-            Panel("their reconstructions", player.play("reconstruct", seen)["image"]),
-            Panel("samples", player.play("sample", interpreter.request(sample, 0, range(PICTURED)))["image"]),
+            Panel("their reconstructions", player.run("reconstruct", seen)["image"]),
+            Panel("samples", player.run("sample", interpreter.request(sample, 0, range(PICTURED)))["image"]),
         ]
 
 
-def _bits_per_dimension(player: Player, images: NDArray[np.uint8], draws: int) -> manifest_pb2.Quality:
+def _bits_per_dimension(player: Interpreter, images: NDArray[np.uint8], draws: int) -> manifest_pb2.Quality:
     rows = interpreter.request(
         player.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images}
     )
@@ -342,7 +342,7 @@ def _inpaint(vae: VAE, image: TensorSpec) -> Program:
     given = TensorSpec("image", image.dtype, image.shape, image.minimum, image.maximum, "the given pixels")
     return Program(
         operation="sample",
-        method="inpaint",
+        variant="inpaint",
         init=InpaintInit(vae),
         step=InpaintStep(vae),
         readout=InpaintReadout(vae),

@@ -61,7 +61,7 @@ def collect(programs: Sequence[Program]) -> list[Graph]:
     for program in programs:
         for role, module, outputs in program.modules:
             only = program.init is None and program.step is None
-            name = "_".join(filter(None, (program.operation, program.method, "" if only else role)))
+            name = "_".join(filter(None, (program.operation, program.variant, "" if only else role)))
             inputs = tuple(_bare(program.scope[argument]) for argument in arguments(module))
             graph = Graph(name, module, inputs, tuple(map(_bare, outputs)))
             known = graphs.setdefault(id(module), graph)
@@ -85,7 +85,7 @@ def _refuse_disagreement(first: Graph, second: Graph) -> None:
 def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Path]:
     """Write a graph, a file per format; GraphError when it is not a pure function of what it declares."""
     examine(graph)
-    traces, paths = _Traces(graph), {format: directory / graph.path(format) for format in formats}
+    traces, paths = _TraceCache(graph), {format: directory / graph.path(format) for format in formats}
     for format, path in paths.items():
         try:
             _WRITERS[format](graph, traces, path)
@@ -166,7 +166,7 @@ def _examples(graph: Graph) -> tuple[Tensor, ...]:
     )
 
 
-class _Traces:
+class _TraceCache:
     """What a module does, taken down once for all formats that start from it."""
 
     def __init__(self, graph: Graph) -> None:
@@ -185,7 +185,7 @@ class _Traces:
             )
 
 
-def _write_torch_export(graph: Graph, traces: _Traces, path: Path) -> None:
+def _write_torch_export(graph: Graph, traces: _TraceCache, path: Path) -> None:
     program = traces.exported
     placeholders = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
     _refuse_unused(graph, [placeholders[str(name)] for name in program.graph_signature.user_inputs])
@@ -193,7 +193,7 @@ def _write_torch_export(graph: Graph, traces: _Traces, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def _write_onnx(graph: Graph, traces: _Traces, path: Path) -> None:
+def _write_onnx(graph: Graph, traces: _TraceCache, path: Path) -> None:
     with _quiet():
         program = torch.onnx.export(
             traces.exported,
@@ -225,7 +225,7 @@ def _refuse_unused(graph: Graph, used: Sequence[bool]) -> None:
             )
 
 
-def _write_torchscript(graph: Graph, traces: _Traces, path: Path) -> None:
+def _write_torchscript(graph: Graph, traces: _TraceCache, path: Path) -> None:
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             graph.module, _examples(graph), check_trace=False

@@ -43,12 +43,12 @@ CLOCK = (TensorSpec("step_index", "int64"), TensorSpec("num_steps", "int64"))
 
 
 @dataclass(frozen=True)
-class Value:
+class DataSpec:
     """What one row of data is: for `image`, [height, width] or [height, width, channels]."""
 
     kind: Literal["image", "vector", "tokens"]
     tensor: TensorSpec
-    levels: int = 0
+    num_levels: int = 0
     vocabulary: tuple[str, ...] = ()
     class_labels: tuple[str, ...] = ()
 
@@ -124,7 +124,7 @@ class Steps:
     fixed: int | None = None
     parameter: str | None = None
     units_per_step: int = 1
-    done: str | None = None
+    done_flag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class Score:
 
     kind: Literal["exact", "lower_bound", "estimate", "unnormalized"]
     dimensions: int
-    space: str
-    nats: str
-    standard_error: str | None = None
-    draws: str | None = None
-    row_dimensions: str | None = None
+    coordinate_space: str
+    nats_output: str
+    standard_error_output: str | None = None
+    draws_parameter: str | None = None
+    row_dimensions_output: str | None = None
 
 
 def program_name(operation: str, method: str) -> str:
@@ -171,7 +171,7 @@ class Program:
     noise: tuple[Noise, ...] = ()
     score: Score | None = None
     previewable: bool = False
-    method: str = ""
+    variant: str = ""
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -180,7 +180,7 @@ class Program:
     @property
     def name(self) -> str:
         """`sample`, or `sample:inpaint` for a method."""
-        return program_name(self.operation, self.method)
+        return program_name(self.operation, self.variant)
 
     @property
     def scope(self) -> dict[str, TensorSpec]:
@@ -230,7 +230,7 @@ def _problems(program: Program) -> Iterator[str]:
 def _operation_problems(program: Program) -> Iterator[str]:
     if program.operation not in OPERATIONS:
         yield f"expected one of {', '.join(OPERATIONS)} as the operation"
-    if program.method and not _METHOD.fullmatch(program.method):
+    if program.variant and not _METHOD.fullmatch(program.variant):
         yield "expected a method of lower-case letters, digits and underscores"
     if not program.outputs:
         yield "expected at least one output"
@@ -283,8 +283,8 @@ def _step_problems(program: Program) -> Iterator[str]:
     if steps.parameter is not None and steps.parameter not in integers:
         yield f"steps come from {steps.parameter!r}, which is not an integer parameter"
     flags = {spec.name for spec in program.state if (spec.dtype, spec.shape) == ("bool", ())}
-    if steps.done is not None and steps.done not in flags:
-        yield f"rows end by {steps.done!r}, which is not a boolean scalar of the state"
+    if steps.done_flag is not None and steps.done_flag not in flags:
+        yield f"rows end by {steps.done_flag!r}, which is not a boolean scalar of the state"
 
 
 def _score_problems(program: Program) -> Iterator[str]:
@@ -293,8 +293,10 @@ def _score_problems(program: Program) -> Iterator[str]:
         yield "expected a score for the operations score and energy, and for no others"
     if score is None:
         return
-    for name in filter(None, (score.nats, score.standard_error, score.row_dimensions)):
+    for name in filter(None, (score.nats_output, score.standard_error_output, score.row_dimensions_output)):
         if name not in {spec.name for spec in program.outputs}:
             yield f"the score names {name!r}, which is not an output"
-    if score.draws is not None and score.draws not in {parameter.name for parameter in program.parameters}:
-        yield f"the score counts draws by {score.draws!r}, which is not a parameter"
+    if score.draws_parameter is not None and score.draws_parameter not in {
+        parameter.name for parameter in program.parameters
+    }:
+        yield f"the score counts draws by {score.draws_parameter!r}, which is not a parameter"

@@ -23,7 +23,7 @@ _ONNX_RANDOM = ("Random", "Bernoulli", "Multinomial")
 
 def in_module(module: nn.Module, arguments: Sequence[Tensor]) -> tuple[Any, list[str]]:
     """What a module returns, and what it did that no graph may do."""
-    with torch.no_grad(), ModuleTracker() as tracker, _Watch(tracker, len(arguments[0])) as watch:
+    with torch.no_grad(), ModuleTracker() as tracker, _ImpurityDetector(tracker, len(arguments[0])) as watch:
         results = module(*arguments)
     return results, list(dict.fromkeys(watch.found))
 
@@ -59,7 +59,7 @@ def in_exported(program: torch.export.ExportedProgram) -> Iterator[str]:
                 yield f"{node.target}{_exported_place(node)} {impurity}"
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _ImpurityDetector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the impure operators that run, and the module that runs them."""
 
     def __init__(self, tracker: ModuleTracker, batch: int) -> None:

@@ -31,24 +31,24 @@ from tqdm import tqdm
 from export.probability.batch_invariant_ops import total
 
 
-class Landscape(Protocol):
+class EnergyFunction(Protocol):
     """An energy with its gradient."""
 
     def energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E(x) in nats [B] of rows [B, D], and grad E(x) [B, D]."""
 
 
-class Place(NamedTuple):
+class ChainState(NamedTuple):
     """Where chains are: x [B, D], its energy [B] in nats, and the energy's gradient [B, D]."""
 
     x: Tensor
     energy: Tensor
     gradient: Tensor
 
-    def where(self, chosen: Tensor, other: "Place") -> "Place":
+    def where(self, chosen: Tensor, other: "ChainState") -> "ChainState":
         """These places for the chains [B] that are true, and the others for the rest."""
         whole = chosen.unsqueeze(1)
-        return Place(
+        return ChainState(
             torch.where(whole, self.x, other.x),
             torch.where(chosen, self.energy, other.energy),
             torch.where(whole, self.gradient, other.gradient),
@@ -61,20 +61,22 @@ def propose(x: Tensor, gradient: Tensor, step_size: Tensor, noise: Tensor) -> Te
     return x - eta * gradient + torch.sqrt(2 * eta) * noise
 
 
-def log_acceptance(here: Place, there: Place, step_size: Tensor) -> Tensor:
+def log_acceptance(here: ChainState, there: ChainState, step_size: Tensor) -> Tensor:
     """Logarithm of the Metropolis-Hastings ratio [B] of a proposal; above 0 it is always accepted."""
     return (
         here.energy - there.energy + _log_step(there, here.x, step_size) - _log_step(here, there.x, step_size)
     )
 
 
-def _log_step(start: Place, end: Tensor, step_size: Tensor) -> Tensor:
+def _log_step(start: ChainState, end: Tensor, step_size: Tensor) -> Tensor:
     """Log-density of the step to `end`, up to what every step of that size has in common."""
     eta = step_size.unsqueeze(1)
     return -total((end - start.x + eta * start.gradient).square()) / (4 * step_size)
 
 
-def adjust(here: Place, there: Place, step_size: Tensor, uniform: Tensor) -> tuple[Place, Tensor]:
+def adjust(
+    here: ChainState, there: ChainState, step_size: Tensor, uniform: Tensor
+) -> tuple[ChainState, Tensor]:
     """Where chains are after a proposal, by uniform numbers [B], and whether they went there [B]."""
     accepted = uniform.log() < log_acceptance(here, there, step_size)
     return there.where(accepted, here), accepted
@@ -84,8 +86,8 @@ def adjust(here: Place, there: Place, step_size: Tensor, uniform: Tensor) -> tup
 class Path:
     """The densities exp(-E_t) between q at t = 0 and p at t = 1, with E_t = base + t tilt."""
 
-    base: Landscape
-    tilt: Landscape
+    base: EnergyFunction
+    tilt: EnergyFunction
 
     def walk(self, x: Tensor, times: Tensor, step_size: float, title: str) -> tuple[Tensor, Tensor]:
         """Chains from x [B, D] by a MALA step at each time [T] but the first; their ends and log-weights [B].
@@ -104,19 +106,19 @@ class Path:
         return landscapes.base.x, log_weights
 
     def _landscapes(self, x: Tensor) -> "_Both":
-        return _Both(Place(x, *self.base.energy(x)), Place(x, *self.tilt.energy(x)))
+        return _Both(ChainState(x, *self.base.energy(x)), ChainState(x, *self.tilt.energy(x)))
 
 
 class _Both(NamedTuple):
     """Where chains are in both landscapes of a path."""
 
-    base: Place
-    tilt: Place
+    base: ChainState
+    tilt: ChainState
 
-    def at(self, t: float) -> Place:
+    def at(self, t: float) -> ChainState:
         """Where they are in the landscape of time t."""
         energy, gradient = (b + t * f for b, f in zip(self.base[1:], self.tilt[1:], strict=True))
-        return Place(self.base.x, energy, gradient)
+        return ChainState(self.base.x, energy, gradient)
 
     def where(self, accepted: Tensor, other: "_Both") -> "_Both":
         """These places for the chains [B] that are true, and the others for the rest."""

@@ -14,7 +14,7 @@ from samovar.v1 import manifest_pb2
 
 
 @dataclass(frozen=True)
-class Anchor:
+class Baseline:
     """One figure of another model, of the kind that it is, with its standard error where that is known."""
 
     model: str
@@ -31,7 +31,7 @@ class Table:
 
     name: str
     unit: str
-    anchors: tuple[Anchor, ...]
+    anchors: tuple[Baseline, ...]
 
     def suits(self, quality: manifest_pb2.Quality) -> bool:
         """Whether a figure may be read beside these."""
@@ -51,22 +51,22 @@ _DIGITS = (
         "accuracy",
         "",
         (
-            Anchor("perceptron 200-150, 44,660 parameters", 0.982, "measured", _HERE, error=0.006),
-            Anchor("three convolutions, 90,506 parameters", 0.984, "measured", _HERE, error=0.006),
+            Baseline("perceptron 200-150, 44,660 parameters", 0.982, "measured", _HERE, error=0.006),
+            Baseline("three convolutions, 90,506 parameters", 0.984, "measured", _HERE, error=0.006),
         ),
     ),
     Table(
         "negative log-likelihood",
         "bits/dim",
         (
-            Anchor("uniform", 4.087, "exact", _HERE),
-            Anchor("normal mixture, 10 components", 2.637, "upper bound", _HERE, "dequantised"),
-            Anchor("each pixel by itself", 2.437, "exact", _HERE),
-            Anchor("mixture of 10 products over pixels", 2.223, "exact", _HERE),
-            Anchor("VAE, 17-way pixels, IW-500", 2.109, "upper bound", _HERE),
-            Anchor("RealNVP, 12 couplings, 100 draws", 2.032, "upper bound", _HERE, "dequantised"),
-            Anchor("Gated PixelCNN, 32 channels, 5 layers", 1.789, "exact", _HERE),
-            Anchor("Gated PixelCNN, 48 channels, 6 layers", 1.761, "exact", _HERE),
+            Baseline("uniform", 4.087, "exact", _HERE),
+            Baseline("normal mixture, 10 components", 2.637, "upper bound", _HERE, "dequantised"),
+            Baseline("each pixel by itself", 2.437, "exact", _HERE),
+            Baseline("mixture of 10 products over pixels", 2.223, "exact", _HERE),
+            Baseline("VAE, 17-way pixels, IW-500", 2.109, "upper bound", _HERE),
+            Baseline("RealNVP, 12 couplings, 100 draws", 2.032, "upper bound", _HERE, "dequantised"),
+            Baseline("Gated PixelCNN, 32 channels, 5 layers", 1.789, "exact", _HERE),
+            Baseline("Gated PixelCNN, 48 channels, 6 layers", 1.761, "exact", _HERE),
         ),
     ),
 )
@@ -75,13 +75,13 @@ _MOONS = (
         "negative log-density",
         "nats",
         (
-            Anchor("normal distribution", 2.726, "exact", _HERE),
-            Anchor("RealNVP, 2 couplings, 20,000 steps", 1.710, "exact", _HERE, "as Foster (2023) has it"),
-            Anchor("energy, persistent chains", 1.259, "estimate", _HERE, "Z by quadrature"),
-            Anchor("flow matching, ODE solved by RK4", 1.155, "estimate", _HERE),
-            Anchor("RealNVP, 12 couplings", 1.148, "exact", _HERE),
-            Anchor("energy, noise contrast", 1.134, "estimate", _HERE, "Z by quadrature"),
-            Anchor("the true distribution", 1.131, "exact", "quadrature", "no model is better on average"),
+            Baseline("normal distribution", 2.726, "exact", _HERE),
+            Baseline("RealNVP, 2 couplings, 20,000 steps", 1.710, "exact", _HERE, "as Foster (2023) has it"),
+            Baseline("energy, persistent chains", 1.259, "estimate", _HERE, "Z by quadrature"),
+            Baseline("flow matching, ODE solved by RK4", 1.155, "estimate", _HERE),
+            Baseline("RealNVP, 12 couplings", 1.148, "exact", _HERE),
+            Baseline("energy, noise contrast", 1.134, "estimate", _HERE, "Z by quadrature"),
+            Baseline("the true distribution", 1.131, "exact", "quadrature", "no model is better on average"),
         ),
     ),
 )
@@ -91,13 +91,13 @@ _SHAKESPEARE = (
         "negative log-likelihood",
         "bits/char",
         (
-            Anchor("uniform", 6.022, "exact", _HERE),
-            Anchor("single characters", 4.829, "exact", _HERE),
-            Anchor("bz2", 2.64, "exact", _HERE, _SPLIT),
-            Anchor("nanoGPT, 3 minutes on a CPU", 2.712, "exact", "its README", _SPLIT),
-            Anchor("4-gram, Witten and Bell", 2.559, "exact", _HERE, _SPLIT),
-            Anchor("5-gram, Witten and Bell", 2.408, "exact", _HERE, _SPLIT),
-            Anchor("nanoGPT, 3 minutes on an A100", 2.120, "exact", "its README", _SPLIT),
+            Baseline("uniform", 6.022, "exact", _HERE),
+            Baseline("single characters", 4.829, "exact", _HERE),
+            Baseline("bz2", 2.64, "exact", _HERE, _SPLIT),
+            Baseline("nanoGPT, 3 minutes on a CPU", 2.712, "exact", "its README", _SPLIT),
+            Baseline("4-gram, Witten and Bell", 2.559, "exact", _HERE, _SPLIT),
+            Baseline("5-gram, Witten and Bell", 2.408, "exact", _HERE, _SPLIT),
+            Baseline("nanoGPT, 3 minutes on an A100", 2.120, "exact", "its README", _SPLIT),
         ),
     ),
 )
@@ -106,26 +106,26 @@ _MNIST = (
         "accuracy",
         "",
         (
-            Anchor(
+            Baseline(
                 "two convolutions, under 100,000 parameters", 0.992, "measured", "README of Fashion-MNIST"
             ),
-            Anchor("three convolutions with batch norm", 0.994, "measured", "README of Fashion-MNIST"),
+            Baseline("three convolutions with batch norm", 0.994, "measured", "README of Fashion-MNIST"),
         ),
     ),
     Table(
         "negative log-likelihood",
         "bits/dim",
         (
-            Anchor("each pixel by itself", 1.689, "exact", _HERE),
-            Anchor("bz2", 1.418, "exact", _HERE),
-            Anchor("xz", 1.396, "exact", _HERE),
-            Anchor("VAE of perceptrons", 1.39, "upper bound", f"Townsend et al. 2019, {_MEMORY}"),
-            Anchor("RealNVP", 1.06, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
-            Anchor("Glow", 1.05, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
-            Anchor("FFJORD", 0.99, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
-            Anchor("Residual Flow", 0.970, "upper bound", "Chen et al. 2019", "dequantised"),
-            Anchor("linear transformer", 0.644, "exact", "Katharopoulos et al. 2020"),
-            Anchor("transformer", 0.621, "exact", "Katharopoulos et al. 2020"),
+            Baseline("each pixel by itself", 1.689, "exact", _HERE),
+            Baseline("bz2", 1.418, "exact", _HERE),
+            Baseline("xz", 1.396, "exact", _HERE),
+            Baseline("VAE of perceptrons", 1.39, "upper bound", f"Townsend et al. 2019, {_MEMORY}"),
+            Baseline("RealNVP", 1.06, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
+            Baseline("Glow", 1.05, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
+            Baseline("FFJORD", 0.99, "upper bound", f"Grathwohl et al. 2019, {_MEMORY}", "dequantised"),
+            Baseline("Residual Flow", 0.970, "upper bound", "Chen et al. 2019", "dequantised"),
+            Baseline("linear transformer", 0.644, "exact", "Katharopoulos et al. 2020"),
+            Baseline("transformer", 0.621, "exact", "Katharopoulos et al. 2020"),
         ),
     ),
 )

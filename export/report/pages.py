@@ -21,7 +21,7 @@ from export.evaluation import formatting
 from export.graphs.formats import FORMATS
 from export.graphs.program import program_name
 from export.report import baselines, charts, snippets
-from export.report.sections import EXHIBITS, NEGATED_KINDS, Exhibit, Subject
+from export.report.sections import EXHIBITS, NEGATED_KINDS, LoadedArtifact, Section
 from samovar.v1 import manifest_pb2
 
 INDEX = "index.html"
@@ -40,7 +40,7 @@ class Page:
     @property
     def operations(self) -> list[str]:
         """The programs' names."""
-        return [program_name(each.operation, each.method) for each in self.manifest.programs]
+        return [program_name(each.operation, each.variant) for each in self.manifest.programs]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Board:
+class Leaderboard:
     """An artifact's figures among those of others, the best last."""
 
     name: str
@@ -64,7 +64,7 @@ class Board:
     lines: tuple[Line, ...]
 
 
-class Library:
+class DatasetIndex:
     """The data sets that are at hand, found by the digest of their training rows."""
 
     def __init__(self, others: Sequence[Dataset] = ()) -> None:
@@ -95,7 +95,7 @@ def artifacts(models: Path, names: Sequence[str] = ()) -> list[Path]:
     ]
 
 
-def write(directories: Sequence[Path], out: Path, library: Library, models: Path) -> list[Page]:
+def write(directories: Sequence[Path], out: Path, library: DatasetIndex, models: Path) -> list[Page]:
     """Write the page of every artifact and the index under a progress bar; returns the pages."""
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(directories) * len(EXHIBITS), unit="exhibit", dynamic_ncols=True) as bar:
@@ -105,12 +105,12 @@ def write(directories: Sequence[Path], out: Path, library: Library, models: Path
     return pages
 
 
-def _write_page(directory: Path, out: Path, library: Library, bar: "tqdm[Never]") -> Page:
+def _write_page(directory: Path, out: Path, library: DatasetIndex, bar: "tqdm[Never]") -> Page:
     manifest = reader.read(directory)
     bar.set_description(f"  {manifest.name} {manifest.version}")
     format = _format(manifest)
     test = library.test(manifest.provenance)
-    subject = Subject(reader.load(directory, manifest, format), test)
+    subject = LoadedArtifact(reader.load(directory, manifest, format), test)
     exhibits = list(_shown(subject, bar))
     page = Page(f"{manifest.name}-{manifest.version}.html", manifest, _thumbnail(exhibits))
     template = _environment().get_template("artifact.html")
@@ -139,13 +139,13 @@ def _format(manifest: manifest_pb2.Manifest) -> str:
     return min(common, key=FORMATS.index)
 
 
-def _shown(subject: Subject, bar: "tqdm[Never]") -> Iterator[Exhibit]:
+def _shown(subject: LoadedArtifact, bar: "tqdm[Never]") -> Iterator[Section]:
     for exhibit in EXHIBITS:
         yield from exhibit(subject)
         bar.update()
 
 
-def _thumbnail(exhibits: Sequence[Exhibit]) -> Markup:
+def _thumbnail(exhibits: Sequence[Section]) -> Markup:
     """What it makes, if it makes something; else what is told of it last."""
     samples = [each.figure for each in exhibits if each.title == "Samples"]
     return next(iter([*samples, *(each.figure for each in reversed(exhibits))]), Markup())
@@ -156,9 +156,9 @@ def _facts(directory: Path, manifest: manifest_pb2.Manifest) -> dict[str, str]:
     facts = {
         "artifact": reader.sha256((directory / reader.MANIFEST).read_bytes()),
         "family": manifest.family,
-        "a row": snippets.tensor(manifest.value.tensor)
-        + (f", {doc}" if (doc := manifest.value.tensor.doc) else ""),
-        "classes": ", ".join(manifest.value.class_labels),
+        "a row": snippets.tensor(manifest.data_spec.tensor)
+        + (f", {doc}" if (doc := manifest.data_spec.tensor.doc) else ""),
+        "classes": ", ".join(manifest.data_spec.class_labels),
         "made": f"{made.created.ToDatetime():%Y-%m-%d %H:%M} UTC",
         "data": made.dataset,
         "data digest": made.dataset_sha256,
@@ -174,7 +174,7 @@ def _settings(made: manifest_pb2.Provenance) -> dict[str, str]:
     return dict(sorted(made.settings.items())) | dict(sorted(made.library_versions.items()))
 
 
-def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Board]:
+def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Leaderboard]:
     for table in baselines.tables(manifest.provenance):
         own = [each for each in manifest.quality if table.suits(each)]
         if own:
@@ -184,10 +184,10 @@ def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Board]:
             ]
             ascending = table.name == "accuracy"
             lines.sort(key=lambda pair: pair[0], reverse=not ascending)
-            yield Board(table.name, table.unit, tuple(line for _, line in lines))
+            yield Leaderboard(table.name, table.unit, tuple(line for _, line in lines))
 
 
-def _ranked(anchor: baselines.Anchor) -> tuple[float, Line]:
+def _ranked(anchor: baselines.Baseline) -> tuple[float, Line]:
     error = "" if anchor.error is None else f" ± {anchor.error:.3f}"
     value = f"{anchor.value:.3f}{error}"
     return anchor.value, Line(anchor.model, value, anchor.kind, anchor.source, anchor.remark)
@@ -260,4 +260,4 @@ def _kind(figure: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> str:
 
 def _score(program: manifest_pb2.Program) -> str:
     kind = manifest_pb2.Score.Kind.Name(program.score.kind).removeprefix("KIND_").lower().replace("_", " ")
-    return f"{kind}, {program.score.dimensions} dimensions, {program.score.space}"
+    return f"{kind}, {program.score.dimensions} dimensions, {program.score.coordinate_space}"

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from export.artifacts import interpreter
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets import chorales, text
 from export.datasets.loading import Part, first_half
 from export.evaluation.figures import cells
@@ -29,9 +29,9 @@ Rows = NDArray[Any]
 Program = manifest_pb2.Program
 
 IMAGE, VECTOR, TOKENS = (
-    manifest_pb2.Value.KIND_IMAGE,
-    manifest_pb2.Value.KIND_VECTOR,
-    manifest_pb2.Value.KIND_TOKENS,
+    manifest_pb2.DataSpec.KIND_IMAGE,
+    manifest_pb2.DataSpec.KIND_VECTOR,
+    manifest_pb2.DataSpec.KIND_TOKENS,
 )
 COLUMNS = 10
 SCORED = 200
@@ -54,7 +54,7 @@ NEGATED_KINDS = {**KINDS, manifest_pb2.Score.KIND_LOWER_BOUND: "upper bound"}
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class Section:
     """Something to look at, and a sentence that says how it came about."""
 
     title: str
@@ -64,21 +64,21 @@ class Exhibit:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedArtifact:
     """An artifact that runs, and the test rows of its data where they are at hand."""
 
-    player: Player
+    player: Interpreter
     test: Part | None
 
     @property
-    def value(self) -> manifest_pb2.Value:
+    def value(self) -> manifest_pb2.DataSpec:
         """What one row is."""
-        return self.player.manifest.value
+        return self.player.manifest.data_spec
 
     @cached_property
     def programs(self) -> Mapping[str, Program]:
         """Programs by name, methods included."""
-        return {program_name(each.operation, each.method): each for each in self.player.manifest.programs}
+        return {program_name(each.operation, each.variant): each for each in self.player.manifest.programs}
 
     @cached_property
     def samples(self) -> Rows | None:
@@ -115,7 +115,7 @@ class Subject:
 
     def bright(self, images: Rows) -> NDArray[np.float64]:
         """Images by brightness, 0..1, as far as the value says what is dark and what is bright."""
-        spec, levels = self.value.tensor, self.value.levels
+        spec, levels = self.value.tensor, self.value.num_levels
         low = spec.minimum if spec.HasField("minimum") else 0.0
         high = spec.maximum if spec.HasField("maximum") else max(levels - 1.0, 1.0)
         return np.clip((images.astype(np.float64) - low) / (high - low), 0, 1)
@@ -145,27 +145,27 @@ class Subject:
         total = count or len(next(iter(inputs.values())))
         rows = interpreter.request(self.programs[name], SEED, range(total), inputs=inputs)
         size = max(1, _ELEMENTS_AT_ONCE // math.prod(self.value.tensor.shape))
-        chunks = [self.player.play(name, rows[first : first + size]) for first in range(0, total, size)]
+        chunks = [self.player.run(name, rows[first : first + size]) for first in range(0, total, size)]
         return {output: np.concatenate([chunk[output] for chunk in chunks]) for output in chunks[0]}
 
 
-def _samples(subject: Subject) -> Iterator[Exhibit]:
+def _samples(subject: LoadedArtifact) -> Iterator[Section]:
     is_wide = _is_music(subject.value)
     if subject.test is not None and subject.real is not None:
         figure = _shown(subject, subject.real, "Test rows")
-        yield Exhibit("Test rows", "What the model never saw, for comparison.", figure, is_wide)
+        yield Section("Test rows", "What the model never saw, for comparison.", figure, is_wide)
     for name, program in subject.programs.items():
         if program.operation == "sample" and not required(program):
             rows = subject.samples if name == "sample" else subject.draw(name)
             assert rows is not None
             settings = f", {_settings(program)}" if program.parameters else ""
-            title = "Samples" if name == "sample" else f"Samples, {program.method}"
+            title = "Samples" if name == "sample" else f"Samples, {program.variant}"
             columns = " One class a column." if _has_column_a_class(subject, name) else ""
             caption = f"Seed {SEED}{settings}. {program.doc}{columns}"
-            yield Exhibit(title, caption, _shown(subject, rows, title), is_wide)
+            yield Section(title, caption, _shown(subject, rows, title), is_wide)
 
 
-def _completions(subject: Subject) -> Iterator[Exhibit]:
+def _completions(subject: LoadedArtifact) -> Iterator[Section]:
     """What stands in for the lower half of images, where a program takes known pixels."""
     if subject.value.kind != IMAGE or subject.real is None:
         return
@@ -176,7 +176,7 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
         if any(each.tensor.name == "known" for each in program.inputs) and given:
             made = subject.play(name, {given: real, "known": known})
             sheet = np.concatenate([real * known, made, real])
-            yield Exhibit(
+            yield Section(
                 f"Completed by {name}",
                 f"Upper halves of {subject.origin}, the model's lower halves, and the originals. "
                 f"{program.doc}",
@@ -184,7 +184,7 @@ def _completions(subject: Subject) -> Iterator[Exhibit]:
             )
 
 
-def _edits(subject: Subject) -> Iterator[Exhibit]:
+def _edits(subject: LoadedArtifact) -> Iterator[Section]:
     """Rows made into rows of the next class, where a program takes a row and a label."""
     if subject.value.kind != IMAGE or subject.shown is None:
         return
@@ -195,10 +195,10 @@ def _edits(subject: Subject) -> Iterator[Exhibit]:
             made = subject.play(name, {subject.only_input(name): shown.rows, "label": labels})
             caption = f"Each line of test rows above what they become as the next class. {program.doc}"
             figure = _pairs(subject, shown.rows, made, f"Changed by {name}")
-            yield Exhibit(f"Changed by {name}", caption, figure)
+            yield Section(f"Changed by {name}", caption, figure)
 
 
-def _reconstructions(subject: Subject) -> Iterator[Exhibit]:
+def _reconstructions(subject: LoadedArtifact) -> Iterator[Section]:
     given = subject.only_input("reconstruct")
     if given and subject.real is not None and subject.value.kind == IMAGE:
         real = subject.real[: 3 * COLUMNS]
@@ -206,10 +206,10 @@ def _reconstructions(subject: Subject) -> Iterator[Exhibit]:
         caption = f"Each line of {subject.origin} above its reconstructions."
         doc = subject.programs["reconstruct"].doc
         figure = _pairs(subject, real, made, "Reconstructions")
-        yield Exhibit("Reconstructions", f"{caption} {doc}", figure)
+        yield Section("Reconstructions", f"{caption} {doc}", figure)
 
 
-def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
+def _pairs(subject: LoadedArtifact, above: Rows, below: Rows, title: str) -> Markup:
     columns = _columns(subject.value)
     lines = [
         part[start : start + columns]
@@ -219,7 +219,7 @@ def _pairs(subject: Subject, above: Rows, below: Rows, title: str) -> Markup:
     return charts.tiles(subject.bright(np.concatenate(lines)), columns, title)
 
 
-def _ways(subject: Subject) -> Iterator[Exhibit]:
+def _ways(subject: LoadedArtifact) -> Iterator[Section]:
     """Rows on the way between two latents: those of real rows where there is an encoder, else draws."""
     given = subject.only_input("decode")
     if not given or not (subject.is_plane or subject.value.kind == IMAGE):
@@ -232,10 +232,10 @@ def _ways(subject: Subject) -> Iterator[Exhibit]:
     else:
         cloud = (rows if subject.real is None else subject.real)[: _DRAWN[VECTOR]]
         figure = charts.paths(rows.reshape(LINES, COLUMNS, -1), cloud, subject.limits, "Between two")
-    yield Exhibit("Between two", caption, figure)
+    yield Section("Between two", caption, figure)
 
 
-def _one_class_a_line(subject: Subject) -> dict[str, Rows]:
+def _one_class_a_line(subject: LoadedArtifact) -> dict[str, Rows]:
     """For a decoder that would draw a class for every row; one that has an encoder can leave it open."""
     if not subject.has_labels("decode") or "encode" in subject.programs:
         return {}
@@ -248,7 +248,7 @@ def _drawn_ways(latent: manifest_pb2.TensorSpec) -> tuple[Rows, str]:
     return _arc(*ends), "Decoded along the arc from one draw of the latent to another."
 
 
-def _encoded_ways(subject: Subject, latent: manifest_pb2.TensorSpec) -> tuple[Rows, str] | None:
+def _encoded_ways(subject: LoadedArtifact, latent: manifest_pb2.TensorSpec) -> tuple[Rows, str] | None:
     """The same between codes of real rows; None where the decoder's latents are not the encoder's."""
     given = subject.only_input("encode")
     if not given or subject.real is None:
@@ -280,18 +280,18 @@ def _arc(a: Rows, b: Rows) -> Rows:
     return np.asarray(arc.reshape(len(a), COLUMNS, *a.shape[1:]), np.float32)
 
 
-def _density(subject: Subject) -> Iterator[Exhibit]:
+def _density(subject: LoadedArtifact) -> Iterator[Section]:
     """Of points in the plane, on a grid, by a normalised score that draws no noise."""
     scores = (name for name, each in subject.programs.items() if _is_density(each))
     name = next(filter(subject.only_input, scores), "")
     if not name or tuple(subject.value.tensor.shape) != (2,):
         return
     program, (_, limit) = subject.programs[name], subject.limits
-    nats = subject.outputs(name, {subject.only_input(name): cells(limit, CELLS)})[program.score.nats]
+    nats = subject.outputs(name, {subject.only_input(name): cells(limit, CELLS)})[program.score.nats_output]
     density = np.exp(nats.astype(np.float64)).reshape(CELLS, CELLS)
     mass = density.sum() * (2 * limit / CELLS) ** 2
     caption = f"By {name}, {_kind(program, KINDS)}. It adds up to {mass:.3f} within these bounds."
-    yield Exhibit("Density", caption, charts.field(density, subject.limits, "Density"))
+    yield Section("Density", caption, charts.field(density, subject.limits, "Density"))
 
 
 def _is_density(program: Program) -> bool:
@@ -300,7 +300,7 @@ def _is_density(program: Program) -> bool:
     return program.operation == "score" and is_normalised and not program.noise
 
 
-def _scores(subject: Subject) -> Iterator[Exhibit]:
+def _scores(subject: LoadedArtifact) -> Iterator[Section]:
     """Of test rows beside samples: a model that fits gives both alike."""
     name = next((each for each in ("score", "energy") if subject.only_input(each)), "")
     rows = {"test rows": subject.test.rows if subject.test else None, "samples": subject.samples}
@@ -314,23 +314,23 @@ def _scores(subject: Subject) -> Iterator[Exhibit]:
         means = "; ".join(f"{origin} {_mean(numbers)}" for origin, numbers in series.items())
         label, title = _label(subject, program), f"Distribution of the {name}"
         caption = f"{label}: {means}. {program.doc}"
-        yield Exhibit(title, caption, charts.histogram(series, label, title))
+        yield Section(title, caption, charts.histogram(series, label, title))
 
 
-def _figures(subject: Subject, name: str, rows: Rows) -> NDArray[np.float64]:
+def _figures(subject: LoadedArtifact, name: str, rows: Rows) -> NDArray[np.float64]:
     """Energies, or scores with their sign changed: in nats of points, in bits per dimension otherwise."""
     program = subject.programs[name]
     outputs = subject.outputs(name, {subject.only_input(name): rows})
     if name == "energy":
         return np.asarray(next(iter(outputs.values())), np.float64)
-    nats, score = -outputs[program.score.nats].astype(np.float64), program.score
+    nats, score = -outputs[program.score.nats_output].astype(np.float64), program.score
     if subject.value.kind == VECTOR:
         return nats
-    dimensions = outputs[score.row_dimensions] if score.row_dimensions else score.dimensions
+    dimensions = outputs[score.row_dimensions_output] if score.row_dimensions_output else score.dimensions
     return np.asarray(nats / (np.maximum(dimensions, 1) * math.log(2)))
 
 
-def _label(subject: Subject, program: Program) -> str:
+def _label(subject: LoadedArtifact, program: Program) -> str:
     if program.operation == "energy":
         return program.outputs[0].name
     unit = {VECTOR: "nats", TOKENS: "bits/token"}.get(subject.value.kind, "bits/dim")
@@ -345,7 +345,7 @@ def _mean(numbers: NDArray[np.float64]) -> str:
     return f"{numbers.mean():.3f} ± {standard_error(numbers):.3f} (mean of {len(numbers)})"
 
 
-def _calibration(subject: Subject) -> Iterator[Exhibit]:
+def _calibration(subject: LoadedArtifact) -> Iterator[Section]:
     given = subject.only_input("classify")
     if not given or subject.test is None:
         return
@@ -353,7 +353,7 @@ def _calibration(subject: Subject) -> Iterator[Exhibit]:
     probabilities = subject.play("classify", {given: test.rows})
     hits = probabilities.argmax(1) == test.labels
     figure = charts.reliability(probabilities.max(1), hits, "Calibration")
-    yield Exhibit(
+    yield Section(
         "Calibration",
         f"How often the top label is right, by its probability, on {len(test)} test rows: {hits.mean():.3f} "
         "in all. A dot's area goes by its number of rows; on the dotted line probabilities can be believed.",
@@ -361,7 +361,7 @@ def _calibration(subject: Subject) -> Iterator[Exhibit]:
     )
 
 
-EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
+EXHIBITS: tuple[Callable[[LoadedArtifact], Iterator[Section]], ...] = (
     _samples,
     _completions,
     _edits,
@@ -373,7 +373,7 @@ EXHIBITS: tuple[Callable[[Subject], Iterator[Exhibit]], ...] = (
 )
 
 
-def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
+def _shown(subject: LoadedArtifact, rows: Rows, title: str) -> Markup:
     value, few = subject.value, rows[: _DRAWN[subject.value.kind]]
     if value.kind == IMAGE:
         return charts.tiles(subject.bright(few), _columns(value), title)
@@ -384,7 +384,7 @@ def _shown(subject: Subject, rows: Rows, title: str) -> Markup:
     return charts.points(few, subject.limits, title)
 
 
-def _is_music(value: manifest_pb2.Value) -> bool:
+def _is_music(value: manifest_pb2.DataSpec) -> bool:
     return tuple(value.vocabulary) == chorales.VOCABULARY
 
 
@@ -393,7 +393,7 @@ def _rolls(rows: Rows, title: str) -> Iterator[Markup]:
         yield charts.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}")
 
 
-def _texts(rows: Rows, value: manifest_pb2.Value) -> Iterator[Markup]:
+def _texts(rows: Rows, value: manifest_pb2.DataSpec) -> Iterator[Markup]:
     for written in text.written(rows, tuple(value.vocabulary)):
         yield Markup("<pre>{}</pre>").format(written)
 
@@ -404,18 +404,18 @@ def _sounding(roll: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return roll[:, : frames.max(initial=0) + 1]
 
 
-def _columns(value: manifest_pb2.Value) -> int:
+def _columns(value: manifest_pb2.DataSpec) -> int:
     """A column for each class where they fit into a line."""
     classes = len(value.class_labels)
     return classes if 2 <= classes <= COLUMNS else COLUMNS
 
 
-def _has_column_a_class(subject: Subject, name: str) -> bool:
+def _has_column_a_class(subject: LoadedArtifact, name: str) -> bool:
     value = subject.value
     return value.kind == IMAGE and subject.has_labels(name) and _columns(value) == len(value.class_labels)
 
 
-def _by_class(part: Part, value: manifest_pb2.Value) -> Part:
+def _by_class(part: Part, value: manifest_pb2.DataSpec) -> Part:
     """As many rows as are shown, the classes that there are in turn, as far as there are enough of each."""
     count = _DRAWN[value.kind]
     if value.kind != IMAGE or not value.class_labels:

@@ -9,9 +9,9 @@ Manifest = manifest_pb2.Manifest
 
 _ROWS, _SEED = 16, 7
 _ENDINGS = {
-    manifest_pb2.Value.KIND_IMAGE: "png",
-    manifest_pb2.Value.KIND_VECTOR: "npy",
-    manifest_pb2.Value.KIND_TOKENS: "txt",
+    manifest_pb2.DataSpec.KIND_IMAGE: "png",
+    manifest_pb2.DataSpec.KIND_VECTOR: "npy",
+    manifest_pb2.DataSpec.KIND_TOKENS: "txt",
 }
 # Operations that answer rows of the model's own kind.
 _MAKING = ("sample", "reconstruct", "decode")
@@ -53,27 +53,27 @@ def steps(program: Program) -> str:
     if not program.step:
         return "At once."
     count, per = program.steps.parameter or str(program.steps.fixed), program.steps.units_per_step
-    early = ", fewer where a row ends early" if program.steps.done else ""
+    early = ", fewer where a row ends early" if program.steps.done_flag else ""
     return f"Steps: {count}{f' / {per}' if per > 1 else ''}{early}."
 
 
 def command(program: Program, manifest: Manifest) -> str:
     """The line for a shell."""
     words = ["samovar", program.operation, manifest.name]
-    if program.method:
-        words += ["--method", program.method]
+    if program.variant:
+        words += ["--method", program.variant]
     if program.operation == "sample":
         words += ["-n", str(_ROWS), "--seed", str(_SEED)]
     needed = required(program)
     for name in needed:
         words += ["--input", f"{name}.npy" if len(needed) == 1 else f"{name}={name}.npy"]
     if program.operation not in _PRINTING:
-        ending = _ending(manifest.value) if program.operation in _MAKING else "npy"
+        ending = _ending(manifest.data_spec) if program.operation in _MAKING else "npy"
         words += ["-o", f"{manifest.name}.{ending}"]
     return " ".join(words)
 
 
-def _ending(value: manifest_pb2.Value) -> str:
+def _ending(value: manifest_pb2.DataSpec) -> str:
     return "mid" if midi.is_music(value.vocabulary) else _ENDINGS[value.kind]
 
 
@@ -86,8 +86,8 @@ def call(program: Program, manifest: Manifest) -> str:
         words += [str(_ROWS), f"seed={_SEED}", *([f"inputs={mapping}"] if needed else [])]
     else:
         words += [needed[0] if len(needed) == 1 else mapping]
-    if program.method:
-        words.append(f'method="{program.method}"')
+    if program.variant:
+        words.append(f'method="{program.variant}"')
     return f"with samovar.Client() as client:\n    result = client.{program.operation}({', '.join(words)})"
 
 

@@ -60,7 +60,7 @@ class ModelNotFound(RequestError):
     """No such model, version or format is served; the message names those that are."""
 
 
-class OperationNotSupported(RequestError):
+class UnsupportedOperation(RequestError):
     """The model has no program for the operation; `supported` names those it has, `reason` says why."""
 
     def __init__(self, model: str, operation: str, supported: Sequence[str], reason: str = "") -> None:
@@ -78,11 +78,11 @@ class Overloaded(RequestError):
     """Too many rows wait already; try again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
-        self.retry_after = retry_after
+        self.retry_delay = retry_after
         super().__init__(message)
 
     def __reduce__(self) -> Reduced:
-        return type(self), (str(self), self.retry_after)
+        return type(self), (str(self), self.retry_delay)
 
 
 class DeadlineExceeded(RequestError):
@@ -93,13 +93,13 @@ class ModelFailed(ServerError):
     """The model's graphs raised, or rows came out non-finite; the message names those."""
 
 
-class ServerUnavailable(ServerError):
+class Unavailable(ServerError):
     """The server is starting or stopping."""
 
 
-class ArtifactRefused(SamovarError):
+class InvalidArtifact(SamovarError):
     """An artifact that must not be served; the message is one line that says why."""
 
 
-class RuntimeMissing(ArtifactRefused):
+class RuntimeUnavailable(InvalidArtifact):
     """A format's runtime cannot run on this device; another format may."""

@@ -14,7 +14,7 @@ UNBOUNDED = 1 << 32
 
 
 @dataclass(frozen=True)
-class Work:
+class RowInputs:
     """What every row of a request computes: parameters, and inputs with batch axis 1 or rows."""
 
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Timings:
 
     queue: float
     run: float
-    model: float
+    compute: float
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,20 @@ class Request:
     deliver: Deliver
     seed: int = 0
     first_row: int = 0
-    work: Work = Work()
+    inputs: RowInputs = RowInputs()
     deadline: float | None = None
     preview_every: int = 0
-    window: int = UNBOUNDED
+    max_unread_rows: int = UNBOUNDED
     is_batch: bool = False
-    may_end_early: bool = False
-    held_bytes: int = 0
+    has_early_exit: bool = False
+    buffered_bytes: int = 0
 
     admitted: int = 0
     finished: int = 0
-    lost: tuple[int, ...] = ()
+    nonfinite_rows: tuple[int, ...] = ()
     acknowledged: int = 0
-    is_held: bool = False
-    closed_because: str = ""
+    is_buffered: bool = False
+    close_reason: str = ""
     submitted_at: float = 0.0
     started_at: float = 0.0
     model_seconds: float = 0.0
@@ -111,7 +111,7 @@ class Request:
 
     @property
     def is_closed(self) -> bool:
-        return bool(self.closed_because)
+        return bool(self.close_reason)
 
     @property
     def num_active(self) -> int:
@@ -124,7 +124,7 @@ class Request:
     @property
     def num_admissible(self) -> int:
         """Rows that may enter now: no more are on the way than the reader has room for."""
-        return min(self.num_waiting, self.window - (self.admitted - self.acknowledged))
+        return min(self.num_waiting, self.max_unread_rows - (self.admitted - self.acknowledged))
 
     @property
     def is_complete(self) -> bool:

@@ -3,14 +3,14 @@
 from collections import deque
 
 
-class Restarts:
+class RestartPolicy:
     """So many restarts within the period are one too many."""
 
     def __init__(self, most: int, period_seconds: float) -> None:
         self._period_seconds = period_seconds
         self._times = deque[float](maxlen=most)
 
-    def is_hopeless(self, now: float) -> bool:
+    def is_exhausted(self, now: float) -> bool:
         """Whether one more would be too many; it counts from now on."""
         times = self._times
         is_full = len(times) == times.maxlen

@@ -40,11 +40,11 @@ class ProgramKey:
     version: str
     format: str
     operation: str
-    method: str = ""
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return program_name(self.operation, self.method)
+        return program_name(self.operation, self.variant)
 
     def __str__(self) -> str:
         return f"{self.model}/{self.version}/{self.name} ({self.format})"
@@ -103,13 +103,13 @@ class NoiseSpec:
 
 
 @dataclass(frozen=True)
-class StepCount:
+class StepSchedule:
     """How many steps a row takes: `fixed`, or as many as cover the value of `parameter`."""
 
     fixed: int = 0
     parameter: str = ""
     units_per_step: int = 1
-    done: str = ""
+    done_flag: str = ""
 
     def of(self, parameters: Mapping[str, float]) -> int:
         """Steps of a row with these parameters."""
@@ -124,10 +124,10 @@ class ScoreSpec:
 
     dimensions: int
     is_normalized: bool
-    nats: str
-    standard_error: str = ""
-    draws: str = ""
-    row_dimensions: str = ""
+    nats_output: str
+    standard_error_output: str = ""
+    draws_parameter: str = ""
+    row_dimensions_output: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,17 +148,17 @@ class ProgramSpec:
     init: GraphSpec | None = None
     step: GraphSpec | None = None
     state: tuple[TensorSpec, ...] = ()
-    steps: StepCount = StepCount()
+    steps: StepSchedule = StepSchedule()
     parameters: tuple[ParameterSpec, ...] = ()
     inputs: tuple[InputSpec, ...] = ()
     noise: tuple[NoiseSpec, ...] = ()
     score: ScoreSpec | None = None
     previewable: bool = False
-    method: str = ""
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return program_name(self.operation, self.method)
+        return program_name(self.operation, self.variant)
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:
@@ -217,11 +217,11 @@ class ModelSpec:
     programs: Mapping[str, ProgramSpec]
     files: Mapping[str, Mapping[str, Path]]
     golden: Sequence[GoldenRows]
-    refusals: Mapping[str, str] = field(default_factory=dict)
+    unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
-    def methods(self, operation: str) -> list[str]:
+    def variants(self, operation: str) -> list[str]:
         """The methods of an operation, "" among them."""
-        return [program.method for program in self.programs.values() if program.operation == operation]
+        return [program.variant for program in self.programs.values() if program.operation == operation]
 
     def graphs(self) -> dict[str, GraphSpec]:
         """Every graph that a program calls, by name."""

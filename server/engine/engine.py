@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from server.core.errors import DeadlineExceeded, ModelFailed, ServerUnavailable
+from server.core.errors import DeadlineExceeded, ModelFailed, Unavailable
 from server.core.request import Completed, Event, Failed, Preview, Request, Timings
-from server.core.restart_policy import Restarts
+from server.core.restart_policy import RestartPolicy
 from server.core.spec import ProgramKey
-from server.engine.scheduler import Scheduler, Turn
-from server.execution.program_runner import Program, Readout
+from server.engine.scheduler import ScheduledStep, Scheduler
+from server.execution.program_runner import ProgramRunner, Readout
 from server.runtime import is_device_lost
 
 log = logging.getLogger(__name__)
@@ -24,21 +24,21 @@ log = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 RESTART_PERIOD_SECONDS = 300.0
 # A request of which so many rows came out non-finite is not worth finishing.
-MAX_LOST_ROWS = 16
+MAX_NONFINITE_ROWS = 16
 
 
 class Observer(Protocol):
     """Whom the engine tells what it did; called on the device thread."""
 
-    def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None: ...
+    def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None: ...
 
-    def delivered(self, program: ProgramKey, rows: int) -> None: ...
+    def on_rows_delivered(self, program: ProgramKey, rows: int) -> None: ...
 
-    def wasted(self, program: ProgramKey, steps: int, reason: str) -> None: ...
+    def on_steps_discarded(self, program: ProgramKey, steps: int, reason: str) -> None: ...
 
-    def faulted(self, program: ProgramKey, kind: str) -> None: ...
+    def on_error(self, program: ProgramKey, kind: str) -> None: ...
 
-    def restarted(self) -> None: ...
+    def on_restart(self) -> None: ...
 
 
 class Engine:
@@ -59,33 +59,33 @@ class Engine:
         self._scheduler = scheduler
         self._observer = observer
         self._clock = clock
-        self._renew = renew
+        self._reload_graphs = renew
         self._on_death = on_death
-        self._restarts = Restarts(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
-        self._programs: dict[ProgramKey, Program] = {}
-        self._held: dict[ProgramKey, list[Readout]] = {}
+        self._restarts = RestartPolicy(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
+        self._programs: dict[ProgramKey, ProgramRunner] = {}
+        self._deferred: dict[ProgramKey, list[Readout]] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
         self._is_down = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
 
     @property
-    def num_waiting(self) -> int:
+    def num_queued(self) -> int:
         """Rows that wait for a slot."""
         with self._changed:
-            return self._scheduler.num_waiting
+            return self._scheduler.num_queued
 
     @property
-    def num_active(self) -> int:
+    def num_running(self) -> int:
         """Rows in slots."""
         with self._changed:
-            return self._scheduler.num_active
+            return self._scheduler.num_running
 
-    def add(self, key: ProgramKey, program: Program) -> None:
+    def add(self, key: ProgramKey, program: ProgramRunner) -> None:
         """Make a program known, ready to run."""
         with self._changed:
             self._programs[key] = program
-            self._scheduler.open_lane(key, program.capacity, program.spec.least_steps)
+            self._scheduler.add_program(key, program.capacity, program.spec.least_steps)
 
     def start(self) -> None:
         """Start the device thread."""
@@ -98,7 +98,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._abandon(ServerUnavailable("the server is stopping"))
+        self._fail_all(Unavailable("the server is stopping"))
 
     def submit(self, request: Request, wakes: bool = True) -> None:
         """Queue a request. Its events go to `request.deliver`, on the device thread, which it `wakes`.
@@ -108,20 +108,20 @@ class Engine:
         """
         with self._changed:
             if self._is_stopping:
-                raise ServerUnavailable("the server is stopping")
+                raise Unavailable("the server is stopping")
             if self._is_down:
-                raise ServerUnavailable("the engine failed and starts again; try again")
+                raise Unavailable("the engine failed and starts again; try again")
             request.submitted_at = self._clock()
             self._scheduler.submit(request, request.submitted_at)
             if wakes:
                 self._changed.notify()
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """Look for work, if the device thread sleeps."""
         with self._changed:
             self._changed.notify()
 
-    def leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         """Nobody reads a request any more: what it holds is free, and what is unfinished stops."""
         with self._changed:
             self._scheduler.release(request)
@@ -139,8 +139,8 @@ class Engine:
     def _loop(self) -> None:
         while True:
             try:
-                while (turn := self._next_turn()) is not None:
-                    self._take(turn)
+                while (turn := self._next_step()) is not None:
+                    self._execute(turn)
                 return
             except BaseException:  # whatever it was, nobody else would tell the clients
                 log.critical("the device thread was struck down", exc_info=True)
@@ -150,14 +150,14 @@ class Engine:
 
     def _restart(self) -> bool:
         """Fail what is open and begin anew; False when that is no use."""
-        is_hopeless = self._restarts.is_hopeless(self._clock())
+        is_hopeless = self._restarts.is_exhausted(self._clock())
         with self._changed:
             self._is_down = True
-        self._observer.restarted()
-        self._abandon(ServerUnavailable("the engine failed; try again"))
+        self._observer.on_restart()
+        self._fail_all(Unavailable("the engine failed; try again"))
         try:
             if not is_hopeless:
-                self._renew()
+                self._reload_graphs()
                 for program in self._programs.values():
                     program.clear()
         except BaseException:
@@ -168,23 +168,23 @@ class Engine:
             self._is_down, self._is_stopping = is_hopeless, self._is_stopping or is_hopeless
         return not is_hopeless
 
-    def _next_turn(self) -> Turn | None:
+    def _next_step(self) -> ScheduledStep | None:
         with self._changed:
             while not self._is_stopping:
                 self._drop_expired()
-                if turn := self._scheduler.next_turn():
+                if turn := self._scheduler.next_step():
                     return turn
-                self._changed.wait(self._patience())
+                self._changed.wait(self._wait_timeout())
         return None
 
-    def _patience(self) -> float | None:
+    def _wait_timeout(self) -> float | None:
         """Seconds until a deadline passes, or for ever."""
         deadline = self._scheduler.next_deadline()
         if deadline is None:
             return None
         return min(max(0.0, deadline - self._clock()), threading.TIMEOUT_MAX)
 
-    def _take(self, turn: Turn) -> None:
+    def _execute(self, turn: ScheduledStep) -> None:
         program = self._programs[turn.program]
         try:
             readouts = self._run(program, turn)
@@ -192,18 +192,18 @@ class Engine:
             if is_device_lost(error):
                 raise
             log.exception("%s failed; its rows are dropped", turn.program)
-            self._observer.faulted(turn.program, "graph")
-            held = self._held.pop(turn.program, [])
+            self._observer.on_error(turn.program, "graph")
+            held = self._deferred.pop(turn.program, [])
             joining = (admission.request for admission in turn.admissions)
             taking_part = {*program.slots.requests, *joining, *(readout.request for readout in held)}
             self._fail(taking_part, ModelFailed(f"{turn.program} failed: {type(error).__name__}"))
-            self._waste(held)
+            self._count_discarded(held)
             return
-        self._deliver(self._hold(program, turn, readouts) if turn.width else readouts)
+        self._deliver(self._defer(program, turn, readouts) if turn.width else readouts)
 
-    def _run(self, program: Program, turn: Turn) -> list[Readout]:
+    def _run(self, program: ProgramRunner, turn: ScheduledStep) -> list[Readout]:
         for request in turn.dropped:
-            self._observer.wasted(turn.program, program.slots.drop(request), request.closed_because)
+            self._observer.on_steps_discarded(turn.program, program.slots.drop(request), request.close_reason)
         now = self._clock()
         for admission in turn.admissions:
             if admission.first == 0:
@@ -214,67 +214,69 @@ class Engine:
         taking_part = program.slots.requests
         readouts = program.advance(turn.width)
         seconds = self._clock() - now
-        for _ in range(program.take_shortages()):
-            self._observer.faulted(turn.program, "out_of_memory")
+        for _ in range(program.pop_oom_count()):
+            self._observer.on_error(turn.program, "out_of_memory")
         for request in taking_part:
             request.model_seconds += seconds
         bucket = program.bucket(max(rows, turn.width))
-        self._observer.stepped(turn.program, rows, bucket, seconds)
+        self._observer.on_step(turn.program, rows, bucket, seconds)
         with self._changed:
-            self._scheduler.charge(turn.program, bucket, seconds)
+            self._scheduler.record_step_time(turn.program, bucket, seconds)
         return readouts
 
-    def _hold(self, program: Program, turn: Turn, readouts: Sequence[Readout]) -> list[Readout]:
+    def _defer(
+        self, program: ProgramRunner, turn: ScheduledStep, readouts: Sequence[Readout]
+    ) -> list[Readout]:
         """A batch of whole requests is answered at once, when no row of it is left."""
-        held = [*self._held.pop(turn.program, ()), *readouts]
+        held = [*self._deferred.pop(turn.program, ()), *readouts]
         if not program.slots.num_active:
             return held
-        self._held[turn.program] = held
+        self._deferred[turn.program] = held
         return []
 
     def _deliver(self, readouts: Sequence[Readout]) -> None:
         """Settle a turn's readouts first, then tell their readers, who wake up and want the interpreter."""
         with self._changed:
-            news = [(readout.request, self._settle(readout)) for readout in readouts]
+            news = [(readout.request, self._record(readout)) for readout in readouts]
         for request, events in news:
             if events:
                 request.deliver(events)
 
-    def _settle(self, readout: Readout) -> list[Event]:
+    def _record(self, readout: Readout) -> list[Event]:
         """Count a readout; what its reader is to be told."""
         request, count = readout.request, len(readout.rows.indices)
         if request.is_closed:
-            self._waste([readout])
+            self._count_discarded([readout])
             return []
         if not readout.is_finished:
             return [Preview(readout.rows, readout.steps_done)]
         events: list[Event] = []
         if readout.is_finite:
-            self._observer.delivered(request.program, count)
+            self._observer.on_rows_delivered(request.program, count)
             events.append(readout.rows)
         else:
-            self._lose(readout)
+            self._record_nonfinite(readout)
         self._scheduler.finish(request, count)
-        if len(request.lost) >= MAX_LOST_ROWS:
+        if len(request.nonfinite_rows) >= MAX_NONFINITE_ROWS:
             self._scheduler.close(request, "failed")
         if request.is_closed:
             events.append(Failed(_loss(request)) if request.lost else Completed(self._timings(request)))
         return events
 
-    def _lose(self, readout: Readout) -> None:
+    def _record_nonfinite(self, readout: Readout) -> None:
         """Rows that came out non-finite are nobody's answer, and no reader will acknowledge them."""
         request, indices = readout.request, readout.rows.indices
-        request.lost += tuple(indices)
+        request.nonfinite_rows += tuple(indices)
         self._scheduler.acknowledge(request, len(indices))
         for _ in indices:
-            self._observer.faulted(request.program, "non_finite")
-        self._observer.wasted(request.program, sum(readout.steps_done), "failed")
+            self._observer.on_error(request.program, "non_finite")
+        self._observer.on_steps_discarded(request.program, sum(readout.steps_done), "failed")
 
     def _timings(self, request: Request) -> Timings:
         return Timings(
             queue=request.started_at - request.submitted_at,
             run=self._clock() - request.started_at,
-            model=request.model_seconds,
+            compute=request.model_seconds,
         )
 
     def _drop_expired(self) -> None:
@@ -285,20 +287,22 @@ class Engine:
             done = f"{request.finished} of {request.rows} rows were done"
             self._close(request, DeadlineExceeded(f"the deadline {what} when {done}"), "deadline")
 
-    def _abandon(self, error: Exception) -> None:
+    def _fail_all(self, error: Exception) -> None:
         """Fail every open request and empty the slots."""
         self._fail(self._scheduler.open_requests(), error)
         for key, program in self._programs.items():
-            self._waste(self._held.pop(key, ()))
+            self._count_discarded(self._deferred.pop(key, ()))
             for request, steps in program.slots.empty().items():
-                self._observer.wasted(key, steps, request.closed_because)
+                self._observer.on_steps_discarded(key, steps, request.close_reason)
 
-    def _waste(self, readouts: Iterable[Readout]) -> None:
+    def _count_discarded(self, readouts: Iterable[Readout]) -> None:
         """Count the steps of rows that were read out for requests that are closed."""
         for readout in readouts:
             if readout.is_finished:
                 request = readout.request
-                self._observer.wasted(request.program, sum(readout.steps_done), request.closed_because)
+                self._observer.on_steps_discarded(
+                    request.program, sum(readout.steps_done), request.close_reason
+                )
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._changed:
@@ -315,7 +319,7 @@ class Engine:
 
 def _loss(request: Request) -> ModelFailed:
     """What a request fails with of which rows came out non-finite."""
-    rows = "row" if len(request.lost) == 1 else "rows"
-    which = ", ".join(map(str, sorted(request.lost)[:MAX_LOST_ROWS]))
+    rows = "row" if len(request.nonfinite_rows) == 1 else "rows"
+    which = ", ".join(map(str, sorted(request.nonfinite_rows)[:MAX_NONFINITE_ROWS]))
     rest = "all others are done" if request.is_complete else "what was left has been dropped"
     return ModelFailed(f"{request.program}: {rows} {which} came out non-finite; {rest}")

@@ -20,15 +20,15 @@ from server.core.request import Request
 from server.core.spec import ProgramKey
 
 # Of this many visits one is paid to requests of low priority while others wait as well.
-BATCH_VISIT = 8
+BATCH_PRIORITY_INTERVAL = 8
 # A level leaves one of so many slots to each level below it.
 RESERVED_SHARE = 16
 # A program that only batch jobs use is due so much of the device time of one that somebody waits for.
 BATCH_SHARE = 0.25
 # A program that somebody waits for is due at least so much of the device time of one that serves many more.
-LEAST_PART = 1 / 8
+MIN_DEVICE_SHARE = 1 / 8
 # A turn counts for at most so many of the fastest at its batch size: it may have been held up by others.
-SLOWEST = 4
+MAX_STEP_TIME_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Admission:
 
 
 @dataclass
-class Queue:
+class PriorityQueue:
     """Requests of one priority and level that wait for slots, the one to be visited next in front.
 
     Each has its number in the order of visits, so that the queues of a priority are visited as one; `costs`
@@ -95,7 +95,7 @@ class Queue:
         return request, count, is_over
 
 
-class Room:
+class SlotQuota:
     """How many slots are free for rows of each level: no more than it and each below it may take."""
 
     def __init__(self, capacity: int, reserved: float) -> None:
@@ -129,7 +129,7 @@ class Room:
 
 
 @dataclass
-class Pace:
+class StepTimeEstimate:
     """The least that a program's turns have taken, by bucket, in seconds, and what the latest counts for."""
 
     least: dict[int, float] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Pace:
         """A turn took so long. A bucket's first, which may have warmed something up, is not charged."""
         is_first = bucket not in self.least
         least = self.least[bucket] = min(seconds, self.least.get(bucket, seconds))
-        self.latest = 0.0 if is_first else min(seconds, SLOWEST * least)
+        self.latest = 0.0 if is_first else min(seconds, MAX_STEP_TIME_RATIO * least)
         self.is_proven |= not is_first
 
     def forget(self) -> None:
@@ -160,30 +160,30 @@ class Pace:
 
 
 @dataclass(eq=False)
-class Lane:
+class ProgramQueue:
     """One program's queues and slots."""
 
     program: ProgramKey
     capacity: int
     least_steps: int
-    room: Room
-    queues: dict[tuple[bool, int], Queue] = field(default_factory=dict)
+    quota: SlotQuota
+    queues: dict[tuple[bool, int], PriorityQueue] = field(default_factory=dict)
     stalled: dict[Request, None] = field(default_factory=dict)
     active: dict[Request, None] = field(default_factory=dict)
     dropped: list[Request] = field(default_factory=list)
-    pace: Pace = field(default_factory=Pace)
+    step_time: StepTimeEstimate = field(default_factory=StepTimeEstimate)
     num_served: int = 0
     width: int = 0
     num_waiting_steps: int = 0
     credit: float = 0.0
-    is_ringed: bool = False
+    is_scheduled: bool = False
     _visits: int = 0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _costs: Counter[int] = field(default_factory=Counter)
 
     @property
     def num_active(self) -> int:
-        return self.room.num_taken
+        return self.quota.num_taken
 
     @property
     def has_work(self) -> bool:
@@ -198,14 +198,14 @@ class Lane:
         is_awaited = any(queue for queue in self.queues.values() if not queue.is_batch)
         return max(self.num_served, 1 if is_awaited else BATCH_SHARE)
 
-    def part(self, largest: float) -> float:
+    def relative_share(self, largest: float) -> float:
         """Its device time over that of the program with the largest share."""
-        return max(self.share / largest, LEAST_PART * min(1, self.share))
+        return max(self.share / largest, MIN_DEVICE_SHARE * min(1, self.share))
 
     @property
     def backlog_seconds(self) -> float:
         """How long what waits would take in full batches."""
-        return self.num_waiting_steps * self.pace.full / self.capacity
+        return self.num_waiting_steps * self.step_time.full / self.capacity
 
     @property
     def requests(self) -> list[Request]:
@@ -239,12 +239,12 @@ class Lane:
         self.num_waiting_steps -= request.num_waiting * request.row_cost
         if request in self.active:
             self._leave(request)
-            self.room.give_back(request.level, request.num_active)
+            self.quota.give_back(request.level, request.num_active)
             self.dropped.append(request)
 
     def finish(self, request: Request, rows: int) -> None:
         """So many rows of a request have left their slots."""
-        self.room.give_back(request.level, rows)
+        self.quota.give_back(request.level, rows)
         if not request.num_active and request in self.active:
             self._leave(request)
 
@@ -257,7 +257,7 @@ class Lane:
         """Hand out the free slots; at most `max_requests` requests take part."""
         admissions: dict[Request, Admission] = {}
         while (queue := self._next_queue()) and not _is_full(admissions, queue, max_requests):
-            request, count, is_over = queue.visit(quantum_rows, self.room.of(queue.level))
+            request, count, is_over = queue.visit(quantum_rows, self.quota.of(queue.level))
             if is_over:
                 self._visits = 0 if queue.is_batch else self._visits + 1
             earlier = admissions.get(request)
@@ -274,23 +274,23 @@ class Lane:
         length = request.row_cost // max(1, self.least_steps)
         return max(0, length.bit_length() - 1) // 3 + request.is_batch
 
-    def _queue(self, request: Request) -> Queue:
+    def _queue(self, request: Request) -> PriorityQueue:
         key = request.is_batch, request.level
         if key not in self.queues:
-            self.queues[key] = Queue(*key, self._costs, self._numbers)
+            self.queues[key] = PriorityQueue(*key, self._costs, self._numbers)
         return self.queues[key]
 
-    def _next_queue(self) -> Queue | None:
+    def _next_queue(self) -> PriorityQueue | None:
         """The queue whose request is visited next; None when nothing can enter."""
-        if self.room.is_full:
+        if self.quota.is_full:
             return None
-        is_batch_due = self._visits >= BATCH_VISIT - 1
-        able = [queue for queue in self.queues.values() if queue.ring and self.room.of(queue.level) > 0]
+        is_batch_due = self._visits >= BATCH_PRIORITY_INTERVAL - 1
+        able = [queue for queue in self.queues.values() if queue.ring and self.quota.of(queue.level) > 0]
         return min(able, key=lambda queue: (queue.is_batch != is_batch_due, queue.number), default=None)
 
     def _enter(self, request: Request, count: int) -> None:
         request.admitted += count
-        self.room.take(request.level, count)
+        self.quota.take(request.level, count)
         self.num_waiting_steps -= count * request.row_cost
         if request not in self.active:
             self.active[request] = None
@@ -306,5 +306,5 @@ class Lane:
         self.num_served -= not request.is_batch
 
 
-def _is_full(admissions: dict[Request, Admission], queue: Queue, most: int | None) -> bool:
+def _is_full(admissions: dict[Request, Admission], queue: PriorityQueue, most: int | None) -> bool:
     return most is not None and len(admissions) >= most and next(iter(queue.ring)) not in admissions

@@ -14,12 +14,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
+from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, Violation
 from server.core.request import Request
 from server.core.spec import ProgramKey
-from server.engine.program_queue import RESERVED_SHARE, Admission, Lane, Room
+from server.engine.program_queue import RESERVED_SHARE, Admission, ProgramQueue, SlotQuota
 
-MIN_CROWD = 64
+MIN_COMPACTION_SIZE = 64
 
 Batching = Literal["step", "request", "none"]
 
@@ -34,16 +34,16 @@ class Limits:
     `none` every request runs alone.
     """
 
-    max_waiting_rows: int = 200_000
-    max_held_bytes: int = 1 << 30
-    quantum_rows: int = 8
+    max_queued_rows: int = 200_000
+    max_buffered_bytes: int = 1 << 30
+    drr_quantum_rows: int = 8
     batching: Batching = "step"
     min_retry_seconds: float = 0.1
     max_retry_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScheduledStep:
     """One turn of a program: drop these requests' rows, admit these rows, then step.
 
     `width` is how many rows the batch began with when it is one of whole requests; otherwise 0.
@@ -60,21 +60,21 @@ class Scheduler:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self._lanes: dict[ProgramKey, Lane] = {}
+        self._queues: dict[ProgramKey, ProgramQueue] = {}
         # Lanes with work, the one whose turn it is in front; `_granted` has had this round's quantum.
-        self._ring: deque[Lane] = deque()
-        self._granted: Lane | None = None
+        self._ring: deque[ProgramQueue] = deque()
+        self._granted: ProgramQueue | None = None
         self._deadlines: list[tuple[float, int, Request]] = []
-        self._crowded = MIN_CROWD
+        self._compaction_threshold = MIN_COMPACTION_SIZE
         self._arrivals = itertools.count()
-        self.num_waiting = 0
-        self.num_active = 0
-        self.held_bytes = 0
+        self.num_queued = 0
+        self.num_running = 0
+        self.buffered_bytes = 0
 
-    def open_lane(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
+    def add_program(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
         """Make a program known: at most `capacity` of its rows are active, and none takes fewer steps."""
         reserved = 1 / RESERVED_SHARE if self.limits.batching == "step" else 0.0
-        self._lanes[program] = Lane(program, capacity, least_steps, Room(capacity, reserved))
+        self._queues[program] = ProgramQueue(program, capacity, least_steps, SlotQuota(capacity, reserved))
 
     def submit(self, request: Request, now: float = -math.inf) -> None:
         """Queue a request.
@@ -82,20 +82,20 @@ class Scheduler:
         InvalidRequest when it could never be taken; Overloaded when too much waits already;
         DeadlineExceeded when even an idle device could not finish in time, at the fastest pace measured.
         """
-        lane = self._lanes.get(request.program)
+        lane = self._queues.get(request.program)
         if lane is None:
-            raise ServerUnavailable(f"{request.program} is not loaded")
-        self._refuse_too_large(request)
-        self._refuse_overload(request)
-        _refuse_hopeless(request, lane, now)
-        self.num_waiting += request.rows
-        self.held_bytes += request.held_bytes
-        request.is_held = True
+            raise Unavailable(f"{request.program} is not loaded")
+        self._reject_if_too_large(request)
+        self._reject_if_overloaded(request)
+        _reject_if_unmeetable(request, lane, now)
+        self.num_queued += request.rows
+        self.buffered_bytes += request.buffered_bytes
+        request.is_buffered = True
         lane.open(request)
-        self._wake(lane)
+        self._schedule(lane)
         if request.deadline is not None:
-            self._forget_ended()
-            self._look_again(request)
+            self._compact_deadlines()
+            self._schedule_deadline_check(request)
 
     def close(self, request: Request, reason: str) -> bool:
         """Stop a request: its waiting rows go now, its active rows at the next turn.
@@ -104,20 +104,20 @@ class Scheduler:
         """
         if request.is_closed:
             return False
-        request.closed_because = reason
-        lane = self._lanes[request.program]
-        self.num_waiting -= request.num_waiting
-        self.num_active -= request.num_active
+        request.close_reason = reason
+        lane = self._queues[request.program]
+        self.num_queued -= request.num_waiting
+        self.num_running -= request.num_active
         lane.remove(request)
-        self._wake(lane)
+        self._schedule(lane)
         return True
 
     def acknowledge(self, request: Request, rows: int) -> None:
         """The reader has taken so many rows, and has room for as many more."""
         request.acknowledged += rows
-        lane = self._lanes[request.program]
+        lane = self._queues[request.program]
         lane.resume(request)
-        self._wake(lane)
+        self._schedule(lane)
 
     def expired(self, now: float) -> list[Request]:
         """Open requests whose deadline has passed, or will before rows that still wait can be done.
@@ -127,10 +127,10 @@ class Scheduler:
         late = []
         while (moment := self.next_deadline()) is not None and moment <= now:
             request = heapq.heappop(self._deadlines)[2]
-            if self._last_moment(request) <= now:
+            if self._latest_start(request) <= now:
                 late.append(request)
             else:
-                self._look_again(request)
+                self._schedule_deadline_check(request)
         return late
 
     def next_deadline(self) -> float | None:
@@ -139,156 +139,156 @@ class Scheduler:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def next_turn(self) -> Turn | None:
+    def next_step(self) -> ScheduledStep | None:
         """The program whose turn it is, with the rows that join it; None when nothing can run."""
         while self._ring:
             lane = self._ring[0]
             if not lane.has_work:
                 self._retire(lane)
-            elif self._runs_on(lane) or self._can_pay(lane):
-                return Turn(lane.program, self._admit(lane), lane.take_dropped(), lane.width)
+            elif self._runs_on(lane) or self._has_credit(lane):
+                return ScheduledStep(lane.program, self._admit(lane), lane.take_dropped(), lane.width)
             else:
-                self._pass_on()
+                self._rotate()
         return None
 
-    def charge(self, program: ProgramKey, bucket: int, seconds: float) -> None:
+    def record_step_time(self, program: ProgramKey, bucket: int, seconds: float) -> None:
         """The turn that was taken last, of this program, took so long in a batch of this size."""
-        lane = self._lanes[program]
-        lane.pace.learn(bucket, seconds)
-        lane.credit -= lane.pace.latest
+        lane = self._queues[program]
+        lane.step_time.learn(bucket, seconds)
+        lane.credit -= lane.step_time.latest
         if lane.credit <= 0:
-            self._pass_on()
+            self._rotate()
 
     def finish(self, request: Request, rows: int) -> None:
         """So many rows of an open request have left the batch."""
         request.finished += rows
-        self.num_active -= rows
-        self._lanes[request.program].finish(request, rows)
+        self.num_running -= rows
+        self._queues[request.program].finish(request, rows)
         if request.is_complete:
-            request.closed_because = "completed"
+            request.close_reason = "completed"
 
     def release(self, request: Request) -> None:
         """What a request holds is held no longer: its reader has all that it wants. Once is enough."""
-        if request.is_held:
-            request.is_held = False
-            self.held_bytes -= request.held_bytes
+        if request.is_buffered:
+            request.is_buffered = False
+            self.buffered_bytes -= request.buffered_bytes
 
     def forget_dropped(self) -> None:
         """The slots have been emptied: nothing is left in them to be dropped."""
-        for lane in self._lanes.values():
+        for lane in self._queues.values():
             lane.take_dropped()
 
     def open_requests(self) -> list[Request]:
         """Every request that has not ended."""
-        return [request for lane in self._lanes.values() for request in lane.requests]
+        return [request for lane in self._queues.values() for request in lane.requests]
 
-    def _wake(self, lane: Lane) -> None:
-        if lane.has_work and not lane.is_ringed:
-            lane.is_ringed = True
+    def _schedule(self, lane: ProgramQueue) -> None:
+        if lane.has_work and not lane.is_scheduled:
+            lane.is_scheduled = True
             self._ring.append(lane)
 
-    def _retire(self, lane: Lane) -> None:
+    def _retire(self, lane: ProgramQueue) -> None:
         """A lane without work leaves the ring and forfeits the time that it has not used."""
         self._ring.popleft()
         self._granted = None
-        lane.is_ringed = False
+        lane.is_scheduled = False
         lane.credit = min(0.0, lane.credit)
 
-    def _pass_on(self) -> None:
+    def _rotate(self) -> None:
         """The next lane is in front, and has not had its quantum yet."""
         self._ring.rotate(-1)
         self._granted = None
 
-    def _runs_on(self, lane: Lane) -> bool:
+    def _runs_on(self, lane: ProgramQueue) -> bool:
         """Without step batching, what has begun runs to its end."""
         return self.limits.batching != "step" and lane.num_active > 0
 
-    def _can_pay(self, lane: Lane) -> bool:
+    def _has_credit(self, lane: ProgramQueue) -> bool:
         """Whether a lane may run, once it has had its quantum of this round."""
         if self._granted is not lane:
             self._granted = lane
             lane.credit += self._quantum(lane)
         return lane.credit >= 0
 
-    def _quantum(self, lane: Lane) -> float:
+    def _quantum(self, lane: ProgramQueue) -> float:
         """Seconds that a lane earns in a round.
 
         The lane of the largest share gets the dearest turn or debt of any, the others their part of that:
         small quanta, so that one which has just woken waits for little, and yet a few rounds pay any debt.
         """
-        dearest = max(max(each.pace.latest, -each.credit) for each in self._ring)
+        dearest = max(max(each.step_time.latest, -each.credit) for each in self._ring)
         if len(self._ring) == 1:
             return dearest
-        return dearest * lane.part(max(each.share for each in self._ring))
+        return dearest * lane.relative_share(max(each.share for each in self._ring))
 
-    def _admit(self, lane: Lane) -> list[Admission]:
+    def _admit(self, lane: ProgramQueue) -> list[Admission]:
         if self._runs_on(lane):
             return []
         most = 1 if self.limits.batching == "none" else None
-        admissions = lane.admit(self.limits.quantum_rows, most)
+        admissions = lane.admit(self.limits.drr_quantum_rows, most)
         count = sum(admission.count for admission in admissions)
-        self.num_waiting -= count
-        self.num_active += count
+        self.num_queued -= count
+        self.num_running += count
         lane.width = 0 if self.limits.batching == "step" else lane.num_active
         return admissions
 
-    def _refuse_too_large(self, request: Request) -> None:
+    def _reject_if_too_large(self, request: Request) -> None:
         """InvalidRequest when it would not fit even if nothing else were open."""
-        most, given = self.limits.max_held_bytes, request.held_bytes
+        most, given = self.limits.max_buffered_bytes, request.buffered_bytes
         if given > most:
-            where = "inputs" if request.work.inputs else "rows"
+            where = "inputs" if request.inputs.inputs else "rows"
             expected = f"expected at most {most} bytes of inputs and unread answers, got {given}"
             raise InvalidRequest([Violation(where, expected)])
 
-    def _refuse_overload(self, request: Request) -> None:
+    def _reject_if_overloaded(self, request: Request) -> None:
         limits = self.limits
-        if self.num_waiting + request.rows > limits.max_waiting_rows:
+        if self.num_queued + request.rows > limits.max_queued_rows:
             self._refuse(
-                f"{self.num_waiting} rows wait and {request.rows} more would pass the limit of "
-                f"{limits.max_waiting_rows}"
+                f"{self.num_queued} rows wait and {request.rows} more would pass the limit of "
+                f"{limits.max_queued_rows}"
             )
-        if self.held_bytes + request.held_bytes > limits.max_held_bytes:
+        if self.buffered_bytes + request.buffered_bytes > limits.max_buffered_bytes:
             self._refuse(
-                f"open requests hold {self.held_bytes} bytes of inputs and unread answers, and "
-                f"{request.held_bytes} more would pass the limit of {limits.max_held_bytes}"
+                f"open requests hold {self.buffered_bytes} bytes of inputs and unread answers, and "
+                f"{request.buffered_bytes} more would pass the limit of {limits.max_buffered_bytes}"
             )
 
     def _refuse(self, reason: str) -> None:
         """Overloaded, with the time in which half of what waits should be done."""
-        backlog = sum(lane.backlog_seconds for lane in self._lanes.values())
+        backlog = sum(lane.backlog_seconds for lane in self._queues.values())
         limits = self.limits
         delay = min(limits.max_retry_seconds, max(limits.min_retry_seconds, backlog / 2))
         raise Overloaded(f"{reason}; try again in {delay:.1f} s", delay)
 
-    def _look_again(self, request: Request) -> None:
-        heapq.heappush(self._deadlines, (self._last_moment(request), next(self._arrivals), request))
+    def _schedule_deadline_check(self, request: Request) -> None:
+        heapq.heappush(self._deadlines, (self._latest_start(request), next(self._arrivals), request))
 
-    def _last_moment(self, request: Request) -> float:
+    def _latest_start(self, request: Request) -> float:
         """When a request is too late, unless its waiting rows have entered; without any, its deadline."""
         assert request.deadline is not None, "a request without a deadline was looked at. This is a bug."
         if not request.num_waiting:
             return request.deadline
-        return request.deadline - _steps_ahead(request) * self._lanes[request.program].pace.fastest
+        return request.deadline - _steps_ahead(request) * self._queues[request.program].step_time.fastest
 
-    def _forget_ended(self) -> None:
+    def _compact_deadlines(self) -> None:
         """Ended requests leave the heap from its top, or here, once they are as many as the open ones."""
-        if len(self._deadlines) >= self._crowded:
+        if len(self._deadlines) >= self._compaction_threshold:
             self._deadlines = [entry for entry in self._deadlines if not entry[2].is_closed]
             heapq.heapify(self._deadlines)
-            self._crowded = 2 * len(self._deadlines) + MIN_CROWD
+            self._compaction_threshold = 2 * len(self._deadlines) + MIN_COMPACTION_SIZE
 
 
-def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
+def _reject_if_unmeetable(request: Request, lane: ProgramQueue, now: float) -> None:
     """DeadlineExceeded when the request's own steps alone take longer than it has."""
     if request.deadline is None:
         return
     waves = math.ceil(request.rows / lane.capacity)
-    pace = lane.pace.fastest
+    pace = lane.step_time.fastest
     needed = waves * _steps_ahead(request) * pace
     if now + needed <= request.deadline:
         return
     if not lane.has_work:  # nothing runs that could prove the pace wrong, so the next one may try
-        lane.pace.forget()
+        lane.step_time.forget()
     raise DeadlineExceeded(
         f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the fastest pace measured, "
         f"{pace:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
@@ -297,4 +297,4 @@ def _refuse_hopeless(request: Request, lane: Lane, now: float) -> None:
 
 def _steps_ahead(request: Request) -> int:
     """Steps that a row takes at least, from its first on."""
-    return 1 if request.may_end_early else request.row_cost
+    return 1 if request.has_early_exit else request.row_cost

@@ -77,7 +77,7 @@ def _table(shape: Sequence[int], device: torch.device | None) -> Array:
     return table
 
 
-class Tape:
+class NoiseBuffer:
     """The numbers of the next `length` steps of every slot, for the noise that a step reads.
 
     They lie in the host's memory, from which `device` may copy them while the host goes on.
@@ -93,11 +93,11 @@ class Tape:
         row_bytes = sum(item.tensor.row_bytes for item in noise)
         self.length = _stretch(row_bytes, slots)
         self._noise = tuple(noise)
-        self._stretch, self._spare = (
+        self._front, self._back = (
             {item.tensor.name: _table((self.length, slots, *item.tensor.shape), device) for item in noise}
             for _ in range(2)
         )
-        self._ahead = ahead
+        self._prefetch_executor = ahead
         self._drawn: Future[None] | None = None
         self._drawn_for: Rows | None = None
         self._position = self.length
@@ -105,7 +105,7 @@ class Tape:
 
     def numbers(self, name: str, count: int) -> Array:
         """The numbers of the present step of the rows in the first slots, float32 [count, *shape]."""
-        numbers: Array = self._stretch[name][self._position, :count]
+        numbers: Array = self._front[name][self._position, :count]
         return numbers
 
     @property
@@ -113,12 +113,12 @@ class Tape:
         """Of so many slots the numbers of the present step are there."""
         return self._num_ready if self._position < self.length else 0
 
-    def reach(self, rows: Rows) -> None:
+    def ensure(self, rows: Rows) -> None:
         """Make sure that the numbers of these rows' present step are there."""
         if self._position >= self.length:
-            self._turn_over(rows)
+            self._swap_buffers(rows)
         if self._num_ready < len(rows):
-            self._fill(self._stretch, rows, np.arange(self._num_ready, len(rows)), self._position)
+            self._fill(self._front, rows, np.arange(self._num_ready, len(rows)), self._position)
             self._num_ready = len(rows)
 
     def advance(self) -> None:
@@ -127,32 +127,34 @@ class Tape:
 
     def move(self, to: Array, source: Array) -> None:
         """Rows have moved from slots to others."""
-        for table in self._stretch.values():
+        for table in self._front.values():
             table[self._position :, to] = table[self._position :, source]
 
-    def keep(self, slots: int) -> None:
+    def truncate(self, slots: int) -> None:
         """Only the first so many slots are still in use."""
         self._num_ready = min(self._num_ready, slots)
 
-    def _turn_over(self, rows: Rows) -> None:
+    def _swap_buffers(self, rows: Rows) -> None:
         """Begin a new stretch: what was drawn ahead for rows that kept their slots, and the rest."""
         lacking = np.ones(len(rows), bool)
         drawn, self._drawn = self._drawn, None
         if drawn is not None and self._drawn_for is not None:
             drawn.result()
-            self._stretch, self._spare = self._spare, self._stretch
+            self._front, self._back = self._back, self._front
             both = min(len(rows), len(self._drawn_for))
             lacking[:both] = ~rows[:both].same(self._drawn_for[:both])
         self._position, self._num_ready = 0, len(rows)
-        self._fill(self._stretch, rows, np.flatnonzero(lacking), 0)
+        self._fill(self._front, rows, np.flatnonzero(lacking), 0)
         self._draw_ahead(rows)
 
     def _draw_ahead(self, rows: Rows) -> None:
-        if self._ahead is None:
+        if self._prefetch_executor is None:
             return
         later = rows.later(self.length)
         self._drawn_for = later.copy()
-        self._drawn = self._ahead.submit(self._fill, self._spare, later.copy(), np.arange(len(rows)), 0)
+        self._drawn = self._prefetch_executor.submit(
+            self._fill, self._back, later.copy(), np.arange(len(rows)), 0
+        )
 
     def _fill(self, tables: dict[str, Array], rows: Rows, slots: Array, position: int) -> None:
         """Draw the rest of a stretch for some slots; not beyond a row's last step."""

@@ -19,7 +19,7 @@ from server.core.request import Request, Rows
 from server.core.spec import GraphSpec, ProgramSpec
 from server.execution import noise_buffer
 from server.execution.slots import Slots
-from server.runtime import Graph, Tensors, bound, current, is_out_of_memory
+from server.runtime import Graph, Tensors, bind_graph, device_context, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Readout:
     is_finite: bool = True
 
 
-class Program:
+class ProgramRunner:
     """One operation of one model in one format, over up to `buckets[-1]` rows at a time.
 
     `ahead` draws the random numbers of later steps while the device works; without it they are
@@ -67,7 +67,7 @@ class Program:
         self._num_shortages = 0
         self.clear()
 
-    def reopen(self, graphs: Mapping[str, Graph]) -> None:
+    def reload(self, graphs: Mapping[str, Graph]) -> None:
         """Go on with graphs that were opened anew, and with empty slots."""
         self._graphs = graphs
         self.clear()
@@ -86,7 +86,7 @@ class Program:
             if name in read
         }
         drawn = [self._noise[name] for name in self._step_noise]
-        numbers = noise_buffer.Tape(drawn, self.capacity, self._ahead, self._device)
+        numbers = noise_buffer.NoiseBuffer(drawn, self.capacity, self._ahead, self._device)
         self._copied = torch.cuda.Event() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.slots = Slots(self.capacity, tables, self._device, spec.state, numbers)
         self._steps: dict[tuple[int, int, int], Callable[[], None]] = {}
@@ -100,7 +100,7 @@ class Program:
 
         A step is padded to `width` rows at least.
         """
-        with current(self._device):
+        with device_context(self._device):
             self._start()
             if self.spec.step is not None and self.slots.num_active:
                 self._step(self.spec.step, width)
@@ -125,17 +125,17 @@ class Program:
             self._copy_numbers(self.slots.num_active)
         size = max(width, self.slots.num_active)
         self._in_parts(0, size, lambda start, count: self._bound_step(graph, start, count)())
-        self.slots.tape.advance()
+        self.slots.noise.advance()
         self.slots.count_step()
 
     def _copy_numbers(self, count: int) -> None:
         """The numbers of a step of so many rows to the device, which may lag behind by one step's copy."""
         if self._copied:
             self._copied.synchronize()
-        if self.slots.tape.num_ready < count:
-            self.slots.tape.reach(self.slots.rows(slice(0, count)))
+        if self.slots.noise.num_ready < count:
+            self.slots.noise.ensure(self.slots.rows(slice(0, count)))
         for name, table in self._step_noise.items():
-            numbers = self.slots.tape.numbers(name, count)
+            numbers = self.slots.noise.numbers(name, count)
             if self._copied:
                 table[:count].copy_(torch.from_numpy(numbers), non_blocking=True)
             else:
@@ -154,7 +154,7 @@ class Program:
         """A step that reads this side of the state's tables and writes the other."""
         part, slots = slice(start, start + bucket), self.slots
         tables = {**slots.device, **self._step_noise}
-        return bound(
+        return bind_graph(
             self._graphs[graph.name],
             [tables[tensor.name][part] for tensor in graph.inputs],
             [slots.next[tensor.name][part] for tensor in self.spec.state],
@@ -170,7 +170,7 @@ class Program:
         return self._read_out(is_due & ~self._done(), is_finished=False)
 
     def _finish(self) -> list[Readout]:
-        if not (self.slots.has_ended or self.spec.steps.done):
+        if not (self.slots.has_ended or self.spec.steps.done_flag):
             return []
         done = self._done()
         if readouts := self._read_out(done, is_finished=True):
@@ -180,8 +180,8 @@ class Program:
     def _done(self) -> NDArray[np.bool_]:
         """Which of the active rows have no step left to take."""
         done = self.slots.ended
-        if self.spec.steps.done:
-            done |= self.slots.device[self.spec.steps.done].cpu().numpy()[: len(done)]
+        if self.spec.steps.done_flag:
+            done |= self.slots.device[self.spec.steps.done_flag].cpu().numpy()[: len(done)]
         return done
 
     def _read_out(self, chosen: NDArray[np.bool_], *, is_finished: bool) -> list[Readout]:
@@ -202,7 +202,7 @@ class Program:
         slots = np.arange(start, self.slots.num_active)
         groups = [(*group, True) for group in self.slots.by_request(slots)]
         if not finite.all():
-            groups = list(_apart(groups, finite))
+            groups = list(_split_by_finite(groups, finite))
         steps_done = self.slots.steps_done
         readouts = []
         for request, members, is_finite in groups:
@@ -269,7 +269,7 @@ class Program:
             torch.cuda.empty_cache()
         return True
 
-    def take_shortages(self) -> int:
+    def pop_oom_count(self) -> int:
         """How often memory was short since this was last asked."""
         taken, self._num_shortages = self._num_shortages, 0
         return taken
@@ -281,7 +281,7 @@ class Program:
         return torch.from_numpy(padded).to(self._device)
 
 
-def _apart(groups: Iterable[Group], finite: NDArray[np.bool_]) -> Iterator[Group]:
+def _split_by_finite(groups: Iterable[Group], finite: NDArray[np.bool_]) -> Iterator[Group]:
     """Groups of rows of which each is either finite or not."""
     for request, members, _ in groups:
         positions = np.arange(len(finite))[members]

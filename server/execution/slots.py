@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from server.core.request import Request
 from server.core.spec import NUM_STEPS, STEP_INDEX, TensorSpec
-from server.execution.noise_buffer import Rows, Tape
+from server.execution.noise_buffer import NoiseBuffer, Rows
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -36,10 +36,10 @@ class Slots:
         tensors: Iterable[TensorSpec],
         device: torch.device,
         state: Iterable[TensorSpec] = (),
-        tape: Tape | None = None,
+        tape: NoiseBuffer | None = None,
     ) -> None:
         self.capacity = capacity
-        self.tape = tape or Tape((), capacity)
+        self.noise = tape or NoiseBuffer((), capacity)
         self.num_active = 0
         self.num_started = 0
         self.has_previews = False
@@ -109,10 +109,12 @@ class Slots:
         yield STEP_INDEX, self.steps_done[new]
         yield NUM_STEPS, self.num_steps[new]
         counts = [count for _, _, count in arriving]
-        for name in requests[0].work.parameters:
-            yield name, _column([request.work.parameters[name] for request in requests], counts, np.float64)
-        for name in requests[0].work.inputs:
-            rows = [_part(request.work.inputs[name], first, count) for request, first, count in arriving]
+        for name in requests[0].inputs.parameters:
+            yield name, _column([request.inputs.parameters[name] for request in requests], counts, np.float64)
+        for name in requests[0].inputs.inputs:
+            rows = [
+                _slice_rows(request.inputs.inputs[name], first, count) for request, first, count in arriving
+            ]
             yield name, np.concatenate(rows)
 
     def count_step(self) -> None:
@@ -163,7 +165,7 @@ class Slots:
             self.seed[to] = self.seed[source]
             self._facts[to] = self._facts[source]
             self._move(to, source)
-            self.tape.move(to, source)
+            self.noise.move(to, source)
         return boundary
 
     def _put(self, name: str, slots: slice, rows: Array) -> None:
@@ -185,7 +187,7 @@ class Slots:
     def release(self, boundary: int) -> None:
         """Free the slots from `boundary` on."""
         self.num_active = self.num_started = boundary
-        self.tape.keep(boundary)
+        self.noise.truncate(boundary)
         staying = set(self._owner[:boundary].tolist())
         self._requests = {owner: request for owner, request in self._requests.items() if owner in staying}
         self.has_previews = any(request.preview_every for request in self._requests.values())
@@ -229,7 +231,7 @@ def _offsets(counts: Sequence[int]) -> Array | int:
     return 0 if max(counts) == 1 else np.concatenate([np.arange(count) for count in counts])
 
 
-def _part(array: Array, first: int, count: int) -> Array:
+def _slice_rows(array: Array, first: int, count: int) -> Array:
     """The rows of an input that is given for every row, or once for all."""
     if len(array) == count:
         return array

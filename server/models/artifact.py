@@ -11,7 +11,7 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from samovar.v1 import manifest_pb2
-from server.core.errors import ArtifactRefused
+from server.core.errors import InvalidArtifact
 from server.core.spec import ModelSpec
 from server.models import manifest, validation
 
@@ -28,7 +28,7 @@ def read(directory: Path) -> tuple[manifest_pb2.Manifest, ModelSpec]:
     message = _parse(text)
     problems = list(validation.problems(message, directory)) or list(_changed_files(message, directory))
     if problems:
-        raise ArtifactRefused("; ".join(problems))
+        raise InvalidArtifact("; ".join(problems))
     return message, manifest.model_spec(message, directory, digest)
 
 
@@ -44,10 +44,10 @@ def _read_sealed(directory: Path) -> tuple[str, str]:
         text = data.decode("utf-8")
         seal = (directory / CHECKSUM).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactRefused(f"cannot read the manifest: {error}") from None
+        raise InvalidArtifact(f"cannot read the manifest: {error}") from None
     digest = hashlib.sha256(data).hexdigest()
     if seal != [digest, MANIFEST]:
-        raise ArtifactRefused(
+        raise InvalidArtifact(
             f"{MANIFEST} is not the file that {CHECKSUM} was made for: it was changed after export"
         )
     return text, digest
@@ -57,7 +57,7 @@ def _parse(text: str) -> manifest_pb2.Manifest:
     try:
         return json_format.Parse(text, manifest_pb2.Manifest())
     except json_format.ParseError as error:
-        raise ArtifactRefused(f"{MANIFEST} is not a manifest: {' '.join(str(error).split())}") from None
+        raise InvalidArtifact(f"{MANIFEST} is not a manifest: {' '.join(str(error).split())}") from None
 
 
 def _changed_files(message: manifest_pb2.Manifest, directory: Path) -> Iterator[str]:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.core.errors import ArtifactRefused
-from server.core.request import Request, Work
+from server.core.errors import InvalidArtifact
+from server.core.request import Request, RowInputs
 from server.core.spec import GoldenRows, ProgramKey, ProgramSpec
-from server.execution.program_runner import Program
+from server.execution.program_runner import ProgramRunner
 from server.models.default_inputs import default_inputs
-from server.runtime import Graph, bound
+from server.runtime import Graph, bind_graph
 
 # Of a graph that is called in every step, as many batches are compared with what they are elsewhere.
 MAX_RECORDED = 5
@@ -43,7 +43,7 @@ class Recorder:
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
         """A step, called as it is while serving."""
-        step = bound(self.graph, inputs, outputs)
+        step = bind_graph(self.graph, inputs, outputs)
 
         def call() -> None:
             step()
@@ -107,7 +107,7 @@ class Probe:
 
     def _run(self, spec: ProgramSpec, golden: GoldenRows, start: int, size: int) -> dict[str, Array]:
         """Outputs of the golden rows from `start` on and their successors, `size` rows in order."""
-        program = Program(spec, self._recorders, (size,), self._device)
+        program = ProgramRunner(spec, self._recorders, (size,), self._device)
         indices = range(golden.first_row + start, golden.first_row + start + size)
         _admit(program, golden, indices)
         finished = {}
@@ -118,7 +118,7 @@ class Probe:
         return {tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.outputs}
 
 
-def is_steady(program: Program, golden: GoldenRows, steps: int = 2) -> bool:
+def is_batch_invariant(program: ProgramRunner, golden: GoldenRows, steps: int = 2) -> bool:
     """Take some steps in every bucket; whether rows have the same bits in all.
 
     What a runtime prepares for a step it has after two, one for either side of the state, for the very
@@ -136,7 +136,7 @@ def is_steady(program: Program, golden: GoldenRows, steps: int = 2) -> bool:
     )
 
 
-def _first_states(program: Program, golden: GoldenRows, rows: int) -> list[Array]:
+def _first_states(program: ProgramRunner, golden: GoldenRows, rows: int) -> list[Array]:
     """The state of so many rows after their first step, by row index."""
     _admit(program, golden, range(golden.first_row, golden.first_row + rows))
     program.advance()
@@ -146,7 +146,7 @@ def _first_states(program: Program, golden: GoldenRows, rows: int) -> list[Array
     return states
 
 
-def _admit(program: Program, golden: GoldenRows, indices: Iterable[int]) -> None:
+def _admit(program: ProgramRunner, golden: GoldenRows, indices: Iterable[int]) -> None:
     """Let golden rows and their successors enter, whose inputs are those of the golden rows again."""
     spec = program.spec
     parameters = {**spec.defaults(), **golden.parameters}
@@ -156,23 +156,23 @@ def _admit(program: Program, golden: GoldenRows, indices: Iterable[int]) -> None
             name: array[position : position + 1] for name, array in golden.inputs.items()
         }
         request = Request(
-            program=ProgramKey("probe", "", "", spec.operation, spec.method),
+            program=ProgramKey("probe", "", "", spec.operation, spec.variant),
             rows=1,
             steps=spec.steps.of(parameters),
             deliver=lambda events: None,
             seed=golden.seed,
             first_row=index,
-            work=Work(parameters, inputs),
+            inputs=RowInputs(parameters, inputs),
         )
         program.slots.admit(request, 0, 1)
 
 
 def _compare(name: str, given: Array, expected: Array, tolerance: float) -> None:
     if given.dtype != expected.dtype or given.shape != expected.shape:
-        raise ArtifactRefused(f"{name} came out as {given.dtype}{list(given.shape[1:])}")
+        raise InvalidArtifact(f"{name} came out as {given.dtype}{list(given.shape[1:])}")
     difference = float(np.max(np.abs(given.astype(np.float64) - expected.astype(np.float64)), initial=0.0))
     if not difference <= tolerance:
-        raise ArtifactRefused(f"golden rows: {name} is off by {difference:.3g}, allowed is {tolerance:.3g}")
+        raise InvalidArtifact(f"golden rows: {name} is off by {difference:.3g}, allowed is {tolerance:.3g}")
 
 
 def _same_slice(graph: Graph, inputs: Tensors, outputs: Tensors, start: int, end: int) -> bool:

@@ -18,7 +18,7 @@ from server.core.spec import (
     ParameterSpec,
     ProgramSpec,
     ScoreSpec,
-    StepCount,
+    StepSchedule,
     TensorSpec,
     program_name,
 )
@@ -47,27 +47,27 @@ def model_spec(manifest: manifest_pb2.Manifest, directory: Path, digest: str) ->
         programs={name_of(message): program_spec(message, graphs) for message in manifest.programs},
         files=files,
         golden=[_golden_rows(message) for message in manifest.golden_rows],
-        refusals=dict(manifest.refusals),
+        unsupported_operations=dict(manifest.unsupported_operations),
     )
 
 
 def name_of(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
-    return program_name(message.operation, message.method)
+    return program_name(message.operation, message.variant)
 
 
 def program_spec(message: manifest_pb2.Program, graphs: Graphs) -> ProgramSpec:
     return ProgramSpec(
         operation=message.operation,
-        method=message.method,
+        variant=message.variant,
         readout=_graph_spec(graphs[message.readout]),
         init=_graph_spec(graphs[message.init]) if message.init else None,
         step=_graph_spec(graphs[message.step]) if message.step else None,
         state=tuple(tensor_spec(tensor) for tensor in message.state),
-        steps=StepCount(
+        steps=StepSchedule(
             message.steps.fixed,
             message.steps.parameter,
             message.steps.units_per_step or 1,
-            message.steps.done,
+            message.steps.done_flag,
         ),
         parameters=tuple(_parameter_spec(parameter) for parameter in message.parameters),
         inputs=tuple(
@@ -128,10 +128,10 @@ def _score_spec(message: manifest_pb2.Score) -> ScoreSpec:
     return ScoreSpec(
         dimensions=message.dimensions,
         is_normalized=message.kind != manifest_pb2.Score.KIND_UNNORMALIZED,
-        nats=message.nats,
-        standard_error=message.standard_error,
-        draws=message.draws,
-        row_dimensions=message.row_dimensions,
+        nats_output=message.nats_output,
+        standard_error_output=message.standard_error_output,
+        draws_parameter=message.draws_parameter,
+        row_dimensions_output=message.row_dimensions_output,
     )
 
 

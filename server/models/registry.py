@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from samovar.v1 import manifest_pb2
-from server.core.errors import InvalidRequest, ModelNotFound, OperationNotSupported, Violation
+from server.core.errors import InvalidRequest, ModelNotFound, UnsupportedOperation, Violation
 from server.core.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
 
 
@@ -46,11 +46,11 @@ class Model:
 
     def _explain(self, operation: str, method: str, format_: str) -> LoadedProgram:
         """Say why there is no such program."""
-        methods = self.spec.methods(operation)
+        methods = self.spec.variants(operation)
         if not methods:
             supported = sorted({program.operation for program in self.spec.programs.values()})
-            raise OperationNotSupported(
-                self.name, operation, supported, self.spec.refusals.get(operation, "")
+            raise UnsupportedOperation(
+                self.name, operation, supported, self.spec.unsupported_operations.get(operation, "")
             )
         if method not in methods:
             known = ", ".join(sorted(filter(None, methods))) or "none besides the usual way"
@@ -66,7 +66,7 @@ class Model:
             raise ModelNotFound(f"{self.name} is served as {', '.join(self.formats)}, not as {format_!r}")
 
 
-class Catalogue:
+class ModelRegistry:
     """Answers which model a request means."""
 
     def __init__(self) -> None:

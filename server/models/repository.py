@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.errors import InvalidArtifact, RuntimeUnavailable
 from server.core.spec import ModelSpec, ProgramKey
 from server.engine.program_queue import RESERVED_SHARE
-from server.execution.program_runner import Program
+from server.execution.program_runner import ProgramRunner
 from server.models import artifact
-from server.models.batch_invariance import Probe, is_steady
-from server.models.registry import Catalogue, LoadedProgram, Model
-from server.runtime import RUNTIMES, Device, Graph, OpenGraph, current, prefer_same_bits
+from server.models.batch_invariance import Probe, is_batch_invariant
+from server.models.registry import LoadedProgram, Model, ModelRegistry
+from server.runtime import RUNTIMES, Device, Graph, OpenGraph, device_context, set_deterministic
 
 log = logging.getLogger(__name__)
 
@@ -32,39 +32,39 @@ class Repository:
         max_batch_rows: int,
         runtimes: Mapping[str, OpenGraph] = RUNTIMES,
     ) -> None:
-        prefer_same_bits()
+        set_deterministic()
         if device.cuda_graphs and formats[0] == "onnx":
             log.warning("--cuda-graphs has no effect on ONNX, the first of --formats; name another before it")
         self._device = device
         self._formats = tuple(formats)
         self._runtimes = runtimes
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="noise")
+        self._prefetch_executor = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
-        self.catalogue = Catalogue()
-        self.programs: dict[ProgramKey, Program] = {}
+        self.registry = ModelRegistry()
+        self.programs: dict[ProgramKey, ProgramRunner] = {}
 
     def load(self, directory: Path) -> Model:
         """Load models/<name>/<version>; ArtifactRefused when it must not be served."""
         manifest, spec = artifact.read(directory)
         formats = tuple(name for name in self._formats if name in spec.files)
         if not formats:
-            raise ArtifactRefused(
+            raise InvalidArtifact(
                 f"it comes as {', '.join(spec.files)}; this server runs {', '.join(self._formats)}"
             )
-        with current(self._device.torch):
+        with device_context(self._device.torch):
             programs = self._prepare_all(spec, formats)
         served = tuple(dict.fromkeys(format_ for format_, _ in programs))
         model = Model(spec, manifest, served, programs)
-        self.catalogue.add(model)
+        self.registry.add(model)
         return model
 
-    def renew(self) -> None:
+    def reload_graphs(self) -> None:
         """Open every graph anew, after a fault that may have left the old ones unusable."""
-        for model in self.catalogue:
+        for model in self.registry:
             for format_ in model.formats:
                 graphs = self._open(model.spec, format_)
                 for name in model.spec.programs:
-                    self.programs[model.programs[format_, name].key].reopen(graphs)
+                    self.programs[model.programs[format_, name].key].reload(graphs)
 
     def _open(self, spec: ModelSpec, format_: str) -> dict[str, Graph]:
         files, open_graph = spec.files[format_], self._runtimes[format_]
@@ -77,13 +77,13 @@ class Repository:
         for format_ in formats:
             try:
                 loaded = self._prepare(spec, format_)
-            except RuntimeMissing as reason:
+            except RuntimeUnavailable as reason:
                 log.warning("%s/%s is not served as %s: %s", spec.name, spec.version, format_, reason)
                 reasons.append(f"{format_}: {reason}")
             else:
                 programs |= {(format_, each.key.name): each for each in loaded}
         if not programs:
-            raise ArtifactRefused("; ".join(reasons))
+            raise InvalidArtifact("; ".join(reasons))
         return programs
 
     def _prepare(self, spec: ModelSpec, format_: str) -> list[LoadedProgram]:
@@ -97,11 +97,11 @@ class Repository:
         for name, program in spec.programs.items():
             is_stable = all(stable[graph.name] for graph in program.graphs)
             buckets = sorted(common) if is_stable else self._buckets
-            key = ProgramKey(spec.name, spec.version, format_, program.operation, program.method)
-            ready = Program(program, graphs, buckets, self._device.torch, self._ahead)
+            key = ProgramKey(spec.name, spec.version, format_, program.operation, program.variant)
+            ready = ProgramRunner(program, graphs, buckets, self._device.torch, self._prefetch_executor)
             # On a CPU little is prepared, and one step shows as much as two.
             steps = 2 if self._device.is_cuda else 1
-            is_bitwise = is_steady(ready, golden[name], steps) and is_stable
+            is_bitwise = is_batch_invariant(ready, golden[name], steps) and is_stable
             self.programs[key] = ready
             loaded.append(LoadedProgram(key, program, ready.capacity, is_bitwise))
         return loaded
@@ -112,11 +112,11 @@ class Repository:
         for golden in spec.golden:
             try:
                 probe.prove(spec.programs[golden.program], golden)
-            except ArtifactRefused as refusal:
-                raise ArtifactRefused(f"{golden.program} as {format_}: {refusal}") from None
+            except InvalidArtifact as refusal:
+                raise InvalidArtifact(f"{golden.program} as {format_}: {refusal}") from None
             except Exception as error:  # a graph may raise anything
                 reason = " ".join(str(error).split())[:300]
-                raise ArtifactRefused(f"{golden.program} as {format_} does not run: {reason}") from None
+                raise InvalidArtifact(f"{golden.program} as {format_} does not run: {reason}") from None
         return probe.stable_buckets()
 
 

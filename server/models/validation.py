@@ -16,7 +16,7 @@ from samovar.v1 import manifest_pb2
 from server.core.spec import ProgramSpec, TensorSpec
 from server.models import manifest as messages
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 MAX_NUMBER = 2.0**53
@@ -32,7 +32,7 @@ def problems(manifest: manifest_pb2.Manifest, directory: Path) -> Iterator[str]:
     if manifest.format_version != FORMAT_VERSION:
         yield f"format_version is {manifest.format_version}, this server reads {FORMAT_VERSION}"
         return
-    found = [*_identity_problems(manifest, directory), *_value_problems(manifest.value)]
+    found = [*_identity_problems(manifest, directory), *_value_problems(manifest.data_spec)]
     found += _graph_problems(manifest.graphs, directory)
     yield from found
     if not found:
@@ -50,13 +50,13 @@ def _identity_problems(manifest: manifest_pb2.Manifest, directory: Path) -> Iter
         yield "provenance is missing"
 
 
-def _value_problems(value: manifest_pb2.Value) -> Iterator[str]:
+def _value_problems(value: manifest_pb2.DataSpec) -> Iterator[str]:
     if not value.kind:
         yield "value.kind is missing"
     yield from (f"value: {problem}" for problem in _tensor_problems(value.tensor))
-    if value.levels < 0:
-        yield f"value.levels is {value.levels}"
-    if value.kind == manifest_pb2.Value.KIND_TOKENS and not value.vocabulary:
+    if value.num_levels < 0:
+        yield f"value.num_levels is {value.num_levels}"
+    if value.kind == manifest_pb2.DataSpec.KIND_TOKENS and not value.vocabulary:
         yield "value.vocabulary is missing"
 
 
@@ -117,11 +117,11 @@ def _program_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
 
 
 def _method_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
-    usual = {program.operation for program in manifest.programs if not program.method}
+    usual = {program.operation for program in manifest.programs if not program.variant}
     for program in manifest.programs:
         if program.operation not in usual:
             yield f"program {messages.name_of(program)} is a method of an operation without a usual way"
-    for operation in manifest.refusals:
+    for operation in manifest.unsupported_operations:
         if operation not in OPERATIONS or operation in usual:
             yield f"refusals: {operation!r} is no operation that it lacks"
 
@@ -129,8 +129,8 @@ def _method_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
 def _call_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> Iterator[str]:
     if program.operation not in OPERATIONS:
         yield f"there is no such operation; there are {', '.join(OPERATIONS)}"
-    if program.method and not _IDENTIFIER.fullmatch(program.method):
-        yield f"{program.method!r} is not a method of lower-case letters, digits and underscores"
+    if program.variant and not _IDENTIFIER.fullmatch(program.variant):
+        yield f"{program.variant!r} is not a method of lower-case letters, digits and underscores"
     if not program.readout:
         yield "readout is missing"
     for role in ("init", "step", "readout"):
@@ -208,7 +208,7 @@ def _step_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> It
     steps = program.steps
     counting = {p.name: p for p in program.parameters if p.type == manifest_pb2.Parameter.TYPE_INTEGER}
     if not program.step:
-        if steps.WhichOneof("count") or steps.done or steps.units_per_step:
+        if steps.WhichOneof("count") or steps.done_flag or steps.units_per_step:
             yield "it counts steps but has no step graph"
         return
     if steps.WhichOneof("count") == "parameter":
@@ -220,8 +220,8 @@ def _step_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> It
     if steps.units_per_step < 0:
         yield f"steps.units_per_step is {steps.units_per_step}"
     scalars = {tensor.name for tensor in program.state if str(messages.tensor_spec(tensor)) == "bool[]"}
-    if steps.done and steps.done not in scalars:
-        yield f"steps.done is {steps.done!r}, which is no boolean scalar of the state"
+    if steps.done_flag and steps.done_flag not in scalars:
+        yield f"steps.done is {steps.done_flag!r}, which is no boolean scalar of the state"
 
 
 def _score_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> Iterator[str]:
@@ -230,22 +230,24 @@ def _score_problems(program: manifest_pb2.Program, graphs: messages.Graphs) -> I
             yield "score is missing: nobody could know what the number means"
         return
     score = program.score
-    if not score.kind or not score.space or score.dimensions < 1:
+    if not score.kind or not score.coordinate_space or score.dimensions < 1:
         yield "score must state its kind, space and dimensions"
     scalars = {
         tensor.name
         for tensor in program.outputs
         if str(messages.tensor_spec(tensor)) in ("float32[]", "float64[]")
     }
-    for role in ("nats", "standard_error"):
+    for role in ("nats_output", "standard_error_output"):
         name = getattr(score, role)
-        if (name or role == "nats") and name not in scalars:
+        if (name or role == "nats_output") and name not in scalars:
             yield f"score.{role} is {name!r}, which is no floating-point scalar of the outputs"
     counts = {t.name for t in program.outputs if str(messages.tensor_spec(t)) in ("int32[]", "int64[]")}
-    if score.row_dimensions and score.row_dimensions not in counts:
-        yield f"score.row_dimensions is {score.row_dimensions!r}, which is no integer scalar of the outputs"
-    if score.draws and score.draws not in {parameter.name for parameter in program.parameters}:
-        yield f"score.draws is {score.draws!r}, which is no parameter"
+    if score.row_dimensions_output and score.row_dimensions_output not in counts:
+        yield f"score.row_dimensions_output is {score.row_dimensions_output!r}, which is no integer scalar of the outputs"
+    if score.draws_parameter and score.draws_parameter not in {
+        parameter.name for parameter in program.parameters
+    }:
+        yield f"score.draws_parameter is {score.draws_parameter!r}, which is no parameter"
 
 
 _PROGRAM_CHECKS = (

@@ -18,7 +18,7 @@ from samovar import tensors
 from samovar.noise import MAX_ROW_INDEX
 from samovar.v1 import inference_pb2 as pb
 from server.core.errors import InvalidRequest, Violation
-from server.core.request import Preview, Rows, Timings, Work
+from server.core.request import Preview, RowInputs, Rows, Timings
 from server.core.spec import ParameterSpec, ProgramSpec, TensorSpec
 from server.models.default_inputs import default_inputs
 from server.models.registry import LoadedProgram, Model
@@ -50,7 +50,7 @@ class Job:
     first_row: int
     seed: int
     steps: int
-    work: Work
+    work: RowInputs
     priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED
 
     @property
@@ -116,7 +116,7 @@ def _job(
     violations.check()
     seed = message.seed if message.HasField("seed") else _SEEDS.getrandbits(63)
     steps = program.steps.of(parameters)
-    return Job(rows, message.first_row, seed, steps, Work(parameters, inputs), message.priority)
+    return Job(rows, message.first_row, seed, steps, RowInputs(parameters, inputs), message.priority)
 
 
 def _parameters(
@@ -233,10 +233,10 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def run(job: Job, model: Model, loaded: LoadedProgram) -> pb.Run:
+def run(job: Job, model: Model, loaded: LoadedProgram) -> pb.RunInfo:
     """What computes an answer."""
-    bitwise, seeded = pb.Run.DETERMINISM_BITWISE, pb.Run.DETERMINISM_SEEDED
-    return pb.Run(
+    bitwise, seeded = pb.RunInfo.DETERMINISM_BITWISE, pb.RunInfo.DETERMINISM_SEEDED
+    return pb.RunInfo(
         artifact_sha256=model.spec.digest,
         version=model.spec.version,
         format=loaded.key.format,
@@ -263,7 +263,9 @@ def preview(event: Preview) -> pb.Preview:
 
 def timings(event: Timings) -> pb.Timings:
     """Seconds as durations."""
-    return pb.Timings(queue=_duration(event.queue), run=_duration(event.run), model=_duration(event.model))
+    return pb.Timings(
+        queue=_duration(event.queue), run=_duration(event.run), compute=_duration(event.compute)
+    )
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
@@ -275,18 +277,24 @@ def score(outputs: Arrays, program: ProgramSpec, job: Job) -> pb.ScoreResponse:
     """Scores in nats, and in bits per dimension where that means something; the caller adds kind and run."""
     assert program.score is not None, "a score program without a score passed the audit. This is a bug."
     spec = program.score
-    nats = outputs[spec.nats]
+    nats = outputs[spec.nats_output]
     response = pb.ScoreResponse(
         nats=tensors.pack(nats),
-        draws=int(job.work.parameters[spec.draws]) if spec.draws else 0,
+        draws=int(job.work.parameters[spec.draws_parameter]) if spec.draws_parameter else 0,
         outputs=packed(
-            {n: array for n, array in outputs.items() if n not in (spec.nats, spec.standard_error)}
+            {
+                n: array
+                for n, array in outputs.items()
+                if n not in (spec.nats_output, spec.standard_error_output)
+            }
         ),
     )
     if spec.is_normalized:
-        dimensions = outputs[spec.row_dimensions] if spec.row_dimensions else np.array(spec.dimensions)
+        dimensions = (
+            outputs[spec.row_dimensions_output] if spec.row_dimensions_output else np.array(spec.dimensions)
+        )
         bits = -nats / (dimensions.clip(min=1) * math.log(2))
         response.bits_per_dimension.CopyFrom(tensors.pack(bits.astype(nats.dtype)))
-    if spec.standard_error:
-        response.standard_error.CopyFrom(tensors.pack(outputs[spec.standard_error]))
+    if spec.standard_error_output:
+        response.standard_error.CopyFrom(tensors.pack(outputs[spec.standard_error_output]))
     return response

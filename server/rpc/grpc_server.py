@@ -13,30 +13,30 @@ from grpc_reflection.v1alpha import reflection
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server.config import Config
-from server.models.registry import Catalogue
+from server.models.registry import ModelRegistry
 from server.rpc.health import Health
-from server.rpc.instrumentation import ObservedMethods
-from server.rpc.response_stream import Backend, CallObserver
+from server.rpc.instrumentation import InstrumentedHandler
+from server.rpc.response_stream import CallObserver, EngineClient
 from server.rpc.servicer import InferenceService, ServiceLimits
 
 DRAIN_NOTICE_SECONDS = 0.2
 
 
-class Edge:
+class GrpcServer:
     """Listens at once and says NOT_SERVING until it is opened."""
 
     def __init__(
         self,
         config: Config,
-        catalogue: Catalogue,
-        engine: Backend,
+        catalogue: ModelRegistry,
+        engine: EngineClient,
         observer: CallObserver,
         info: pb.ServerInfo,
     ) -> None:
         self._config = config
         limits = ServiceLimits(config.max_message_mib << 20, info.max_rows_per_request)
         self._service = InferenceService(catalogue, engine, observer, limits, info)
-        self._methods = ObservedMethods(observer, catalogue.is_known, config.max_concurrent_calls)
+        self._methods = InstrumentedHandler(observer, catalogue.is_known, config.max_concurrent_calls)
         self._health = Health()
         self._server: grpc.aio.Server | None = None
 
@@ -55,7 +55,7 @@ class Edge:
         self._server.add_generic_rpc_handlers((self._methods,))
         await self._health.add_to(self._server)
         reflection.enable_server_reflection(_reflected(), self._server)
-        with binding(self._config.host, port, "--port"):
+        with bind_errors(self._config.host, port, "--port"):
             bound = self._server.add_insecure_port(f"{self._config.host}:{port}")
         await self._server.start()
         return bound
@@ -71,11 +71,11 @@ class Edge:
         await self._health.shut_down()
         if self._service.is_ready:
             await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        await self._server.stop(self._config.grace_seconds)
+        await self._server.stop(self._config.drain_timeout)
 
 
 @contextlib.contextmanager
-def binding(host: str, port: int, flag: str) -> Iterator[None]:
+def bind_errors(host: str, port: int, flag: str) -> Iterator[None]:
     """Say which port could not be had, and which flag asks for another."""
     try:
         yield

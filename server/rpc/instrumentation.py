@@ -24,31 +24,31 @@ RETRY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class UndecodableRequest:
     """What stands for a request whose bytes are not the message that the method takes."""
 
     reason: str
 
 
-def _readable(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:
+def _readable(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | UndecodableRequest]:
     """Inside gRPC a failure to read would be UNKNOWN and uncounted; so it is carried to the call."""
 
-    def read(data: bytes) -> Message | Unreadable:
+    def read(data: bytes) -> Message | UndecodableRequest:
         try:
             return deserialize(data)
         except DecodeError as error:
-            return Unreadable(str(error))
+            return UndecodableRequest(str(error))
 
     return read
 
 
-def _read(request: Message | Unreadable) -> Message:
-    if isinstance(request, Unreadable):
+def _read(request: Message | UndecodableRequest) -> Message:
+    if isinstance(request, UndecodableRequest):
         raise InvalidRequest([Violation("request", f"expected the method's message: {request.reason}")])
     return request
 
 
-class ObservedMethods(grpc.GenericRpcHandler):
+class InstrumentedHandler(grpc.GenericRpcHandler):
     """Counts, times, limits and logs the calls of a service, and answers their errors.
 
     A service is added to it as to a server, and it to the server. gRPC would ask an interceptor
@@ -88,8 +88,8 @@ class ObservedMethods(grpc.GenericRpcHandler):
         )
 
     def _unary(self, behaviour: Any, method: str) -> Any:
-        async def observed(request: Message | Unreadable, context: Context) -> Message:
-            with _Observed(self, method, request, context) as call:
+        async def observed(request: Message | UndecodableRequest, context: Context) -> Message:
+            with _CallRecord(self, method, request, context) as call:
                 try:
                     response: Message = await behaviour(self._admitted(request), context)
                 except Exception as error:
@@ -99,8 +99,8 @@ class ObservedMethods(grpc.GenericRpcHandler):
         return observed
 
     def _streaming(self, behaviour: Any, method: str) -> Any:
-        async def observed(request: Message | Unreadable, context: Context) -> AsyncIterator[Message]:
-            with _Observed(self, method, request, context) as call:
+        async def observed(request: Message | UndecodableRequest, context: Context) -> AsyncIterator[Message]:
+            with _CallRecord(self, method, request, context) as call:
                 try:
                     async with aclosing(behaviour(self._admitted(request), context)) as responses:
                         async for response in responses:
@@ -113,16 +113,16 @@ class ObservedMethods(grpc.GenericRpcHandler):
     def began(self) -> None:
         """A call has come in."""
         self._num_calls += 1
-        self._observer.began()
+        self._observer.on_call_start()
 
-    def ended(self, call: "_Observed", seconds: float) -> None:
+    def ended(self, call: "_CallRecord", seconds: float) -> None:
         """A call has ended, after so long."""
         self._num_calls -= 1
         model = call.model if self._is_known_model(call.model) else ""
-        self._observer.ended(call.method, model, call.code.name, seconds)
+        self._observer.on_call_end(call.method, model, call.code.name, seconds)
         log.debug("%s %s %s %.1f ms", call.method, model, call.code.name, 1000 * seconds)
 
-    def _admitted(self, request: Message | Unreadable) -> Message:
+    def _admitted(self, request: Message | UndecodableRequest) -> Message:
         """The message of a call that there is room for."""
         if self._num_calls > self._max_calls:
             reason = f"{self._max_calls} calls are in flight, which is the limit"
@@ -130,14 +130,18 @@ class ObservedMethods(grpc.GenericRpcHandler):
         return _read(request)
 
 
-class _Observed:
+class _CallRecord:
     """A call from its arrival to its end, as a context manager; OK until something else is known.
 
     A class, because a generator would cost every call three microseconds more.
     """
 
     def __init__(
-        self, methods: ObservedMethods, method: str, request: Message | Unreadable, context: Context
+        self,
+        methods: InstrumentedHandler,
+        method: str,
+        request: Message | UndecodableRequest,
+        context: Context,
     ) -> None:
         self.method = method
         self.model: str = getattr(getattr(request, "model", None), "name", "")
@@ -145,7 +149,7 @@ class _Observed:
         self._methods, self._context = methods, context
         self._start = time.monotonic()
 
-    def __enter__(self) -> "_Observed":
+    def __enter__(self) -> "_CallRecord":
         self._methods.began()
         return self
 
@@ -158,7 +162,7 @@ class _Observed:
         self._methods.ended(self, time.monotonic() - self._start)
 
 
-async def _abort(error: Exception, context: Context, call: _Observed) -> NoReturn:
+async def _abort(error: Exception, context: Context, call: _CallRecord) -> NoReturn:
     call.code, status = status_of(error)
     if not isinstance(error, SamovarError):
         log.error("%s met an error that it did not expect", call.method, exc_info=error)

@@ -16,20 +16,20 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from server.core.errors import SamovarError, ServerUnavailable
-from server.core.request import Completed, Event, Failed, Request, Work
+from server.core.errors import SamovarError, Unavailable
+from server.core.request import Completed, Event, Failed, Request, RowInputs
 from server.core.spec import ProgramKey
 from server.models.registry import Model
-from server.rpc.response_stream import Backend, CallObserver
+from server.rpc.response_stream import CallObserver, EngineClient
 
 log = logging.getLogger(__name__)
 
 Message = tuple[Any, ...]
 
 # What counts calls may go with the next request, or after so long.
-LAZY_SECONDS = 0.05
+FLUSH_INTERVAL_SECONDS = 0.05
 # What a request's owner knows of it; the counts and times are the scheduler's and the engine's.
-_FACTS = (
+_REQUEST_FIELDS = (
     "program",
     "rows",
     "steps",
@@ -37,14 +37,14 @@ _FACTS = (
     "first_row",
     "deadline",
     "preview_every",
-    "window",
+    "max_unread_rows",
     "is_batch",
-    "may_end_early",
-    "held_bytes",
+    "has_early_exit",
+    "buffered_bytes",
 )
 
 
-class Link:
+class IpcEngineClient:
     """The engine, as a front end sees it, and whom it tells of calls.
 
     `opened` is told the models once they are ready, `closed` when the engine's process wants this
@@ -78,12 +78,12 @@ class Link:
         """Send a request; should the engine refuse it, the error is delivered."""
         number = next(self._numbers)
         self._requests[number], self._numbered[request] = request, number
-        facts = tuple(getattr(request, name) for name in _FACTS)
-        self._unsent.append(("submit", number, facts, request.work.parameters, request.work.inputs))
+        facts = tuple(getattr(request, name) for name in _REQUEST_FIELDS)
+        self._unsent.append(("submit", number, facts, request.inputs.parameters, request.inputs.inputs))
         if wakes:
-            self.wake()
+            self.notify()
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """Send what there is."""
         if self._timer is not None:
             self._timer.cancel()
@@ -99,9 +99,9 @@ class Link:
         """The reader of a request has taken so many of its rows."""
         if (number := self._numbered.get(request)) is not None:
             self._unsent.append(("acknowledge", number, rows))
-            self.wake()
+            self.notify()
 
-    def leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         """Nobody reads a request any more."""
         if (number := self._numbered.pop(request, None)) is not None:
             self._requests.pop(number, None)
@@ -109,28 +109,28 @@ class Link:
             if request.is_closed:
                 self._send_soon()
             else:
-                self.wake()
+                self.notify()
 
-    def began(self) -> None:
+    def on_call_start(self) -> None:
         """A call has come in."""
         self._count("began")
 
-    def ended(self, method: str, model: str, code: str, seconds: float) -> None:
+    def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None:
         """A call has ended."""
         self._count("ended", method, model, code, seconds)
 
-    def queued(self, program: ProgramKey, seconds: float) -> None:
+    def on_dequeued(self, program: ProgramKey, seconds: float) -> None:
         """A request that has ended had waited so long for its first step."""
         self._count("queued", program, seconds)
 
     def listening(self) -> None:
         """This front end can be reached."""
         self._unsent.append(("listening",))
-        self.wake()
+        self.notify()
 
     def close(self) -> None:
         """Send what is left, and hang up."""
-        self.wake()
+        self.notify()
         self._loop.remove_reader(self._connection.fileno())
         self._connection.close()
 
@@ -140,7 +140,7 @@ class Link:
 
     def _send_soon(self) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(LAZY_SECONDS, self.wake)
+            self._timer = self._loop.call_later(FLUSH_INTERVAL_SECONDS, self.notify)
 
     def _receive(self) -> None:
         try:
@@ -155,7 +155,7 @@ class Link:
         if (request := self._requests.get(number)) is None:
             return
         if isinstance(events[-1], Completed | Failed):
-            request.closed_because = "ended"
+            request.close_reason = "ended"
         request.deliver(events)
 
     def _lose(self) -> None:
@@ -164,24 +164,24 @@ class Link:
             return
         self._is_lost = True
         self._loop.remove_reader(self._connection.fileno())
-        lost = [Failed(ServerUnavailable("the engine's process has ended"))]
+        lost = [Failed(Unavailable("the engine's process has ended"))]
         for number in list(self._requests):
             self._deliver(number, lost)
         self._closed()
 
 
-class HostObserver(CallObserver, Protocol):
+class WorkerObserver(CallObserver, Protocol):
     """Whom the engine's end tells of calls; called on its own thread."""
 
-    def lost(self, calls: int) -> None: ...
+    def on_worker_lost(self, calls: int) -> None: ...
 
-    def replaced(self) -> None: ...
+    def on_worker_restart(self) -> None: ...
 
 
-class Host:
+class IpcEngineServer:
     """The engine's end of a link: a thread hands requests over, another one sends events."""
 
-    def __init__(self, connection: Connection, engine: Backend, observer: HostObserver) -> None:
+    def __init__(self, connection: Connection, engine: EngineClient, observer: WorkerObserver) -> None:
         self._connection = connection
         self._engine = engine
         self._observer = observer
@@ -215,13 +215,13 @@ class Host:
             "leave": self._leave,
             "began": self._began,
             "ended": self._ended,
-            "queued": self._observer.queued,
+            "queued": self._observer.on_dequeued,
         }
         try:
             while True:
                 for verb, *arguments in pickle.loads(self._connection.recv_bytes()):
                     verbs[verb](*arguments)
-                self._engine.wake()
+                self._engine.notify()
         except (EOFError, OSError):
             self._hang_up()
 
@@ -229,17 +229,17 @@ class Host:
         """The front end is gone, and with it all who read."""
         for number in list(self._requests):
             self._leave(number)
-        self._observer.lost(self._num_calls)
+        self._observer.on_worker_lost(self._num_calls)
         self._unsent.put(None)
 
     def _submit(self, number: int, facts: tuple[Any, ...], parameters: Any, inputs: Any) -> None:
-        known = dict(zip(_FACTS, facts, strict=True))
-        request = Request(**known, work=Work(parameters, inputs), deliver=partial(self._post, number))
+        known = dict(zip(_REQUEST_FIELDS, facts, strict=True))
+        request = Request(**known, inputs=RowInputs(parameters, inputs), deliver=partial(self._post, number))
         self._requests[number] = request
         try:
             self._engine.submit(request, wakes=False)
         except Exception as error:  # whatever it was, the call is where it is answered
-            request.closed_because = "refused"
+            request.close_reason = "refused"
             travels = isinstance(error, SamovarError)
             self._post(number, [Failed(error if travels else RuntimeError(str(error)))])
 
@@ -249,15 +249,15 @@ class Host:
             self._engine.acknowledge(request, rows)
 
     def _leave(self, number: int) -> None:
-        self._engine.leave(self._requests.pop(number))
+        self._engine.release(self._requests.pop(number))
 
     def _began(self) -> None:
         self._num_calls += 1
-        self._observer.began()
+        self._observer.on_call_start()
 
     def _ended(self, method: str, model: str, code: str, seconds: float) -> None:
         self._num_calls -= 1
-        self._observer.ended(method, model, code, seconds)
+        self._observer.on_call_end(method, model, code, seconds)
 
     def _post(self, number: int, events: Sequence[Event]) -> None:
         self._unsent.put(("deliver", number, events))

@@ -16,14 +16,14 @@ ROUNDS_EACH = 32
 MOST_ROUNDS = 1024
 
 
-class Backend(Protocol):
+class EngineClient(Protocol):
     """Who computes requests: the engine, or a link to the process that it runs in."""
 
     def submit(self, request: Request, wakes: bool = True) -> None:
         """Queue a request, whose events go to its `deliver`; refused, it raises or delivers the error."""
         ...
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """See to what was submitted."""
         ...
 
@@ -31,7 +31,7 @@ class Backend(Protocol):
         """The reader of a request has taken so many of its rows."""
         ...
 
-    def leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         """Nobody reads a request any more, whether or not it has ended."""
         ...
 
@@ -39,14 +39,14 @@ class Backend(Protocol):
 class CallObserver(Protocol):
     """Whom the edge tells of calls; called on the event loop."""
 
-    def began(self) -> None: ...
+    def on_call_start(self) -> None: ...
 
-    def ended(self, method: str, model: str, code: str, seconds: float) -> None: ...
+    def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None: ...
 
-    def queued(self, program: ProgramKey, seconds: float) -> None: ...
+    def on_dequeued(self, program: ProgramKey, seconds: float) -> None: ...
 
 
-class Exchange:
+class ThreadBridge:
     """Between an event loop and the device thread: what is ready goes over together.
 
     Each time that one thread wakes the other they contend for the interpreter, which costs more than a
@@ -54,27 +54,27 @@ class Exchange:
     microseconds where there is nothing else to do; and one wake-up tells all calls what a turn had for them.
     """
 
-    def __init__(self, engine: Backend, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
         self._loop = loop
-        self._requests: dict[Request, Call] = {}
-        self._news: deque[tuple[Call, Sequence[Event]]] = deque()
+        self._requests: dict[Request, ResponseStream] = {}
+        self._news: deque[tuple[ResponseStream, Sequence[Event]]] = deque()
         self._has_rung = False
         self._rounds = ROUNDS_EACH
         self.num_open = 0
 
-    def submit(self, request: Request, call: "Call") -> None:
+    def submit(self, request: Request, call: "ResponseStream") -> None:
         """Have a request submitted, on the event loop; if the engine will not, the call gets the error."""
         if not self._requests:
             self._hand_over(self._rounds if self.num_open else 0)
         self._requests[request] = call
 
-    def leave(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
         """Nobody reads a request any more, whether or not it has been handed over."""
         if self._requests.pop(request, None) is None:
-            self._engine.leave(request)
+            self._engine.release(request)
 
-    def put(self, call: "Call", events: Sequence[Event]) -> None:
+    def put(self, call: "ResponseStream", events: Sequence[Event]) -> None:
         """Leave events for a call, on any thread."""
         self._news.append((call, events))
         if not self._has_rung:
@@ -92,9 +92,9 @@ class Exchange:
             try:
                 self._engine.submit(request, wakes=False)
             except Exception as error:  # whatever it was, the call is where it is answered
-                request.closed_because = "refused"
+                request.close_reason = "refused"
                 call.take([Failed(error)])
-        self._engine.wake()
+        self._engine.notify()
 
     def _tell(self) -> None:
         # Before the news are read: what comes later rings again.
@@ -104,7 +104,7 @@ class Exchange:
             call.take(events)
 
 
-class Call:
+class ResponseStream:
     """The events of one request, in order. As a context manager it leaves the request at the end.
 
     Rows that have been read are acknowledged to the engine: it computes no more
@@ -112,7 +112,7 @@ class Call:
     gets the newest. One who wants the `whole` answer is not woken before its end.
     """
 
-    def __init__(self, engine: Backend, exchange: Exchange, whole: bool = False) -> None:
+    def __init__(self, engine: EngineClient, exchange: ThreadBridge, whole: bool = False) -> None:
         self._engine = engine
         self._exchange = exchange
         self._whole = whole
@@ -146,14 +146,14 @@ class Call:
         self._exchange.submit(request, self)
         self._request = request
 
-    def __enter__(self) -> "Call":
+    def __enter__(self) -> "ResponseStream":
         self._exchange.num_open += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._exchange.num_open -= 1
         if self._request is not None:
-            self._exchange.leave(self._request)
+            self._exchange.release(self._request)
 
     async def next(self) -> list[Event]:
         """What has arrived since it was last asked, once there is any; nothing after the request's end.

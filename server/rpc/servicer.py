@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from server.core.errors import InvalidRequest, ServerUnavailable, Violation
+from server.core.errors import InvalidRequest, Unavailable, Violation
 from server.core.request import UNBOUNDED, Completed, Preview, Request, Rows, Timings
 from server.core.spec import ProgramSpec
 from server.models.manifest import name_of, public
-from server.models.registry import Catalogue, LoadedProgram, Model
+from server.models.registry import LoadedProgram, Model, ModelRegistry
 from server.rpc import codec
 from server.rpc.codec import Job
-from server.rpc.response_stream import MAX_PREVIEWS, Backend, Call, CallObserver, Exchange
+from server.rpc.response_stream import MAX_PREVIEWS, CallObserver, EngineClient, ResponseStream, ThreadBridge
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Arrays = dict[str, NDArray[Any]]
@@ -46,7 +46,7 @@ class ServiceLimits:
 
 
 @dataclass(frozen=True)
-class Target:
+class ResolvedProgram:
     """The program that a request means."""
 
     model: Model
@@ -65,8 +65,8 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     def __init__(
         self,
-        catalogue: Catalogue,
-        engine: Backend,
+        catalogue: ModelRegistry,
+        engine: EngineClient,
         observer: CallObserver,
         limits: ServiceLimits,
         info: pb.ServerInfo,
@@ -76,7 +76,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         self._observer = observer
         self._limits = limits
         self._info = info
-        self._exchange = Exchange(engine, asyncio.get_running_loop())
+        self._exchange = ThreadBridge(engine, asyncio.get_running_loop())
         self.is_ready = False
 
     async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
@@ -135,14 +135,12 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     def _check_ready(self) -> None:
         if not self.is_ready:
-            raise ServerUnavailable(
-                "the server is loading its models or stopping; health says when it serves"
-            )
+            raise Unavailable("the server is loading its models or stopping; health says when it serves")
 
-    def _target(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> Target:
+    def _target(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> ResolvedProgram:
         self._check_ready()
         model = self._catalogue.select(request.model.name, request.model.version)
-        return Target(model, model.program(operation, request.method, request.model.format))
+        return ResolvedProgram(model, model.program(operation, request.variant, request.model.format))
 
     def _describe(self, model: Model) -> pb.Model:
         return pb.Model(
@@ -152,18 +150,23 @@ class InferenceService(pb_grpc.InferenceServicer):
             is_default=model is self._catalogue.default(model.spec.name),
         )
 
-    def _window(self, target: Target) -> int:
+    def _window(self, target: ResolvedProgram) -> int:
         """How many rows of a stream are computed ahead of its reader."""
         row_bytes = max(1, target.loaded.spec.output_row_bytes)
         return max(2 * target.loaded.capacity, self._limits.window_bytes // row_bytes)
 
     def _submit(
-        self, job: Job, target: Target, context: Context, window: int = UNBOUNDED, preview_every: int = 0
-    ) -> Call:
+        self,
+        job: Job,
+        target: ResolvedProgram,
+        context: Context,
+        window: int = UNBOUNDED,
+        preview_every: int = 0,
+    ) -> ResponseStream:
         spec, capacity = target.loaded.spec, target.loaded.capacity
         previews = MAX_PREVIEWS * min(capacity, job.rows) if preview_every else 0
         unread = min(window, job.rows) + previews
-        call = Call(self._engine, self._exchange, whole=window == UNBOUNDED)
+        call = ResponseStream(self._engine, self._exchange, whole=window == UNBOUNDED)
         remaining = context.time_remaining()
         call.submit(
             Request(
@@ -173,13 +176,13 @@ class InferenceService(pb_grpc.InferenceServicer):
                 deliver=call.deliver,
                 seed=job.seed,
                 first_row=job.first_row,
-                work=job.work,
+                inputs=job.work,
                 deadline=None if remaining is None else time.monotonic() + remaining,
                 preview_every=preview_every,
-                window=window,
+                max_unread_rows=window,
                 is_batch=job.is_batch(capacity),
-                may_end_early=bool(spec.steps.done),
-                held_bytes=job.work.num_bytes + unread * spec.output_row_bytes,
+                has_early_exit=bool(spec.steps.done_flag),
+                buffered_bytes=job.work.num_bytes + unread * spec.output_row_bytes,
             )
         )
         return call
@@ -196,7 +199,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         )
 
     async def _collect(
-        self, request: pb.TransformRequest, context: Context, target: Target
+        self, request: pb.TransformRequest, context: Context, target: ResolvedProgram
     ) -> tuple[Job, Arrays, Timings]:
         """All rows of a transform in the order of the request."""
         program = target.loaded.spec
@@ -208,10 +211,10 @@ class InferenceService(pb_grpc.InferenceServicer):
                 finished += [event for event in batch if isinstance(event, Rows)]
                 last = batch[-1]
         assert isinstance(last, Completed), "a request ended without its timings. This is a bug."
-        self._observer.queued(target.loaded.key, last.timings.queue)
+        self._observer.on_dequeued(target.loaded.key, last.timings.queue)
         return job, _in_order(finished, program, job), last.timings
 
-    def _check_fits(self, job: Job, target: Target) -> None:
+    def _check_fits(self, job: Job, target: ResolvedProgram) -> None:
         limit = self._limits.max_message_bytes - MESSAGE_OVERHEAD_BYTES
         # A score comes back twice: in nats and in bits per dimension.
         row_bytes = target.loaded.spec.output_row_bytes + (8 if target.loaded.spec.score else 0)
@@ -227,7 +230,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 ]
             )
 
-    def _messages(self, batch: list[Any], target: Target) -> list[pb.SampleResponse]:
+    def _messages(self, batch: list[Any], target: ResolvedProgram) -> list[pb.SampleResponse]:
         """A batch of events in as few messages as the chunk size allows."""
         size = max(1, self._limits.chunk_bytes // max(target.loaded.spec.output_row_bytes, 1))
         previews = [event for event in batch if isinstance(event, Preview)]
@@ -236,7 +239,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         messages += [pb.SampleResponse(rows=codec.rows(chunk)) for chunk in _chunks(finished, size)]
         if isinstance(batch[-1], Completed):
             messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
-            self._observer.queued(target.loaded.key, batch[-1].timings.queue)
+            self._observer.on_dequeued(target.loaded.key, batch[-1].timings.queue)
         return messages
 
 

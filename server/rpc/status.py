@@ -17,10 +17,10 @@ from server.core.errors import (
     InvalidRequest,
     ModelFailed,
     ModelNotFound,
-    OperationNotSupported,
     Overloaded,
     SamovarError,
-    ServerUnavailable,
+    Unavailable,
+    UnsupportedOperation,
     Violation,
 )
 
@@ -37,11 +37,11 @@ MAX_VIOLATIONS = 12
 CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
-    OperationNotSupported: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_SUPPORTED"),
+    UnsupportedOperation: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_SUPPORTED"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     ModelFailed: (grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
-    ServerUnavailable: (grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
 }
 
 
@@ -51,7 +51,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     An error that no one foresaw is INTERNAL and says nothing of its inside.
     """
     code, reason = CODES.get(type(error), (grpc.StatusCode.INTERNAL, "UNEXPECTED"))  # type: ignore[arg-type]
-    room = _Room()
+    room = _DetailBudget()
     message = room.cut(str(error), MAX_MESSAGE) if isinstance(error, SamovarError) else UNEXPECTED
     details = [
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error, room)),
@@ -65,7 +65,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     return code, status
 
 
-class _Room:
+class _DetailBudget:
     """What is left for the texts of one error."""
 
     def __init__(self) -> None:
@@ -83,18 +83,18 @@ class _Room:
         return fitting
 
 
-def _facts(error: Exception, room: _Room) -> dict[str, str]:
-    if isinstance(error, OperationNotSupported):
+def _facts(error: Exception, room: _DetailBudget) -> dict[str, str]:
+    if isinstance(error, UnsupportedOperation):
         facts = {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
         facts |= {"why": error.reason} if error.reason else {}
         return {name: room.cut(fact, MAX_MESSAGE) for name, fact in facts.items()}
     return {}
 
 
-def _details(error: Exception, room: _Room) -> Iterator[Message]:
+def _details(error: Exception, room: _DetailBudget) -> Iterator[Message]:
     if isinstance(error, InvalidRequest):
         yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations, room))
-    if isinstance(error, OperationNotSupported):
+    if isinstance(error, UnsupportedOperation):
         violation = error_details_pb2.PreconditionFailure.Violation(
             type="OPERATION",
             subject=room.cut(error.model, MAX_TEXT),
@@ -103,12 +103,12 @@ def _details(error: Exception, room: _Room) -> Iterator[Message]:
         yield error_details_pb2.PreconditionFailure(violations=[violation])
     if isinstance(error, Overloaded):
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        delay.FromNanoseconds(round(error.retry_delay * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _field_violations(
-    violations: Sequence[Violation], room: _Room
+    violations: Sequence[Violation], room: _DetailBudget
 ) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
     for number, violation in enumerate(violations):
         if number == MAX_VIOLATIONS or room.is_short:

@@ -19,11 +19,11 @@ from multiprocessing.context import SpawnProcess
 from samovar.v1 import inference_pb2 as pb
 from server import process
 from server.config import Config
-from server.core.restart_policy import Restarts
-from server.models.registry import Catalogue, Model
-from server.rpc.grpc_server import DRAIN_NOTICE_SECONDS, Edge, binding
-from server.rpc.ipc import Host, HostObserver, Link
-from server.rpc.response_stream import Backend
+from server.core.restart_policy import RestartPolicy
+from server.models.registry import Model, ModelRegistry
+from server.rpc.grpc_server import DRAIN_NOTICE_SECONDS, GrpcServer, bind_errors
+from server.rpc.ipc import IpcEngineClient, IpcEngineServer, WorkerObserver
+from server.rpc.response_stream import EngineClient
 
 log = logging.getLogger("samovar")
 
@@ -36,14 +36,14 @@ EXIT_SECONDS = DRAIN_NOTICE_SECONDS + 5.0
 
 
 @dataclass(frozen=True)
-class Running:
+class Worker:
     """A front end and the engine's end of its link."""
 
     process: SpawnProcess
-    host: Host
+    host: IpcEngineServer
 
 
-class FrontEnds:
+class WorkerPool:
     """As many front ends as the configuration asks for; one that ends by itself is started again.
 
     Listens, opens and closes as an Edge does. `on_death` is told when starting again is no use.
@@ -52,9 +52,9 @@ class FrontEnds:
     def __init__(
         self,
         config: Config,
-        catalogue: Catalogue,
-        engine: Backend,
-        observer: HostObserver,
+        catalogue: ModelRegistry,
+        engine: EngineClient,
+        observer: WorkerObserver,
         info: pb.ServerInfo,
         on_death: Callable[[], None],
     ) -> None:
@@ -63,8 +63,8 @@ class FrontEnds:
         self._engine, self._observer = engine, observer
         self._on_death = on_death
         self._context = multiprocessing.get_context("spawn")
-        self._running: list[Running] = []
-        self._restarts = Restarts(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
+        self._running: list[Worker] = []
+        self._restarts = RestartPolicy(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
         self._port: socket.socket | None = None
         self._is_open = False
 
@@ -76,7 +76,7 @@ class FrontEnds:
     async def listen(self, port: int) -> int:
         """Start the front ends, which listen as NOT_SERVING, and return their port."""
         self._port = _reserved(self._config.host, port)
-        for _ in range(self._config.front_ends):
+        for _ in range(self._config.grpc_workers):
             self._start()
         for each in list(self._running):
             if not await asyncio.to_thread(each.host.is_listening.wait, START_SECONDS):
@@ -95,7 +95,7 @@ class FrontEnds:
         for each in self._running:
             asyncio.get_running_loop().remove_reader(each.process.sentinel)
             each.host.close()
-        patience = time.monotonic() + self._config.grace_seconds + EXIT_SECONDS
+        patience = time.monotonic() + self._config.drain_timeout + EXIT_SECONDS
         for each in self._running:
             await asyncio.to_thread(each.process.join, max(0.0, patience - time.monotonic()))
             each.process.kill()
@@ -108,30 +108,30 @@ class FrontEnds:
         process = self._context.Process(target=serve, args=arguments, name="front-end", daemon=True)
         process.start()
         theirs.close()
-        host = Host(ours, self._engine, self._observer)
+        host = IpcEngineServer(ours, self._engine, self._observer)
         host.start()
         if self._is_open:
             host.open(list(self._catalogue))
-        running = Running(process, host)
+        running = Worker(process, host)
         self._running.append(running)
         asyncio.get_running_loop().add_reader(process.sentinel, self._replace, running)
 
-    def _replace(self, ended: Running) -> None:
+    def _replace(self, ended: Worker) -> None:
         """A front end has ended by itself."""
         asyncio.get_running_loop().remove_reader(ended.process.sentinel)
         self._running.remove(ended)
         ended.process.join()
         log.error("a front end ended by itself, with exit code %s", ended.process.exitcode)
-        if self._restarts.is_hopeless(time.monotonic()):
+        if self._restarts.is_exhausted(time.monotonic()):
             self._on_death()
             return
-        self._observer.replaced()
+        self._observer.on_worker_restart()
         self._start()
 
 
 def _reserved(host: str, port: int) -> socket.socket:
     """A port that front ends may share, and nobody else has."""
-    with binding(host, port, "--port"):
+    with bind_errors(host, port, "--port"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as alone:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -158,7 +158,7 @@ def serve(config: Config, info: pb.ServerInfo, connection: Connection, port: int
 async def _serve(config: Config, info: pb.ServerInfo, connection: Connection, port: int) -> None:
     loop, stop, told = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    catalogue = Catalogue()
+    catalogue = ModelRegistry()
 
     def fill(models: Sequence[Model]) -> None:
         for model in models:
@@ -171,8 +171,8 @@ async def _serve(config: Config, info: pb.ServerInfo, connection: Connection, po
         gc.freeze()
         await edge.open()
 
-    link = Link(connection, loop, fill, stop.set)
-    edge = Edge(config, catalogue, link, link, info)
+    link = IpcEngineClient(connection, loop, fill, stop.set)
+    edge = GrpcServer(config, catalogue, link, link, info)
     await edge.listen(port, is_shared=True)
     link.listening()
     opening = asyncio.create_task(open_when_told())

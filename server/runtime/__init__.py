@@ -5,11 +5,11 @@ from server.runtime.base import (
     Graph,
     OpenGraph,
     Tensors,
-    bound,
-    current,
+    bind_graph,
+    device_context,
     is_device_lost,
     is_out_of_memory,
-    prefer_same_bits,
+    set_deterministic,
 )
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
@@ -28,9 +28,9 @@ __all__ = [
     "OnnxGraph",
     "OpenGraph",
     "Tensors",
-    "bound",
-    "current",
+    "bind_graph",
+    "device_context",
     "is_device_lost",
     "is_out_of_memory",
-    "prefer_same_bits",
+    "set_deterministic",
 ]

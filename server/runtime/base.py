@@ -34,12 +34,12 @@ class Device:
         return self.name.startswith("cuda")
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
+def device_context(device: torch.device) -> AbstractContextManager[Any]:
     """While it lasts, a GPU is the one that events, streams and captures belong to."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def prefer_same_bits() -> None:
+def set_deterministic() -> None:
     """Have torch choose kernels by what is computed, not by the clock, and round float32 as float32."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -61,12 +61,14 @@ class Bindable(Protocol):
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]: ...
 
 
-def bound(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+def bind_graph(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
     """A call on these very, contiguous tensors, which writes the outputs in place."""
-    return graph.bind(inputs, outputs) if isinstance(graph, Bindable) else copying(graph, inputs, outputs)
+    return (
+        graph.bind(inputs, outputs) if isinstance(graph, Bindable) else bind_by_copy(graph, inputs, outputs)
+    )
 
 
-def copying(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
+def bind_by_copy(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
     """The plain way: call, then copy the results."""
 
     def call() -> None:
@@ -76,7 +78,7 @@ def copying(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], Non
     return call
 
 
-def captured(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
+def capture_cuda_graph(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
     """Capture the kernels of a call as a CUDA graph, which is launched as one."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -97,13 +99,13 @@ def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def replayable(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
+def bind_with_capture(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
     """The plain way; on CUDA one that replays a graph of its kernels, when asked to and where it can be."""
-    call = copying(graph, inputs, outputs)
+    call = bind_by_copy(graph, inputs, outputs)
     if not (device.is_cuda and device.cuda_graphs):
         return call
     try:
-        return captured(call)
+        return capture_cuda_graph(call)
     except RuntimeError as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
@@ -112,7 +114,7 @@ def replayable(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) 
         return call
 
 
-def fresh(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
+def detach_outputs(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
     """Outputs without history; a graph may hand an input back, which its caller then writes in place."""
     outputs = (result,) if isinstance(result, torch.Tensor) else result
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.errors import InvalidArtifact, RuntimeUnavailable
 from server.core.spec import GraphSpec, TensorSpec
 from server.runtime.base import Device, Tensors
 
@@ -41,9 +41,9 @@ class OnnxGraph:
                 str(path), _session_options(device), providers=providers
             )
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise ArtifactRefused(f"{path.name} is not an ONNX graph: {str(error).splitlines()[0]}") from None
+            raise InvalidArtifact(f"{path.name} is not an ONNX graph: {str(error).splitlines()[0]}") from None
         if device.is_cuda and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise RuntimeMissing("onnxruntime cannot load its CUDA provider")
+            raise RuntimeUnavailable("onnxruntime cannot load its CUDA provider")
         _check_types(path, "inputs", self._session.get_inputs(), spec.inputs)
         # Outputs are positional: a step's outputs bear the names of its inputs, which ONNX forbids.
         _check_types(path, "outputs", self._session.get_outputs(), spec.outputs)
@@ -102,7 +102,7 @@ def _providers(device: Device) -> list[Any]:
     if not device.is_cuda:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RuntimeMissing(
+        raise RuntimeUnavailable(
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
         )
     onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
@@ -114,10 +114,10 @@ def _check_types(path: Path, side: str, given: Sequence[Any], expected: Sequence
     actual = [(item.type, list(item.shape[1:])) for item in given]
     wanted = [(_ELEMENT_TYPES[tensor.dtype], list(tensor.shape)) for tensor in expected]
     if actual != wanted:
-        raise ArtifactRefused(f"{path.name} has the {side} {actual}, its manifest says {wanted}")
+        raise InvalidArtifact(f"{path.name} has the {side} {actual}, its manifest says {wanted}")
 
 
 def _check_names(path: Path, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
     actual, wanted = [item.name for item in given], [tensor.name for tensor in expected]
     if actual != wanted:
-        raise ArtifactRefused(f"{path.name} takes {actual}, its manifest says {wanted}")
+        raise InvalidArtifact(f"{path.name} takes {actual}, its manifest says {wanted}")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.export.passes import move_to_device_pass
 
-from server.core.errors import ArtifactRefused
+from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, fresh, replayable
+from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs
 
 
 class TorchExportGraph:
@@ -26,18 +26,18 @@ class TorchExportGraph:
         arguments = [str(name) for name in program.graph_signature.user_inputs]
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
-            raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
+            raise InvalidArtifact(f"{path.name} takes {arguments}, its manifest says {expected}")
         if device.name != "cpu":  # constants inside graphs have a device too
             program = move_to_device_pass(program, device.torch)
         self._module: Any = program.module()
 
     def __call__(self, inputs: Tensors) -> Tensors:
         with torch.no_grad():
-            return fresh(self._module(*inputs), inputs)
+            return detach_outputs(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
         """A call on these very tensors."""
-        return replayable(self, inputs, outputs, self._device)
+        return bind_with_capture(self, inputs, outputs, self._device)
 
 
 def _load(path: Path) -> torch.export.ExportedProgram:
@@ -49,4 +49,4 @@ def _load(path: Path) -> torch.export.ExportedProgram:
             return torch.export.load(path)
     except Exception as error:  # a file that is none raises anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactRefused(f"{path.name} is not a torch.export program: {first}") from None
+        raise InvalidArtifact(f"{path.name} is not a torch.export program: {first}") from None

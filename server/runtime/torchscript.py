@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from server.core.errors import ArtifactRefused
+from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, fresh, replayable
+from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs
 
 
 class TorchScriptGraph:
@@ -19,20 +19,20 @@ class TorchScriptGraph:
         try:
             self._module: Any = torch.jit.load(str(path), map_location=device.torch)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise ArtifactRefused(f"{path.name} is not a TorchScript file: {_first_line(error)}") from None
+            raise InvalidArtifact(f"{path.name} is not a TorchScript file: {_first_line(error)}") from None
         arguments = [argument.name for argument in self._module.forward.schema.arguments][1:]
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
-            raise ArtifactRefused(f"{path.name} takes {arguments}, its manifest says {expected}")
+            raise InvalidArtifact(f"{path.name} takes {arguments}, its manifest says {expected}")
         _move_constants(self._module.graph, device)
 
     def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
-        return fresh(self._module(*inputs), inputs)
+        return detach_outputs(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
         """A call on these very tensors."""
-        return replayable(self, inputs, outputs, self._device)
+        return bind_with_capture(self, inputs, outputs, self._device)
 
 
 def _move_constants(graph: Any, device: Device) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from samovar.cli.main import main
-from samovar.cli.progress import Bar
+from samovar.cli.progress import ProgressBar
 from tests.support.fake_server import Counting, Server, bad_request, images, overloaded
 
 
@@ -299,9 +299,9 @@ class Terminal(io.StringIO):
 def test_progress_is_drawn_for_a_terminal_only() -> None:
     ticks: Iterator[float] = iter([0.0, 0.0, 2.0])
     terminal, pipe = Terminal(), io.StringIO()
-    with Bar(40, terminal, clock=lambda: next(ticks)) as bar:
+    with ProgressBar(40, terminal, clock=lambda: next(ticks)) as bar:
         bar.show(10)
-    with Bar(40, pipe) as bar:
+    with ProgressBar(40, pipe) as bar:
         bar.show(10)
     assert "10/40 rows, 5 rows/s, 6 s left" in terminal.getvalue()
     assert pipe.getvalue() == ""

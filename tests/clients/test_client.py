@@ -42,7 +42,7 @@ def test_a_result_says_what_ran_and_where_the_time_went(client: Client) -> None:
         4,
     )
     assert result.run.determinism is Determinism.BITWISE
-    assert result.timings == Timings(queue=0.5, run=1.0, model=0.5)
+    assert result.timings == Timings(queue=0.5, run=1.0, compute=0.5)
 
 
 def test_parameters_travel_by_their_python_type(client: Client, service: Counting) -> None:
@@ -243,7 +243,7 @@ def test_a_description_is_complete(client: Client) -> None:
     assert (sample.inputs[0].tensor.maximum, sample.outputs[1].maximum) == (3.0, None)
     assert [str(output) for output in sample.outputs] == ["uint8[8, 6]", "int64[]"]
     assert model.quality[0].standard_error == 0.01
-    assert model.quality[0].floor is None
+    assert model.quality[0].reference_value is None
     assert model.provenance.created.year == 2023
     assert client.model("counter", version="1").is_default is False
     with pytest.raises(ModelNotFound):

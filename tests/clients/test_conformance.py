@@ -57,7 +57,7 @@ def test_every_cell_of_the_table_of_operations_is_exercised(server: RunningServe
     assert found, said
 
 
-class Heedless(nn.Module):
+class IgnoresParameter(nn.Module):
     """What changes nothing by its setting."""
 
     def forward(self, noise: Tensor, scale: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     sequence = program.TensorSpec("sequence", "uint8", (24,), 0, len(words) - 1)
     rows = np.random.default_rng(0).integers(1, len(words), (4, 24)).astype(np.uint8)
     part = loading.Part(rows, np.zeros(4, np.int64))
-    value = program.Value("tokens", sequence, len(words), words)
+    value = program.DataSpec("tokens", sequence, len(words), words)
     pitches = loading.Dataset("pitches", value, part, part, part, sha256="")
-    pipeline.untrained(pipeline.Recipe(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",)))
+    pipeline.untrained(pipeline.TrainingJob(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",)))
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     sample = program.Program(
         "sample",
-        Heedless().eval(),
+        IgnoresParameter().eval(),
         (point,),
         "the noise",
         parameters=(program.Parameter("scale", "float", 1.0, 0.0, 2.0, doc="of nothing"),),
@@ -88,7 +88,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         name="heedless",
         family="toy",
         description="noise",
-        value=program.Value("vector", point),
+        data_spec=program.DataSpec("vector", point),
         programs=(sample,),
         examples=(golden.Example("sample"),),
     )

@@ -12,7 +12,7 @@ import samovar
 from export import pipeline
 from export.datasets import loading
 from export.families.lstm import FAMILY
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from samovar import midi, text, tokens
 from samovar.cli.main import main
 from tests.support.live_server import serving
@@ -26,7 +26,7 @@ def dataset(name: str, words: tuple[str, ...]) -> loading.Dataset:
     rows = np.random.default_rng(0).integers(1, len(words), (4, CONTEXT)).astype(np.uint8)
     tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(words) - 1)
     part = loading.Part(rows, np.zeros(4, np.int64))
-    return loading.Dataset(name, Value("tokens", tensor, len(words), words), part, part, part, sha256="")
+    return loading.Dataset(name, DataSpec("tokens", tensor, len(words), words), part, part, part, sha256="")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a writer of letters and one of pitches, both untrained."""
     models = tmp_path_factory.mktemp("writers")
     for given in (dataset("letters", LETTERS), dataset("pitches", PITCHES)):
-        pipeline.untrained(pipeline.Recipe(FAMILY, given, models, preset="tiny", formats=("onnx",)))
+        pipeline.untrained(pipeline.TrainingJob(FAMILY, given, models, preset="tiny", formats=("onnx",)))
     with serving(models) as running:
         yield running.address
 
@@ -55,11 +55,11 @@ def command(address: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
 
 
 @pytest.fixture
-def letters(client: samovar.Client) -> samovar.Value:
-    return client.model("letters-lstm").value
+def letters(client: samovar.Client) -> samovar.DataSpec:
+    return client.model("letters-lstm").data_spec
 
 
-def test_words_are_tokens_and_tokens_words(letters: samovar.Value) -> None:
+def test_words_are_tokens_and_tokens_words(letters: samovar.DataSpec) -> None:
     rows = tokens.encode(["abba", ""], letters)
     assert rows.dtype == np.uint8
     assert rows[:, :5].tolist() == [[3, 4, 4, 3, 0], [0] * 5]
@@ -67,7 +67,7 @@ def test_words_are_tokens_and_tokens_words(letters: samovar.Value) -> None:
 
 
 def test_words_of_more_than_one_character_have_blanks_between_them(client: samovar.Client) -> None:
-    value = client.model("pitches-lstm").value
+    value = client.model("pitches-lstm").data_spec
     rows = tokens.encode(["60 hold  67\nend"], value)
     assert rows[0, :5].tolist() == [4, 2, 11, 1, 0]
     assert tokens.decode(rows, value) == ["60 hold 67 end"]
@@ -142,7 +142,7 @@ def test_what_is_out_of_bounds_is_refused_by_the_server(
 
 
 def test_a_score_is_per_token_and_its_bits_are_of_the_rows_own_length(
-    client: samovar.Client, letters: samovar.Value
+    client: samovar.Client, letters: samovar.DataSpec
 ) -> None:
     scores = client.score("letters-lstm", tokens.encode(["abcdef", "ab"], letters))
     assert scores.kind is samovar.ScoreKind.EXACT
@@ -153,7 +153,7 @@ def test_a_score_is_per_token_and_its_bits_are_of_the_rows_own_length(
     np.testing.assert_allclose(scores.bits_per_dimension, -scores.nats / np.log(2) / [6, 2], rtol=1e-5)
 
 
-def test_what_it_lacks_is_refused_with_the_reason(client: samovar.Client, letters: samovar.Value) -> None:
+def test_what_it_lacks_is_refused_with_the_reason(client: samovar.Client, letters: samovar.DataSpec) -> None:
     with pytest.raises(samovar.UnsupportedOperation, match="cannot be decoded; sample continues"):
         client.reconstruct("letters-lstm", tokens.encode(["ab"], letters))
 

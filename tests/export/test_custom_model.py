@@ -12,7 +12,7 @@ from export import custom_model
 from export.__main__ import main
 from export.artifacts import reader
 from export.graphs import graph
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 
 GOOD = '''\
 """Doubling.
@@ -42,7 +42,7 @@ def saved(directory: Path, text: str, name: str = "My Model_2.py") -> Path:
 
 
 def refusal(path: Path, models: Path) -> str:
-    with pytest.raises((custom_model.OwnFileError, graph.GraphError, reader.ArtifactError)) as caught:
+    with pytest.raises((custom_model.CustomModelError, graph.GraphError, reader.ArtifactError)) as caught:
         custom_model.write(path, models, formats=("torchscript",))
     assert not models.exists() or list(models.iterdir()) == []
     return str(caught.value)
@@ -141,7 +141,7 @@ def test_what_is_no_python_file_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_drawn_inputs_keep_their_bounds() -> None:
     tokens = TensorSpec("tokens", "int64", (50,))
-    value = Value("tokens", tokens, vocabulary=("a", "b", "c"))
+    value = DataSpec("tokens", tokens, vocabulary=("a", "b", "c"))
     share, label = (
         TensorSpec("share", shape=(50,), minimum=0, maximum=1),
         TensorSpec("label", "int64", (50,), 0, 9),

@@ -41,10 +41,10 @@ def test_a_server_is_not_serving_until_its_models_are_loaded(models: Path) -> No
         assert not is_serving(server)
 
 
-@pytest.mark.parametrize("front_ends", [0, 2])
-def test_calls_in_flight_finish_while_the_server_drains(models: Path, front_ends: int) -> None:
+@pytest.mark.parametrize("grpc_workers", [0, 2])
+def test_calls_in_flight_finish_while_the_server_drains(models: Path, grpc_workers: int) -> None:
     with (
-        serving(models, formats=("onnx",), grace_seconds=60.0, front_ends=front_ends) as server,
+        serving(models, formats=("onnx",), drain_timeout=60.0, grpc_workers=grpc_workers) as server,
         samovar.Client(server.address, timeout=60.0) as client,
     ):
         parameters = {"steps": 20}
@@ -71,7 +71,7 @@ def test_metrics_count_what_happened(models: Path) -> None:
     assert metrics["samovar_step_rows_sum", (DIFFUSION, "onnx", "sample")] == 40
     assert metrics["samovar_request_duration_seconds_count", ("Sample", DIFFUSION)] == 1
     assert metrics["samovar_queue_duration_seconds_count", ("Sample", DIFFUSION)] == 1
-    assert metrics["samovar_rows_waiting", ()] == metrics["samovar_rows_active", ()] == 0
+    assert metrics["samovar_queued_rows", ()] == metrics["samovar_running_rows", ()] == 0
     infos = [value for (name, _), value in metrics.items() if name == "samovar_model_info"]
     assert infos == [1.0] * len(RUNTIMES) * len(list(models.iterdir()))
     assert any(name == "samovar_build_info" for name, _ in metrics)
@@ -97,24 +97,24 @@ def test_calls_beyond_the_limit_are_refused_and_counted_while_health_answers(mod
 
 def test_a_server_says_within_which_limits_it_serves(tmp_path: Path) -> None:
     settings = {
-        "max_waiting_rows": 900,
-        "max_held_mib": 3,
+        "max_queued_rows": 900,
+        "max_buffered_mib": 3,
         "max_batch_rows": 16,
         "max_message_mib": 2,
         "max_concurrent_calls": 5,
-        "quantum_rows": 4,
+        "drr_quantum_rows": 4,
         "scheduling": "request",
         "threads": 1,
         "formats": ("torchscript", "onnx"),
     }
     with serving(tmp_path, **settings) as server, samovar.Client(server.address) as client:
         info = client.server_info()
-    said = {**dataclasses.asdict(info), "max_held_mib": info.max_held_bytes >> 20}
+    said = {**dataclasses.asdict(info), "max_buffered_mib": info.max_buffered_bytes >> 20}
     said["max_message_mib"] = info.max_message_bytes >> 20
     assert {name: said[name] for name in settings} == settings
     assert info.max_rows_per_request == 900
-    assert info.grace_seconds == 5.0
-    assert info.front_ends == 0
+    assert info.drain_timeout_seconds == 5.0
+    assert info.grpc_workers == 0
 
 
 def test_metric_names_carry_their_units(server: RunningServer) -> None:
@@ -151,7 +151,7 @@ def test_flags_win_over_environment_and_environment_over_defaults() -> None:
         ["--formats", "cuneiform"],
         ["--max-batch-rows", "0"],
         ["--max-message-mib", "5000"],
-        ["--grace-seconds", "nan"],
+        ["--drain-timeout", "nan"],
         ["--log-level", "loud"],
     ],
 )

@@ -88,7 +88,10 @@ def faults(server: RunningServer) -> dict[str, float]:
     """How often each kind of fault was counted for samples."""
     kinds = ("graph", "non_finite", "out_of_memory")
     metrics = scrape(server)
-    return {kind: metrics["samovar_faults_total", tuple(sorted((kind, MODEL, "sample")))] for kind in kinds}
+    return {
+        kind: metrics["samovar_execution_errors_total", tuple(sorted((kind, MODEL, "sample")))]
+        for kind in kinds
+    }
 
 
 def num_restarts(server: RunningServer) -> float:

@@ -24,7 +24,7 @@ Outputs = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Ask:
+class Case:
     """One operation of one model, for rows of a job of 64: each row has inputs of its own."""
 
     model: str
@@ -73,25 +73,26 @@ def _brief(family: str, operation: str) -> Mapping[str, float | str]:
     return {"steps": 25} if family == "ebm" and "sample" in operation else {}
 
 
-ASKS = [
+CASES = [
     *(
-        Ask(f"{entry.data[0]}-{name}", operation, _brief(name, operation))
+        Case(f"{entry.data[0]}-{name}", operation, _brief(name, operation))
         for name, entry in FAMILIES.items()
         for operation in entry.operations
     ),
-    Ask("digits-vae", "sample", {"pixels": "mean"}),
-    Ask("digits-vae", "reconstruct", {"latent": "draw"}),
-    Ask("digits-vae", "score", {"draws": 25}),
-    Ask("digits-diffusion", "sample", {"sampler": "ddim", "steps": 5, "eta": 0.5}),
-    Ask("digits-diffusion", "sample", {"sampler": "heun", "steps": 7}),
+    Case("digits-vae", "sample", {"pixels": "mean"}),
+    Case("digits-vae", "reconstruct", {"latent": "draw"}),
+    Case("digits-vae", "score", {"draws": 25}),
+    Case("digits-diffusion", "sample", {"sampler": "ddim", "steps": 5, "eta": 0.5}),
+    Case("digits-diffusion", "sample", {"sampler": "heun", "steps": 7}),
 ]
 
 cases = pytest.mark.parametrize(
-    ("format", "ask"), [pytest.param(format, ask, id=f"{format}-{ask}") for format in FORMATS for ask in ASKS]
+    ("format", "ask"),
+    [pytest.param(format, ask, id=f"{format}-{ask}") for format in FORMATS for ask in CASES],
 )
 
 
-def _is_quick(format: str, ask: Ask) -> bool:
+def _is_quick(format: str, ask: Case) -> bool:
     """Whether single rows take less than a minute; torch.export programs call every operator from Python."""
     return format != "torch_export" or not ask.model.endswith("-lstm")
 
@@ -101,7 +102,7 @@ quick_cases = pytest.mark.parametrize(
     [
         pytest.param(format, ask, id=f"{format}-{ask}")
         for format in FORMATS
-        for ask in ASKS
+        for ask in CASES
         if _is_quick(format, ask)
     ],
 )
@@ -121,7 +122,7 @@ def traffic(server: RunningServer) -> Iterator[None]:
         chance = random.Random(number)
         with samovar.Client(server.address, timeout=60.0) as client:
             while not stop.is_set():
-                ask, format = chance.choice(ASKS), chance.choice(FORMATS)
+                ask, format = chance.choice(CASES), chance.choice(FORMATS)
                 ask(client, format, chance.randrange(32), chance.randint(1, 32), chance.getrandbits(60))
 
     threads = [threading.Thread(target=disturb, args=(number,)) for number in range(3)]
@@ -135,7 +136,7 @@ def traffic(server: RunningServer) -> Iterator[None]:
 
 @cases
 def test_alone_and_in_traffic_are_the_same_bytes(
-    client: samovar.Client, request: pytest.FixtureRequest, format: str, ask: Ask
+    client: samovar.Client, request: pytest.FixtureRequest, format: str, ask: Case
 ) -> None:
     alone = ask(client, format, 0, 40, 7)
     request.getfixturevalue("traffic")
@@ -144,7 +145,7 @@ def test_alone_and_in_traffic_are_the_same_bytes(
 
 
 @quick_cases
-def test_one_request_of_64_rows_is_64_requests_of_one(client: samovar.Client, format: str, ask: Ask) -> None:
+def test_one_request_of_64_rows_is_64_requests_of_one(client: samovar.Client, format: str, ask: Case) -> None:
     together = ask(client, format, 0, ROWS, 7)
     apart = [ask(client, format, row, 1, 7) for row in range(ROWS)]
     assert_same({name: np.concatenate([part[name] for part in apart]) for name in together}, together)
@@ -176,7 +177,7 @@ def test_another_seed_or_index_is_another_row(client: samovar.Client, format: st
 
 
 def test_formats_agree_but_for_rounding(client: samovar.Client) -> None:
-    for ask in (Ask("digits-vae", "encode"), Ask("digits-vae", "score", {"draws": 25})):
+    for ask in (Case("digits-vae", "encode"), Case("digits-vae", "score", {"draws": 25})):
         first, *others = (ask(client, format, 0, ROWS, 7) for format in FORMATS)
         for output, other in ((output, other) for output in first for other in others):
             assert np.allclose(first[output], other[output], rtol=1e-3, atol=1e-3), (str(ask), output)

@@ -30,8 +30,8 @@ def test_versions_of_a_model_share_their_series_which_begin_at_zero() -> None:
     metrics.expect(new)
     labels = {"model": "model", "operation": "sample", "format": "onnx"}
     assert metrics.registry.get_sample_value("samovar_steps_total", labels) == 0
-    metrics.stepped(old, 3, 4, 0.001)
-    metrics.stepped(new, 8, 8, 0.002)
+    metrics.on_step(old, 3, 4, 0.001)
+    metrics.on_step(new, 8, 8, 0.002)
     page = generate_latest(metrics.registry).decode()
     assert page.count("samovar_steps_total{") == 1
     for name, value in (("steps_total", 2), ("padding_rows_total", 1), ("step_rows_sum", 11)):

@@ -56,7 +56,7 @@ def _build(pair: Pair, formats: Sequence[str], directory: Path) -> None:
     family = FAMILIES[pair.family].load()
     try:
         pipeline.untrained(
-            pipeline.Recipe(family, pair.dataset(), directory, preset="tiny", formats=tuple(formats))
+            pipeline.TrainingJob(family, pair.dataset(), directory, preset="tiny", formats=tuple(formats))
         )
     finally:
         torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import pytest
 from export.datasets import chorales
 from export.datasets.loading import Dataset, Part, load
 from export.families import FAMILIES
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,6 @@ def _pieces() -> Dataset:
     )
     last = len(chorales.VOCABULARY) - 1
     tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, last, "four voices in turn")
-    value = Value("tokens", tensor, last + 1, chorales.VOCABULARY)
+    value = DataSpec("tokens", tensor, last + 1, chorales.VOCABULARY)
     part = Part(rows, np.zeros(len(rows), np.int64))
     return Dataset("chorales", value, part, part, part, sha256="made up")

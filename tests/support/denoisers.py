@@ -12,7 +12,7 @@ from export.datasets import loading
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser, Perceptron
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings
 
 PRESET = Preset(width=4, depth=1, training=Settings(steps=1))
@@ -94,11 +94,11 @@ class Hasty(Pair):
         return 1.2 * super().denoise(x, variance)
 
 
-def player(network: Exact) -> interpreter.Player:
+def player(network: Exact) -> interpreter.Interpreter:
     """The programs of a diffusion model of points with this network."""
     rows = np.array([[-1, -1], [1, 1]], np.float32)
     part = loading.Part(rows, np.array([0, 1]))
-    value = Value("vector", TensorSpec("point", shape=(2,), doc="the plane"), class_labels=("a", "b"))
+    value = DataSpec("vector", TensorSpec("point", shape=(2,), doc="the plane"), class_labels=("a", "b"))
     dataset = loading.Dataset("toy", value, part, part, part, "")
     denoiser = Denoiser(dataset, PRESET)
     denoiser.network = network

@@ -59,7 +59,7 @@ PROGRAMS = [
         ],
         inputs=[mf.Input(tensor=IMAGE)],
         outputs=[scalar("log_likelihood"), scalar("standard_error"), scalar("brightness")],
-        score=mf.Score(kind=mf.Score.KIND_LOWER_BOUND, dimensions=48, space="integers 0..16"),
+        score=mf.Score(kind=mf.Score.KIND_LOWER_BOUND, dimensions=48, coordinate_space="integers 0..16"),
     ),
     mf.Program(operation="reconstruct", inputs=[mf.Input(tensor=IMAGE)], outputs=[IMAGE]),
     mf.Program(operation="encode", inputs=[mf.Input(tensor=IMAGE)], outputs=[LATENT]),
@@ -74,15 +74,17 @@ COUNTER = mf.Manifest(
     name="counter",
     family="arithmetic",
     description="Counts.",
-    value=mf.Value(kind=mf.Value.KIND_IMAGE, tensor=IMAGE, levels=LEVELS, class_labels=["ant", "bee", "cat"]),
+    data_spec=mf.DataSpec(
+        kind=mf.DataSpec.KIND_IMAGE, tensor=IMAGE, num_levels=LEVELS, class_labels=["ant", "bee", "cat"]
+    ),
     programs=PROGRAMS,
     quality=[mf.Quality(name="bits/dim", value=1.25, standard_error=0.01, doc="on 10 rows")],
     provenance=mf.Provenance(created=timestamp_pb2.Timestamp(seconds=1_700_000_000), dataset="numerals"),
 )
 SPEAKER = mf.Manifest(
     name="speaker",
-    value=mf.Value(
-        kind=mf.Value.KIND_TOKENS,
+    data_spec=mf.DataSpec(
+        kind=mf.DataSpec.KIND_TOKENS,
         tensor=mf.TensorSpec(name="tokens", dtype=mf.DATA_TYPE_UINT8, shape=[3]),
         vocabulary=list("abcdefgh"),
     ),
@@ -253,7 +255,7 @@ class Counting(InferenceServicer):
             library_versions={"numpy": "2"},
             max_message_bytes=self.max_message_bytes,
             max_rows_per_request=MAX_ROWS,
-            max_waiting_rows=10 * MAX_ROWS,
+            max_queued_rows=10 * MAX_ROWS,
             max_batch_rows=4,
         )
 
@@ -277,15 +279,15 @@ class Counting(InferenceServicer):
             timings=_timings(),
         )
 
-    def _run(self, request: pb.SampleRequest | pb.TransformRequest, steps: int) -> pb.Run:
+    def _run(self, request: pb.SampleRequest | pb.TransformRequest, steps: int) -> pb.RunInfo:
         model = next(each for each in self.models if each.manifest.name == request.model.name)
-        return pb.Run(
+        return pb.RunInfo(
             artifact_sha256=model.artifact_sha256,
             version=model.manifest.version,
             format=request.model.format or "onnx",
             seed=request.seed,
             steps=steps,
-            determinism=pb.Run.DETERMINISM_BITWISE,
+            determinism=pb.RunInfo.DETERMINISM_BITWISE,
         )
 
 
@@ -305,7 +307,7 @@ def _preview(indices: Array, rows: Array, steps: int) -> pb.Preview:
 
 def _timings() -> pb.Timings:
     half, whole = duration_pb2.Duration(nanos=500_000_000), duration_pb2.Duration(seconds=1)
-    return pb.Timings(queue=half, run=whole, model=half)
+    return pb.Timings(queue=half, run=whole, compute=half)
 
 
 class Server:

@@ -88,7 +88,7 @@ def listening(
     models: Path, runtimes: Mapping[str, OpenGraph] = RUNTIMES, **settings: Any
 ) -> Iterator[RunningServer]:
     """A server that listens but has not loaded its models."""
-    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "grace_seconds": 5.0}
+    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "drain_timeout": 5.0}
     server = RunningServer(Config(models=models, **{**defaults, **settings}), runtimes)
     try:
         yield server

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, Rows, Work
+from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, RowInputs, Rows
 from server.core.spec import (
     GraphSpec,
     InputSpec,
@@ -15,10 +15,10 @@ from server.core.spec import (
     ParameterSpec,
     ProgramKey,
     ProgramSpec,
-    StepCount,
+    StepSchedule,
     TensorSpec,
 )
-from server.execution.program_runner import Program
+from server.execution.program_runner import ProgramRunner
 from server.runtime import Graph
 
 Tensors = Sequence[torch.Tensor]
@@ -38,7 +38,7 @@ WALK = ProgramSpec(
     step=GraphSpec("walk", (TOTAL, INDEX, SCALE.tensor, NOISE.tensor), (TOTAL,)),
     readout=GraphSpec("end", (TOTAL,), (TensorSpec("value", "float32", (2,)),)),
     state=(TOTAL,),
-    steps=StepCount(parameter="steps"),
+    steps=StepSchedule(parameter="steps"),
     parameters=(STEPS, SCALE),
     inputs=(START,),
     noise=(NOISE,),
@@ -70,8 +70,8 @@ def program(
     graphs: Mapping[str, Graph] = GRAPHS,
     buckets: Sequence[int] = (1, 2, 4, 8),
     ahead: Executor | None = None,
-) -> Program:
-    return Program(spec, graphs, buckets, torch.device("cpu"), ahead)
+) -> ProgramRunner:
+    return ProgramRunner(spec, graphs, buckets, torch.device("cpu"), ahead)
 
 
 @dataclass
@@ -117,13 +117,13 @@ def request(
     **settings: object,
 ) -> Request:
     """A request of the walk."""
-    work = Work({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
+    work = RowInputs({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
     deliver: Deliver = (reader or Reader()).deliver
     return Request(KEY, rows, steps, **{"deliver": deliver, "work": work, **settings})  # type: ignore[arg-type]
 
 
 @dataclass
-class Ledger:
+class RecordingObserver:
     """An observer that remembers."""
 
     turns: list[int] = field(default_factory=list)
@@ -132,17 +132,17 @@ class Ledger:
     restarts: int = 0
     rows: int = 0
 
-    def stepped(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
+    def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
         self.turns.append(rows)
 
-    def delivered(self, program: ProgramKey, rows: int) -> None:
+    def on_rows_delivered(self, program: ProgramKey, rows: int) -> None:
         self.rows += rows
 
-    def wasted(self, program: ProgramKey, steps: int, reason: str) -> None:
+    def on_steps_discarded(self, program: ProgramKey, steps: int, reason: str) -> None:
         self.wasted_steps[reason] = self.wasted_steps.get(reason, 0) + steps
 
-    def faulted(self, program: ProgramKey, kind: str) -> None:
+    def on_error(self, program: ProgramKey, kind: str) -> None:
         self.faults.append(kind)
 
-    def restarted(self) -> None:
+    def on_restart(self) -> None:
         self.restarts += 1

@@ -30,7 +30,7 @@ import samovar
 from conformance import concurrent, latents, masks, results
 from conformance.programs import Programs
 from conformance.rejections import OPERATIONS, refuse
-from conformance.sample_inputs import Pantry
+from conformance.sample_inputs import SampleInputs
 from conformance.tokens import Writer
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exercises(
     client: samovar.Client, models: Sequence[samovar.Model], options: argparse.Namespace
 ) -> Iterator[results.Exercise]:
-    pantry = Pantry(client, models, options.rows)
+    pantry = SampleInputs(client, models, options.rows)
     everything = [Programs(client, model, pantry, options.steps) for model in models]
     for programs in everything:
         yield from programs.exercises()

@@ -9,14 +9,14 @@ import numpy as np
 import samovar
 from conformance.requests import Array, misfits
 from conformance.results import Exercise, Found
-from conformance.sample_inputs import Pantry
+from conformance.sample_inputs import SampleInputs
 from samovar import latent
 
 # Between levels of an image, and between numbers, that went through float32 on two ways.
 _NEAR = {"i": 1, "u": 1, "f": 1e-3}
 
 
-def exercises(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> Iterator[Exercise]:
+def exercises(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Iterator[Exercise]:
     """What to do with a model that decodes."""
     if "decode" not in model.operations:
         return
@@ -31,12 +31,12 @@ def exercises(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> I
 
 
 def _walk(
-    client: samovar.Client, model: samovar.Model, pantry: Pantry, path: latent.Path, encodes: bool
+    client: samovar.Client, model: samovar.Model, pantry: SampleInputs, path: latent.Path, encodes: bool
 ) -> Found:
     """A walk begins and ends where its ends, decoded, are."""
     name, version, count = model.name, model.version, pantry.rows
     if encodes:
-        ends = pantry.give(model, model.value.tensor)[:2]
+        ends = pantry.give(model, model.data_spec.tensor)[:2]
         codes = latent.encode(client, name, ends, version=version)
     else:
         ends = np.array([1, 2])
@@ -47,9 +47,9 @@ def _walk(
     return _found(model, walk, f"{_moved(walk[-1:], walk[:1]):.0%} change", *wrong)
 
 
-def _attribute(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> Found:
+def _attribute(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Found:
     """An edit by nothing is a row decoded again; by an attribute vector, another row."""
-    rows = pantry.give(model, model.value.tensor)
+    rows = pantry.give(model, model.data_spec.tensor)
     half = len(rows) // 2
     go = partial(latent.edit, client, model.name, rows, version=model.version)
     direction = latent.attribute(client, model.name, rows[:half], rows[half:], version=model.version)
@@ -59,7 +59,7 @@ def _attribute(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> 
     return _edited(model, go(direction, 1.0), still, *wrong)
 
 
-def _direction(client: samovar.Client, model: samovar.Model, pantry: Pantry) -> Found:
+def _direction(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Found:
     """Draws moved along the difference of two others are decoded to other rows."""
     codes, ends = (
         latent.draw(client, model.name, count, seed=count, version=model.version)
@@ -78,7 +78,7 @@ def _edited(model: samovar.Model, rows: Array, before: Array, *wrong: str) -> Fo
 
 
 def _found(model: samovar.Model, rows: Array, rightly: str, *wrong: str) -> Found:
-    return Found(rows.shape, rightly, (*misfits(model.value.tensor, rows, len(rows)), *wrong))
+    return Found(rows.shape, rightly, (*misfits(model.data_spec.tensor, rows, len(rows)), *wrong))
 
 
 def _near(rows: Array, others: Array) -> bool:

@@ -17,8 +17,8 @@ def exercises(programs: Programs) -> Iterator[Exercise]:
     """What to do with each way to sample that takes a mask."""
     model, rows = programs.model, programs.pantry.rows
     for operation in model.operations.values():
-        if {KNOWN, model.value.tensor.name} <= {each.tensor.name for each in operation.inputs}:
-            for what, mask in _masks(model.value.tensor).items():
+        if {KNOWN, model.data_spec.tensor.name} <= {each.tensor.name for each in operation.inputs}:
+            for what, mask in _masks(model.data_spec.tensor).items():
                 do = partial(_kept, programs, operation, mask)
                 yield Exercise(model.name, operation.name, f"given {what}", rows, do)
 
@@ -30,9 +30,9 @@ def _masks(spec: samovar.TensorSpec) -> dict[str, Array]:
 
 def _kept(programs: Programs, operation: samovar.Operation, mask: Array) -> Found:
     model, rows = programs.model, programs.pantry.rows
-    given = programs.pantry.give(model, model.value.tensor)
+    given = programs.pantry.give(model, model.data_spec.tensor)
     known = np.repeat(mask[None], rows, 0).astype(np.uint8)
-    inputs = {model.value.tensor.name: given, KNOWN: known}
+    inputs = {model.data_spec.tensor.name: given, KNOWN: known}
     request = Request(model, operation, rows, inputs, programs.base(operation))
     answer = programs.ask(request)
     is_kept = np.array_equal(answer.result.value[:, mask], given[:, mask])

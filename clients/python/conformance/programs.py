@@ -13,7 +13,7 @@ from itertools import product
 import samovar
 from conformance.requests import Answer, Request, Scalar, ask, judged
 from conformance.results import Exercise, Found
-from conformance.sample_inputs import Pantry
+from conformance.sample_inputs import SampleInputs
 from samovar import text
 from samovar.model import ParameterType
 
@@ -29,7 +29,7 @@ class Programs:
 
     client: samovar.Client
     model: samovar.Model
-    pantry: Pantry
+    pantry: SampleInputs
     most_steps: int | None = None
     asked: Asked = field(default_factory=list)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import samovar
 from conformance.results import Found
-from samovar._messages import Options
+from samovar._messages import CallOptions
 
 Array = NDArray[Any]
 Scalar = bool | int | float | str
@@ -56,12 +56,12 @@ def ask(client: samovar.Client, request: Request, first: int = 0) -> Answer:
     """Ask for the rows from the first on."""
     name, rows = request.operation.name.partition(":")[0], request.rows - first
     inputs = {key: array[first:] for key, array in request.inputs.items()}
-    options = Options(
+    options = CallOptions(
         version=request.model.version,
         seed=SEED,
         first_row=first,
         parameters=request.parameters,
-        method=request.operation.method,
+        variant=request.operation.variant,
         timeout=None,
     )
     begun = time.perf_counter()

@@ -9,23 +9,23 @@ from conformance.requests import SEED, Array
 from samovar.model import ValueKind
 
 
-class Pantry:
+class SampleInputs:
     """Rows for every input of every model, the same at each asking."""
 
     def __init__(self, client: samovar.Client, models: Sequence[samovar.Model], rows: int) -> None:
         self.rows = rows
         self._samples: dict[object, Array] = {}
         for model in models:
-            if "sample" in model.operations and _likeness(model.value.tensor) not in self._samples:
+            if "sample" in model.operations and _likeness(model.data_spec.tensor) not in self._samples:
                 drawn = client.sample(model.name, rows, seed=SEED, version=model.version).value
-                self._samples[_likeness(model.value.tensor)] = drawn
+                self._samples[_likeness(model.data_spec.tensor)] = drawn
 
     def give(self, model: samovar.Model, spec: samovar.TensorSpec) -> Array:
         """Rows for an input of a model, [rows, *shape]."""
         stored = self._samples.get(_likeness(spec))
-        if stored is None or _likeness(spec) != _likeness(model.value.tensor):
+        if stored is None or _likeness(spec) != _likeness(model.data_spec.tensor):
             return self._random(spec)
-        is_beginning = model.value.kind is ValueKind.TOKENS and spec.name != model.value.tensor.name
+        is_beginning = model.data_spec.kind is ValueKind.TOKENS and spec.name != model.data_spec.tensor.name
         return _beginnings(stored) if is_beginning else stored
 
     def _random(self, spec: samovar.TensorSpec) -> Array:

@@ -8,7 +8,7 @@ import samovar
 from conformance.requests import SEED, Array, Scalar
 from conformance.results import Exercise, Found
 from samovar import midi, text, tokens
-from samovar._messages import Options
+from samovar._messages import CallOptions
 
 # Settings with which the likeliest token alone is left.
 COLDEST: Mapping[str, Scalar] = {"temperature": 0.0, "top_k": 1, "top_p": 0.0}
@@ -35,13 +35,13 @@ class Writer:
         for name in sorted(COLDEST.keys() & settings):
             likeliest = partial(self._likeliest, name)
             yield self._exercise(f"{name}={COLDEST[name]:g} for any seed", likeliest)
-        if midi.is_music(self.model.value.vocabulary):
+        if midi.is_music(self.model.data_spec.vocabulary):
             yield self._exercise("MIDI bytes", self._played)
 
     def _completed(self) -> Found:
         """What goes on from a prompt is what a sample that is given its tokens has."""
         prompt = self._joined(self._words()[:PROMPT])
-        row = tokens.encode([prompt], self.model.value)
+        row = tokens.encode([prompt], self.model.data_spec)
         wanted = self._joined(self._words({text.PROMPT: row}))
         return _same(self._write(prompt), wanted, "the sample with the prompt's tokens")
 
@@ -80,15 +80,15 @@ class Writer:
 
     def _words(self, inputs: Mapping[str, Array] | None = None) -> list[str]:
         """What a sample has, without the help of samovar.text."""
-        options = Options(**self._options(), parameters=self._short())
+        options = CallOptions(**self._options(), parameters=self._short())
         sample = self.client.sample(self.model.name, inputs=inputs, **options)
-        return tokens.words_of(sample.value[0], self.model.value)
+        return tokens.words_of(sample.value[0], self.model.data_spec)
 
     def _joined(self, words: Sequence[str]) -> str:
-        return tokens.separator_of(self.model.value).join(words)
+        return tokens.separator_of(self.model.data_spec).join(words)
 
-    def _options(self, seed: int = SEED) -> Options:
-        return Options(seed=seed, version=self.model.version, timeout=None)
+    def _options(self, seed: int = SEED) -> CallOptions:
+        return CallOptions(seed=seed, version=self.model.version, timeout=None)
 
     def _short(self) -> dict[str, Scalar]:
         """How much to write, where that may be said."""

@@ -16,8 +16,18 @@ from samovar.errors import (
     UnsupportedOperation,
     Violation,
 )
-from samovar.model import Input, Model, Operation, Parameter, Quality, ScoreKind, TensorSpec, Value
-from samovar.result import Canvas, Determinism, Preview, Result, Rows, Run, Scores, ServerInfo, Timings
+from samovar.model import DataSpec, Input, Model, Operation, Parameter, Quality, ScoreKind, TensorSpec
+from samovar.result import (
+    Determinism,
+    Preview,
+    Result,
+    RowCollector,
+    Rows,
+    RunInfo,
+    Scores,
+    ServerInfo,
+    Timings,
+)
 
 __version__ = version("samovar")
 
@@ -25,8 +35,8 @@ __all__ = [
     "AsyncClient",
     "AsyncSampleStream",
     "Cancelled",
-    "Canvas",
     "Client",
+    "DataSpec",
     "DeadlineExceeded",
     "Determinism",
     "Input",
@@ -39,8 +49,9 @@ __all__ = [
     "Preview",
     "Quality",
     "Result",
+    "RowCollector",
     "Rows",
-    "Run",
+    "RunInfo",
     "SamovarError",
     "SampleStream",
     "ScoreKind",
@@ -51,7 +62,6 @@ __all__ = [
     "Timings",
     "Unavailable",
     "UnsupportedOperation",
-    "Value",
     "Violation",
     "__version__",
 ]

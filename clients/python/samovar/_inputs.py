@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from samovar.errors import refused
+from samovar.errors import invalid_request
 from samovar.model import Operation, TensorSpec
 from samovar.tensors import Array
 
@@ -22,7 +22,9 @@ def named_arrays(inputs: Inputs, operation: Operation) -> dict[str, Array]:
     specs = {each.tensor.name: each.tensor for each in operation.inputs}
     for name in named:
         if name not in specs:
-            raise refused(f"inputs[{name}]", f"{operation.name} has no such input; it has {_listed(specs)}")
+            raise invalid_request(
+                f"inputs[{name}]", f"{operation.name} has no such input; it has {_listed(specs)}"
+            )
     return {name: _batch(np.asarray(value), specs[name]) for name, value in named.items()}
 
 
@@ -32,7 +34,7 @@ def num_rows(arrays: Mapping[str, Array]) -> int:
     others = set(lengths.values()) - {1}
     if len(others) > 1:
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise refused("inputs", f"expected batch axes of 1 or of one common length; {given}")
+        raise invalid_request("inputs", f"expected batch axes of 1 or of one common length; {given}")
     return others.pop() if others else 1
 
 
@@ -46,7 +48,7 @@ def _only_input(operation: Operation) -> str:
     required = [each.tensor.name for each in operation.inputs if not each.optional]
     names = required or [each.tensor.name for each in operation.inputs]
     if len(names) != 1:
-        raise refused(
+        raise invalid_request(
             "inputs", f"expected a mapping from names to arrays; {operation.name} has {_listed(names)}"
         )
     return names[0]
@@ -55,7 +57,7 @@ def _only_input(operation: Operation) -> str:
 def _batch(array: Array, spec: TensorSpec) -> Array:
     if array.ndim not in (len(spec.shape), len(spec.shape) + 1):
         expected = ", ".join(map(str, ("rows", *spec.shape)))
-        raise refused(f"inputs[{spec.name}]", f"expected shape [{expected}], got {list(array.shape)}")
+        raise invalid_request(f"inputs[{spec.name}]", f"expected shape [{expected}], got {list(array.shape)}")
     converted = _converted(array, spec)
     return converted[None] if array.ndim == len(spec.shape) else converted
 
@@ -65,12 +67,14 @@ def _converted(array: Array, spec: TensorSpec) -> Array:
         return array
     expected = f"expected {spec.dtype.name}, got {array.dtype.name}"
     if array.dtype.kind not in "biuf" or spec.dtype.kind not in "biuf":
-        raise refused(f"inputs[{spec.name}]", expected)
+        raise invalid_request(f"inputs[{spec.name}]", expected)
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(spec.dtype)
         changed = ~_kept(array, converted)
     if changed.any():
-        raise refused(f"inputs[{spec.name}]", f"{expected}, whose {array[changed].flat[0]} it cannot hold")
+        raise invalid_request(
+            f"inputs[{spec.name}]", f"{expected}, whose {array[changed].flat[0]} it cannot hold"
+        )
     return converted
 
 

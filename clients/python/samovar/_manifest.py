@@ -5,6 +5,7 @@ from datetime import UTC
 import numpy as np
 
 from samovar.model import (
+    DataSpec,
     Input,
     Model,
     Operation,
@@ -17,7 +18,6 @@ from samovar.model import (
     ScoreMeaning,
     Steps,
     TensorSpec,
-    Value,
     ValueKind,
 )
 from samovar.tensors import DTYPES
@@ -35,17 +35,19 @@ def read_model(message: inference_pb2.Model) -> Model:
         description=manifest.description,
         formats=tuple(message.formats),
         artifact_sha256=message.artifact_sha256,
-        value=_value(manifest.value),
+        data_spec=_value(manifest.data_spec),
         operations={each.name: each for each in map(_operation, manifest.programs)},
         quality=tuple(_quality(figure) for figure in manifest.quality),
         provenance=_provenance(manifest.provenance),
-        refusals=dict(manifest.refusals),
+        unsupported_operations=dict(manifest.unsupported_operations),
     )
 
 
 def score_meaning(score: manifest_pb2.Score) -> ScoreMeaning:
     """What a score is; a kind that this client does not know counts as unspecified."""
-    return ScoreMeaning(_SCORE_KINDS.get(score.kind, ScoreKind.UNSPECIFIED), score.dimensions, score.space)
+    return ScoreMeaning(
+        _SCORE_KINDS.get(score.kind, ScoreKind.UNSPECIFIED), score.dimensions, score.coordinate_space
+    )
 
 
 _SCORE_KINDS = {
@@ -55,9 +57,9 @@ _SCORE_KINDS = {
     manifest_pb2.Score.KIND_UNNORMALIZED: ScoreKind.UNNORMALIZED,
 }
 _VALUE_KINDS = {
-    manifest_pb2.Value.KIND_IMAGE: ValueKind.IMAGE,
-    manifest_pb2.Value.KIND_VECTOR: ValueKind.VECTOR,
-    manifest_pb2.Value.KIND_TOKENS: ValueKind.TOKENS,
+    manifest_pb2.DataSpec.KIND_IMAGE: ValueKind.IMAGE,
+    manifest_pb2.DataSpec.KIND_VECTOR: ValueKind.VECTOR,
+    manifest_pb2.DataSpec.KIND_TOKENS: ValueKind.TOKENS,
 }
 _PARAMETER_TYPES = {
     manifest_pb2.Parameter.TYPE_FLOAT: ParameterType.FLOAT,
@@ -79,11 +81,11 @@ def _tensor_spec(spec: manifest_pb2.TensorSpec) -> TensorSpec:
     )
 
 
-def _value(value: manifest_pb2.Value) -> Value:
-    return Value(
+def _value(value: manifest_pb2.DataSpec) -> DataSpec:
+    return DataSpec(
         kind=_VALUE_KINDS.get(value.kind, ValueKind.UNSPECIFIED),
         tensor=_tensor_spec(value.tensor),
-        levels=value.levels,
+        num_levels=value.num_levels,
         vocabulary=tuple(value.vocabulary),
         class_labels=tuple(value.class_labels),
     )
@@ -91,7 +93,7 @@ def _value(value: manifest_pb2.Value) -> Value:
 
 def _operation(program: manifest_pb2.Program) -> Operation:
     return Operation(
-        name=f"{program.operation}:{program.method}" if program.method else program.operation,
+        name=f"{program.operation}:{program.variant}" if program.variant else program.operation,
         doc=program.doc,
         parameters=tuple(_parameter(parameter) for parameter in program.parameters),
         inputs=tuple(
@@ -129,7 +131,7 @@ def _default(parameter: manifest_pb2.Parameter) -> Scalar:
 
 
 def _steps(steps: manifest_pb2.Steps) -> Steps:
-    return Steps(steps.fixed, steps.parameter, max(1, steps.units_per_step), bool(steps.done))
+    return Steps(steps.fixed, steps.parameter, max(1, steps.units_per_step), bool(steps.done_flag))
 
 
 def _quality(figure: manifest_pb2.Quality) -> Quality:
@@ -139,7 +141,7 @@ def _quality(figure: manifest_pb2.Quality) -> Quality:
         unit=figure.unit,
         standard_error=figure.standard_error if figure.HasField("standard_error") else None,
         doc=figure.doc,
-        floor=figure.floor if figure.HasField("floor") else None,
+        reference_value=figure.reference_value if figure.HasField("reference_value") else None,
     )
 
 

@@ -16,7 +16,7 @@ from samovar import result
 from samovar._channel import MAX_MESSAGE_BYTES
 from samovar._inputs import Inputs, named_arrays, num_rows, part_of
 from samovar._manifest import score_meaning
-from samovar.errors import ServerError, refused
+from samovar.errors import ServerError, invalid_request
 from samovar.model import Model, Operation, Scalar
 from samovar.tensors import Array, MalformedTensor, pack, unpack
 from samovar.v1 import inference_pb2
@@ -29,7 +29,7 @@ _SCORE_ROW_BYTES = 3 * 8
 Priority = Literal["interactive", "batch"]
 
 
-class Options(TypedDict, total=False):
+class CallOptions(TypedDict, total=False):
     """What any call may say besides its rows.
 
     version: a version of the model; the newest when left out.
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     first_row: int
     parameters: Mapping[str, Scalar]
-    method: str
+    variant: str
     priority: Priority
     timeout: float | None
 
@@ -72,30 +72,30 @@ class Call:
     seed: int
     first_row: int = 0
     parameters: Mapping[str, Scalar] = field(default_factory=dict)
-    method: str = ""
+    variant: str = ""
     priority: inference_pb2.Priority.ValueType = inference_pb2.PRIORITY_UNSPECIFIED
 
 
-def settle(model: str, options: Options) -> Call:
+def settle(model: str, options: CallOptions) -> Call:
     """The call that the options describe; InvalidRequest for numbers that no message can hold."""
-    unknown = sorted(set(options) - set(Options.__annotations__))
+    unknown = sorted(set(options) - set(CallOptions.__annotations__))
     if unknown:
-        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(Options.__annotations__)}")
+        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(CallOptions.__annotations__)}")
     seed = options.get("seed")
     return Call(
         selector=Selector(model, options.get("version", ""), options.get("format", "")),
         seed=draw_seed() if seed is None else _bounded("seed", seed, 2**64),
         first_row=_bounded("first_row", options.get("first_row", 0), 2**32),
         parameters=options.get("parameters", {}),
-        method=options.get("method", ""),
+        variant=options.get("variant", ""),
         priority=_priority(options),
     )
 
 
-def _priority(options: Options) -> inference_pb2.Priority.ValueType:
+def _priority(options: CallOptions) -> inference_pb2.Priority.ValueType:
     priority = options.get("priority")
     if priority is not None and priority not in _PRIORITIES:
-        raise refused("priority", f"expected one of {', '.join(_PRIORITIES)}, got {priority!r}")
+        raise invalid_request("priority", f"expected one of {', '.join(_PRIORITIES)}, got {priority!r}")
     return _PRIORITIES[priority] if priority else inference_pb2.PRIORITY_UNSPECIFIED
 
 
@@ -123,7 +123,7 @@ def sample_request(
         parameters=_parameters(call.parameters),
         inputs=_packed(arrays),
         preview_every=_bounded("preview_every", preview_every, 2**32),
-        method=call.method,
+        variant=call.variant,
         priority=call.priority,
     )
 
@@ -147,7 +147,7 @@ def transform_requests(
             seed=call.seed,
             first_row=_bounded("first_row", call.first_row + start, 2**32),
             parameters=_parameters(call.parameters),
-            method=call.method,
+            variant=call.variant,
             priority=call.priority,
         )
 
@@ -157,11 +157,11 @@ class StreamReader:
 
     def __init__(self, in_order: result.InOrder | None = None) -> None:
         self._in_order = in_order
-        self._run: result.Run | None = None
+        self._run: result.RunInfo | None = None
         self.timings = result.Timings()
 
     @property
-    def run(self) -> result.Run:
+    def run(self) -> result.RunInfo:
         """What answers; ServerError before the first message."""
         if self._run is None:
             raise ServerError("the stream has not said what runs: read its first event before")
@@ -220,29 +220,28 @@ def read_server_info(info: inference_pb2.ServerInfo) -> result.ServerInfo:
         library_versions=dict(info.library_versions),
         max_message_bytes=info.max_message_bytes,
         max_rows_per_request=info.max_rows_per_request,
-        max_waiting_rows=info.max_waiting_rows,
+        max_queued_rows=info.max_queued_rows,
         max_batch_rows=info.max_batch_rows,
-        max_held_bytes=info.max_held_bytes,
+        max_buffered_bytes=info.max_buffered_bytes,
         max_concurrent_calls=info.max_concurrent_calls,
-        quantum_rows=info.quantum_rows,
-        scheduling=info.scheduling,
-        threads=info.threads,
+        drr_quantum_rows=info.drr_quantum_rows,
+        intra_op_threads=info.intra_op_threads,
         formats=tuple(info.formats),
         cuda_graphs=info.cuda_graphs,
-        front_ends=info.front_ends,
-        grace_seconds=info.grace_seconds,
+        grpc_workers=info.grpc_workers,
+        drain_timeout_seconds=info.drain_timeout_seconds,
     )
 
 
 _DETERMINISM = {
-    inference_pb2.Run.DETERMINISM_BITWISE: result.Determinism.BITWISE,
-    inference_pb2.Run.DETERMINISM_SEEDED: result.Determinism.SEEDED,
+    inference_pb2.RunInfo.DETERMINISM_BITWISE: result.Determinism.BITWISE,
+    inference_pb2.RunInfo.DETERMINISM_SEEDED: result.Determinism.SEEDED,
 }
 
 
 def _bounded(name: str, value: int, end: int) -> int:
     if not isinstance(value, Integral) or not 0 <= int(value) < end:
-        raise refused(name, f"expected an integer of at least 0 and below {end}, got {value!r}")
+        raise invalid_request(name, f"expected an integer of at least 0 and below {end}, got {value!r}")
     return int(value)
 
 
@@ -261,7 +260,7 @@ def _parameter_value(name: str, value: object) -> inference_pb2.ParameterValue:
         case str():
             return inference_pb2.ParameterValue(choice_value=value)
         case _:
-            raise refused(f"parameters[{name}]", f"expected a bool, int, float or str, got {value!r}")
+            raise invalid_request(f"parameters[{name}]", f"expected a bool, int, float or str, got {value!r}")
 
 
 def _rows_per_part(
@@ -277,8 +276,8 @@ def _rows_per_part(
     return max(1, min(fitting, limits.max_rows_per_request or rows, rows))
 
 
-def _run(run: inference_pb2.Run) -> result.Run:
-    return result.Run(
+def _run(run: inference_pb2.RunInfo) -> result.RunInfo:
+    return result.RunInfo(
         artifact_sha256=run.artifact_sha256,
         version=run.version,
         format=run.format,
@@ -289,7 +288,7 @@ def _run(run: inference_pb2.Run) -> result.Run:
 
 
 def _timings(timings: inference_pb2.Timings) -> result.Timings:
-    spans = (timings.queue, timings.run, timings.model)
+    spans = (timings.queue, timings.run, timings.compute)
     return result.Timings(*(span.ToTimedelta().total_seconds() for span in spans))
 
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from samovar._messages import Selector
 from samovar.errors import SamovarError
 from samovar.model import Model
-from samovar.result import Run, ServerInfo
+from samovar.result import RunInfo, ServerInfo
 
 
-class Catalog:
+class ModelCache:
     """Models as the server described them, and its limits."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Catalog:
         self.models.pop(selector, None)
         self.limits = None
 
-    def confirm(self, selector: Selector, run: Run) -> None:
+    def confirm(self, selector: Selector, run: RunInfo) -> None:
         """Forget a model when another artifact has answered in its name."""
         model = self.models.get(selector)
         if model and model.artifact_sha256 != run.artifact_sha256:

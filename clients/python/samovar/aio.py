@@ -17,7 +17,7 @@ from samovar._inputs import Inputs
 from samovar._manifest import read_model
 from samovar._messages import (
     Call,
-    Options,
+    CallOptions,
     Selector,
     StreamReader,
     read_scores,
@@ -27,16 +27,16 @@ from samovar._messages import (
     settle,
     transform_requests,
 )
-from samovar._model_cache import Catalog
-from samovar.errors import Cancelled, translated
+from samovar._model_cache import ModelCache
+from samovar.errors import Cancelled, translate_rpc_errors
 from samovar.model import Model, Operation
 from samovar.result import (
-    Canvas,
     Event,
     InOrder,
     R,
     Result,
-    Run,
+    RowCollector,
+    RunInfo,
     Scores,
     ServerInfo,
     Timings,
@@ -77,7 +77,7 @@ class AsyncClient:
         )
         self._stub = InferenceStub(self._channel)
         self._timeout = timeout
-        self._catalog = Catalog()
+        self._catalog = ModelCache()
 
     async def models(self) -> tuple[Model, ...]:
         """All models and versions that the server holds."""
@@ -104,11 +104,11 @@ class AsyncClient:
         rows: int = 1,
         *,
         inputs: Mapping[str, ArrayLike] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Result:
         """Draw rows. `inputs` are those that the program declares: a prompt, a mask, a class label."""
         async with self.stream(model, rows, inputs=inputs, **options) as stream:
-            canvas = Canvas(rows, options.get("first_row", 0))
+            canvas = RowCollector(rows, options.get("first_row", 0))
             async for event in stream:
                 canvas.place(event)
             return Result(canvas.complete(), stream.run, stream.timings)
@@ -121,7 +121,7 @@ class AsyncClient:
         inputs: Mapping[str, ArrayLike] | None = None,
         preview_every: int = 0,
         ordered: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> AsyncSampleStream:
         """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
 
@@ -134,27 +134,27 @@ class AsyncClient:
         reader = StreamReader(InOrder(call.first_row) if ordered else None)
         return AsyncSampleStream(begin, reader, self._catalog, call.selector)
 
-    async def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    async def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Send rows through the model and back."""
         return merge(await self._parts("reconstruct", read_transform, model, inputs, options))
 
-    async def energy(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    async def energy(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Unnormalised energies: lower means likelier, within one artifact."""
         return merge(await self._parts("energy", read_transform, model, inputs, options))
 
-    async def encode(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    async def encode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Map rows to their latents or features."""
         return merge(await self._parts("encode", read_transform, model, inputs, options))
 
-    async def decode(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    async def decode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Map latents to rows."""
         return merge(await self._parts("decode", read_transform, model, inputs, options))
 
-    async def classify(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    async def classify(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Class probabilities of rows."""
         return merge(await self._parts("classify", read_transform, model, inputs, options))
 
-    async def score(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Scores:
+    async def score(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Scores:
         """Log-densities of rows in nats, or what the model can truthfully say of them."""
         return merge_scores(await self._parts("score", read_scores, model, inputs, options))
 
@@ -169,13 +169,13 @@ class AsyncClient:
         await self.close()
 
     async def _parts(
-        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: Options
+        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: CallOptions
     ) -> list[R]:
         call, deadline = settle(model, options), self._deadline(options)
         rpc = getattr(self._stub, name.capitalize())
         with self._catalog.trusting(call.selector):
             described = await self._known(call.selector, deadline)
-            operation = described.operation(name, call.method)
+            operation = described.operation(name, call.variant)
             requests = transform_requests(call, inputs, operation, described, await self._limits(deadline))
             parts = [read(await self._unary(rpc, request, deadline), operation) for request in requests]
         self._catalog.confirm(call.selector, parts[0].run)
@@ -187,7 +187,7 @@ class AsyncClient:
         call: Call,
         deadline: Deadline,
     ) -> tuple[Responses, Operation]:
-        operation = (await self._known(call.selector, deadline)).operation("sample", call.method)
+        operation = (await self._known(call.selector, deadline)).operation("sample", call.variant)
         responses = self._stub.Sample(request(operation), timeout=deadline.remaining())
         return responses, operation
 
@@ -216,10 +216,10 @@ class AsyncClient:
         request: Request,
         deadline: Deadline,
     ) -> Response:
-        with translated():
+        with translate_rpc_errors():
             return await method(request, timeout=deadline.remaining())
 
-    def _deadline(self, options: Options) -> Deadline:
+    def _deadline(self, options: CallOptions) -> Deadline:
         return Deadline(options.get("timeout", self._timeout))
 
 
@@ -242,7 +242,7 @@ class AsyncSampleStream(AsyncIterator[Event]):
         self,
         begin: Callable[[], Awaitable[tuple[Responses, Operation]]],
         reader: StreamReader,
-        catalog: Catalog,
+        catalog: ModelCache,
         selector: Selector,
     ) -> None:
         self._begin = begin
@@ -254,7 +254,7 @@ class AsyncSampleStream(AsyncIterator[Event]):
         self._events = self._read()
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunInfo:
         """What answers; known from the first event on."""
         return self._reader.run
 
@@ -279,7 +279,7 @@ class AsyncSampleStream(AsyncIterator[Event]):
         self.cancel()
 
     async def _read(self) -> AsyncIterator[Event]:
-        with self._catalog.trusting(self._selector), translated(), self._own_cancellation():
+        with self._catalog.trusting(self._selector), translate_rpc_errors(), self._own_cancellation():
             self._responses, operation = await self._begin()
             if self._cancelled:
                 self._responses.cancel()

@@ -12,7 +12,7 @@ from samovar._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT, 
 from samovar._inputs import Inputs
 from samovar._manifest import read_model
 from samovar._messages import (
-    Options,
+    CallOptions,
     Selector,
     StreamReader,
     read_scores,
@@ -22,16 +22,16 @@ from samovar._messages import (
     settle,
     transform_requests,
 )
-from samovar._model_cache import Catalog
-from samovar.errors import translated
+from samovar._model_cache import ModelCache
+from samovar.errors import translate_rpc_errors
 from samovar.model import Model, Operation
 from samovar.result import (
-    Canvas,
     Event,
     InOrder,
     R,
     Result,
-    Run,
+    RowCollector,
+    RunInfo,
     Scores,
     ServerInfo,
     Timings,
@@ -72,7 +72,7 @@ class Client:
         )
         self._stub = InferenceStub(self._channel)
         self._timeout = timeout
-        self._catalog = Catalog()
+        self._catalog = ModelCache()
 
     def models(self) -> tuple[Model, ...]:
         """All models and versions that the server holds."""
@@ -99,11 +99,11 @@ class Client:
         rows: int = 1,
         *,
         inputs: Mapping[str, ArrayLike] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Result:
         """Draw rows. `inputs` are those that the program declares: a prompt, a mask, a class label."""
         with self.stream(model, rows, inputs=inputs, **options) as stream:
-            canvas = Canvas(rows, options.get("first_row", 0))
+            canvas = RowCollector(rows, options.get("first_row", 0))
             for event in stream:
                 canvas.place(event)
             return Result(canvas.complete(), stream.run, stream.timings)
@@ -116,7 +116,7 @@ class Client:
         inputs: Mapping[str, ArrayLike] | None = None,
         preview_every: int = 0,
         ordered: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> SampleStream:
         """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
 
@@ -126,33 +126,33 @@ class Client:
         call, deadline = settle(model, options), self._deadline(options)
         with self._catalog.trusting(call.selector):
             described = self._known(call.selector, deadline)
-            operation = described.operation("sample", call.method)
+            operation = described.operation("sample", call.variant)
             request = sample_request(call, rows, inputs or {}, preview_every, operation)
             responses = self._stub.Sample(request, timeout=deadline.remaining())
         reader = StreamReader(InOrder(call.first_row) if ordered else None)
         return SampleStream(responses, operation, reader, self._catalog, call.selector)
 
-    def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Send rows through the model and back."""
         return merge(self._parts("reconstruct", read_transform, model, inputs, options))
 
-    def energy(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    def energy(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Unnormalised energies: lower means likelier, within one artifact."""
         return merge(self._parts("energy", read_transform, model, inputs, options))
 
-    def encode(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    def encode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Map rows to their latents or features."""
         return merge(self._parts("encode", read_transform, model, inputs, options))
 
-    def decode(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    def decode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Map latents to rows."""
         return merge(self._parts("decode", read_transform, model, inputs, options))
 
-    def classify(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Result:
+    def classify(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
         """Class probabilities of rows."""
         return merge(self._parts("classify", read_transform, model, inputs, options))
 
-    def score(self, model: str, inputs: Inputs, **options: Unpack[Options]) -> Scores:
+    def score(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Scores:
         """Log-densities of rows in nats, or what the model can truthfully say of them."""
         return merge_scores(self._parts("score", read_scores, model, inputs, options))
 
@@ -167,13 +167,13 @@ class Client:
         self.close()
 
     def _parts(
-        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: Options
+        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: CallOptions
     ) -> list[R]:
         call, deadline = settle(model, options), self._deadline(options)
         rpc = getattr(self._stub, name.capitalize())
         with self._catalog.trusting(call.selector):
             described = self._known(call.selector, deadline)
-            operation = described.operation(name, call.method)
+            operation = described.operation(name, call.variant)
             requests = transform_requests(call, inputs, operation, described, self._limits(deadline))
             parts = [read(self._unary(rpc, request, deadline), operation) for request in requests]
         self._catalog.confirm(call.selector, parts[0].run)
@@ -203,13 +203,13 @@ class Client:
     ) -> Response:
         future = method.future(request, timeout=deadline.remaining())
         try:
-            with translated():
+            with translate_rpc_errors():
                 return future.result()
         finally:
             # Ctrl-C must reach the server too; on a finished call this does nothing.
             future.cancel()
 
-    def _deadline(self, options: Options) -> Deadline:
+    def _deadline(self, options: CallOptions) -> Deadline:
         return Deadline(options.get("timeout", self._timeout))
 
 
@@ -229,7 +229,7 @@ class SampleStream(Iterator[Event]):
         responses: Responses,
         operation: Operation,
         reader: StreamReader,
-        catalog: Catalog,
+        catalog: ModelCache,
         selector: Selector,
     ) -> None:
         self._responses = responses
@@ -240,7 +240,7 @@ class SampleStream(Iterator[Event]):
         self._events = self._read()
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunInfo:
         """What answers; known from the first event on."""
         return self._reader.run
 
@@ -263,7 +263,7 @@ class SampleStream(Iterator[Event]):
         self.cancel()
 
     def _read(self) -> Iterator[Event]:
-        with self._catalog.trusting(self._selector), translated():
+        with self._catalog.trusting(self._selector), translate_rpc_errors():
             for response in self._responses:
                 yield from self._reader.events(response, self._operation)
         self._catalog.confirm(self._selector, self.run)

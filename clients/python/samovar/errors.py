@@ -118,7 +118,7 @@ class ServerError(SamovarError):
     """The server failed, or answered what its contract does not allow."""
 
 
-def refused(field: str, description: str) -> InvalidRequest:
+def invalid_request(field: str, description: str) -> InvalidRequest:
     """The error for a request that the client can tell to be wrong."""
     return InvalidRequest("the request cannot be sent", Details((Violation(field, description),)))
 
@@ -136,7 +136,7 @@ _BY_CODE: dict[grpc.StatusCode, type[SamovarError]] = {
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translate_rpc_errors() -> Iterator[None]:
     """Raise a failed call as a SamovarError."""
     try:
         yield

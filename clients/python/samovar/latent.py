@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from samovar import noise
-from samovar._messages import Options
+from samovar._messages import CallOptions
 from samovar.client import Client
-from samovar.errors import refused
+from samovar.errors import invalid_request
 from samovar.model import Model, Operation, Scalar, TensorSpec
 from samovar.result import Result
 from samovar.tensors import Array
@@ -39,7 +39,7 @@ T = TypeVar("T")
 _ON_A_LINE = 1e-6
 
 
-class Conditions(TypedDict, total=False):
+class LatentOptions(TypedDict, total=False):
     """What a recipe's calls say besides rows and latents.
 
     inputs, parameters: each goes to `encode`, to `decode` or to both, as they declare it.
@@ -80,17 +80,17 @@ def _along(share: ArrayLike, like: Array) -> Array:
     return shares.reshape(shares.shape + (1,) * like.ndim)
 
 
-def encode(client: Client, model: str, rows: ArrayLike, **conditions: Unpack[Conditions]) -> Array:
+def encode(client: Client, model: str, rows: ArrayLike, **conditions: Unpack[LatentOptions]) -> Array:
     """The latents [N, *latent] of rows [N, *shape]: the first output of the model's `encode`."""
     return _Space.of(client, model, conditions).encode(rows)
 
 
-def decode(client: Client, model: str, latents: ArrayLike, **conditions: Unpack[Conditions]) -> Array:
+def decode(client: Client, model: str, latents: ArrayLike, **conditions: Unpack[LatentOptions]) -> Array:
     """The rows [N, *shape] of latents [N, *latent]: the first output of the model's `decode`."""
     return _Space.of(client, model, conditions).decode(latents)
 
 
-def draw(client: Client, model: str, rows: int, **conditions: Unpack[Conditions]) -> Array:
+def draw(client: Client, model: str, rows: int, **conditions: Unpack[LatentOptions]) -> Array:
     """Latents [rows, *latent] from a standard normal: those that a sample of that seed begins with."""
     return _Space.of(client, model, conditions).draw(rows)
 
@@ -102,7 +102,7 @@ def interpolate(
     b: ArrayLike,
     count: int = 8,
     path: Path | None = None,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[LatentOptions],
 ) -> Array:
     """Rows [count, *shape] on the way from a to b, both ends included, as the model decodes them.
 
@@ -120,7 +120,7 @@ def attribute(
     model: str,
     positives: ArrayLike,
     negatives: ArrayLike,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[LatentOptions],
 ) -> Array:
     """The direction [*latent] to the mean latent of rows with an attribute, from that of rows without."""
     space = _Space.of(client, model, conditions)
@@ -134,7 +134,7 @@ def edit(
     rows: ArrayLike,
     direction: ArrayLike,
     amount: float = 1.0,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[LatentOptions],
 ) -> Array:
     """Rows [N, *shape] moved by so many times a direction [*latent] of the latent space."""
     space = _Space.of(client, model, conditions)
@@ -147,10 +147,10 @@ class _Space:
 
     client: Client
     model: Model
-    conditions: Conditions
+    conditions: LatentOptions
 
     @classmethod
-    def of(cls, client: Client, model: str, conditions: Conditions) -> "_Space":
+    def of(cls, client: Client, model: str, conditions: LatentOptions) -> "_Space":
         described = client.model(model, conditions.get("version", ""), conditions.get("format", ""))
         coders = [each for name, each in described.operations.items() if name in ("encode", "decode")]
         _check("inputs", conditions, {each.tensor.name for coder in coders for each in coder.inputs})
@@ -185,7 +185,7 @@ class _Space:
     def _through(self, call: Callable[..., Result], operation: Operation, rows: ArrayLike) -> Array:
         inputs = {each.tensor.name for each in operation.inputs}
         parameters = {each.name for each in operation.parameters}
-        options = Options(
+        options = CallOptions(
             version=self.model.version,
             format=self.conditions.get("format", ""),
             seed=self.conditions.get("seed", 0),
@@ -199,11 +199,11 @@ def _only(names: set[str], entries: Mapping[str, T]) -> dict[str, T]:
     return {name: entry for name, entry in entries.items() if name in names}
 
 
-def _check(kind: Literal["inputs", "parameters"], conditions: Conditions, known: set[str]) -> None:
+def _check(kind: Literal["inputs", "parameters"], conditions: LatentOptions, known: set[str]) -> None:
     for name in conditions.get(kind, {}):
         if name not in known:
             listed = ", ".join(sorted(known)) or "none"
-            raise refused(f"{kind}[{name}]", f"neither encode nor decode has it; they have: {listed}")
+            raise invalid_request(f"{kind}[{name}]", f"neither encode nor decode has it; they have: {listed}")
 
 
 def _main_input(operation: Operation) -> TensorSpec:
@@ -211,7 +211,7 @@ def _main_input(operation: Operation) -> TensorSpec:
     required = [each.tensor for each in operation.inputs if not each.optional]
     if len(required) != 1:
         listed = ", ".join(spec.name for spec in required) or "none"
-        raise refused("inputs", f"expected one required input of {operation.name}, it has {listed}")
+        raise invalid_request("inputs", f"expected one required input of {operation.name}, it has {listed}")
     return required[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from samovar.errors import Details, UnsupportedOperation, refused
+from samovar.errors import Details, UnsupportedOperation, invalid_request
 
 Scalar = bool | int | float | str
 
@@ -63,12 +63,12 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Value:
+class DataSpec:
     """What one row of data is; `levels` is 0 unless its elements are discrete."""
 
     kind: ValueKind
     tensor: TensorSpec
-    levels: int = 0
+    num_levels: int = 0
     vocabulary: tuple[str, ...] = ()
     class_labels: tuple[str, ...] = ()
 
@@ -139,7 +139,7 @@ class Operation:
     score: ScoreMeaning | None = None
 
     @property
-    def method(self) -> str:
+    def variant(self) -> str:
         """What to ask for as `method`; empty for the usual way."""
         return self.name.partition(":")[2]
 
@@ -153,7 +153,7 @@ class Quality:
     unit: str
     standard_error: float | None = None
     doc: str = ""
-    floor: float | None = None
+    reference_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,11 @@ class Model:
     description: str
     formats: tuple[str, ...]
     artifact_sha256: str
-    value: Value
+    data_spec: DataSpec
     operations: Mapping[str, Operation]
     quality: tuple[Quality, ...]
     provenance: Provenance
-    refusals: Mapping[str, str] = field(default_factory=dict)
+    unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
     def operation(self, name: str, method: str = "") -> Operation:
         """The operation of that name, in its usual way or by a method.
@@ -196,16 +196,16 @@ class Model:
         if name not in self.operations:
             raise self._unsupported(name)
         methods = {
-            each.method: each for each in self.operations.values() if each.name.partition(":")[0] == name
+            each.variant: each for each in self.operations.values() if each.name.partition(":")[0] == name
         }
         if method not in methods:
             known = ", ".join(filter(None, methods)) or "none besides the usual way"
-            raise refused("method", f"expected one of {name}: {known}; got {method!r}")
+            raise invalid_request("method", f"expected one of {name}: {known}; got {method!r}")
         return methods[method]
 
     def _unsupported(self, name: str) -> UnsupportedOperation:
         supported = tuple(name for name in self.operations if ":" not in name)
-        because = f": {self.refusals[name]}" if name in self.refusals else ""
+        because = f": {self.unsupported_operations[name]}" if name in self.unsupported_operations else ""
         return UnsupportedOperation(
             f"{self.name} {self.version} has no operation {name}{because}; it has {', '.join(supported)}",
             Details(facts={"supported": ",".join(supported)}),

@@ -22,7 +22,7 @@ class Determinism(StrEnum):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What computed an answer: with the request, enough to compute it again."""
 
     artifact_sha256: str
@@ -39,10 +39,10 @@ class Timings:
 
     queue: float = 0.0
     run: float = 0.0
-    model: float = 0.0
+    compute: float = 0.0
 
     def __add__(self, other: "Timings") -> "Timings":
-        return Timings(self.queue + other.queue, self.run + other.run, self.model + other.model)
+        return Timings(self.queue + other.queue, self.run + other.run, self.compute + other.compute)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Result:
     """Outputs by name, batch axis first, rows in the order of the request."""
 
     outputs: Mapping[str, Array]
-    run: Run
+    run: RunInfo
     timings: Timings
 
     @property
@@ -119,20 +119,19 @@ class ServerInfo:
     library_versions: Mapping[str, str]
     max_message_bytes: int
     max_rows_per_request: int
-    max_waiting_rows: int
+    max_queued_rows: int
     max_batch_rows: int
-    max_held_bytes: int = 0
+    max_buffered_bytes: int = 0
     max_concurrent_calls: int = 0
-    quantum_rows: int = 0
-    scheduling: str = ""
-    threads: int = 0
+    drr_quantum_rows: int = 0
+    intra_op_threads: int = 0
     formats: tuple[str, ...] = ()
     cuda_graphs: bool = False
-    front_ends: int = 0
-    grace_seconds: float = 0.0
+    grpc_workers: int = 0
+    drain_timeout_seconds: float = 0.0
 
 
-class Canvas:
+class RowCollector:
     """The rows of one stream, each put in its place as it comes."""
 
     def __init__(self, rows: int, first_row: int = 0) -> None:

@@ -175,9 +175,9 @@ class Denoiser(Network):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
-        self.dimensions, self.classes = math.prod(self.shape), len(data.value.class_labels)
-        self.log_sigma, self.dropped = LOG_SIGMA[data.value.kind], DROPPED[data.value.kind]
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
+        self.dimensions, self.classes = math.prod(self.shape), len(data.spec.class_labels)
+        self.log_sigma, self.dropped = LOG_SIGMA[data.spec.kind], DROPPED[data.spec.kind]
         self.data_std = float(self.scale(torch.from_numpy(data.train.rows)).std())
         counts = torch.tensor(data.train.labels).bincount(minlength=self.classes)
         self.register_buffer("class_shares", counts / counts.sum())

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset, Part, first_half
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
     SETS,
-    Judge,
+    SampleEvaluator,
     density,
     mean,
     mean_bits,
@@ -69,7 +69,7 @@ class Family:
         "score",
         "score:ode",
     )
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "energy": "score bounds the normalised log-density and score:ode estimates it, so nothing is left "
         "unnormalised",
         "classify": "it learns rows given their class; what that says of a row's class is not measured",
@@ -113,19 +113,19 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """Samples in four ways, latents, and two scores."""
         assert isinstance(network, Denoiser)
-        made = sampling.programs(network, data.value)
+        made = sampling.programs(network, data.spec)
         readout = made[0].readout
         assert isinstance(readout, sampling.Readout)
         return (
             *made,
-            *inversion.programs(network, data.value, readout),
-            variational_bound.program(network, data.value),
-            ode_likelihood.program(network, data.value),
+            *inversion.programs(network, data.spec, readout),
+            variational_bound.program(network, data.spec),
+            ode_likelihood.program(network, data.spec),
         )
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """A few short requests to each program, and the default one to sample."""
-        tensor, rows = data.value.tensor, data.test.rows[:2]
+        tensor, rows = data.spec.tensor, data.test.rows[:2]
         labels: dict[str, NDArray[np.generic]] = {"label": np.arange(2)}
         given: dict[str, NDArray[np.generic]] = {tensor.name: rows}
         known, few = first_half(rows), {"steps": 4}
@@ -145,30 +145,30 @@ class Family:
             Example("score:ode", 8, 0, 2, {"steps": 13}, {**given, **labels}),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
         part = data.test[: preset.measured_rows]
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [
-                *_log_densities(player, part, data.value.tensor.doc),
+                *_log_densities(player, part, data.spec.tensor.doc),
                 two_sample_test(data, partial(_samples, player), len(part)),
                 _round_trip(player, part),
             ]
         return [
             *_bits_per_dimension(player, part, data),
-            *_similarity(player, part, Judge.train(data, preset.judge)),
+            *_similarity(player, part, SampleEvaluator.train(data, preset.judge)),
             _round_trip(player, part),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples; of points their density, of images what becomes of given ones."""
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows, LIMIT),
                 Scatter("samples", _samples(player, len(data.test), 0), LIMIT),
                 Heatmap("density", density(player, "score:ode", LIMIT, CELLS), LIMIT),
             ]
-        classes = min(10, len(data.value.class_labels))
+        classes = min(10, len(data.spec.class_labels))
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
         images, labels = data.test.rows[order], data.test.labels[order]
         made, turned = {"label": labels}, {"image": images, "label": (labels + 1) % classes}
@@ -183,36 +183,36 @@ class Family:
 
 
 def _play(
-    player: Player, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
+    player: Interpreter, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
 ) -> NDArray[np.generic]:
     """What a program makes of inputs, all rows in one batch."""
     count = len(next(iter(inputs.values())))
     rows = interpreter.request(player.program(name), seed, range(count), inputs=inputs)
-    return player.play(name, rows)[player.program(name).outputs[0].name]
+    return player.run(name, rows)[player.program(name).outputs[0].name]
 
 
-def _samples(player: Player, count: int, seed: int) -> NDArray[np.generic]:
+def _samples(player: Interpreter, count: int, seed: int) -> NDArray[np.generic]:
     """Points are so small that one batch takes them all."""
     rows = interpreter.request(player.program("sample"), seed, range(count))
-    return player.play("sample", rows)[player.manifest.value.tensor.name]
+    return player.run("sample", rows)[player.manifest.data_spec.tensor.name]
 
 
 def _scores(
-    player: Player,
+    player: Interpreter,
     name: str,
     rows: NDArray[np.generic],
     parameters: Mapping[str, float] | None = None,
     labels: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Log-densities of rows in nats, of images under a progress bar."""
-    program, value = player.program(name), player.manifest.value
+    program, value = player.program(name), player.manifest.data_spec
     given = {value.tensor.name: rows} | ({} if labels is None else {"label": labels})
     asked = interpreter.request(program, 0, range(len(rows)), parameters, given)
-    answers = play(player, name, asked, name) if value.levels else player.play(name, asked)
-    return answers[program.score.nats].astype(np.float64)
+    answers = play(player, name, asked, name) if value.num_levels else player.run(name, asked)
+    return answers[program.score.nats_output].astype(np.float64)
 
 
-def _log_densities(player: Player, part: Part, space: str) -> list[manifest_pb2.Quality]:
+def _log_densities(player: Interpreter, part: Part, space: str) -> list[manifest_pb2.Quality]:
     """The estimate and the bound of test points, without their labels."""
     draws = {"draws": MEASURED_DRAWS}
     by_ode, bounded = (
@@ -225,9 +225,9 @@ def _log_densities(player: Player, part: Part, space: str) -> list[manifest_pb2.
     return [main, other]
 
 
-def _bits_per_dimension(player: Player, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
+def _bits_per_dimension(player: Interpreter, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
     """The bounds and the estimate of test rows."""
-    shares = np.bincount(data.train.labels, minlength=len(data.value.class_labels)) / len(data.train)
+    shares = np.bincount(data.train.labels, minlength=len(data.spec.class_labels)) / len(data.train)
     draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
     given = _scores(player, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
     kind = f"Upper bound, {MEASURED_DRAWS} draws each"
@@ -243,9 +243,9 @@ def _bits(nats: NDArray[np.float64], part: Part, detail: str, doc: str) -> manif
     return mean_bits(nats, part.rows[0].size, detail, whole)
 
 
-def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Quality]:
+def _similarity(player: Interpreter, part: Part, judge: SampleEvaluator) -> list[manifest_pb2.Quality]:
     """How samples compare with test rows, and whether they show the label that they were asked for."""
-    labels = np.arange(len(part)) % len(player.manifest.value.class_labels)
+    labels = np.arange(len(part)) % len(player.manifest.data_spec.class_labels)
     plain, guided = (
         judge.agreement(_labelled(player, name, labels), labels) for name in ("sample", "sample:guided")
     )
@@ -253,19 +253,19 @@ def _similarity(player: Player, part: Part, judge: Judge) -> list[manifest_pb2.Q
     return [*judge.similarity(sampler(player), len(part)), plain, guided]
 
 
-def _labelled(player: Player, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
+def _labelled(player: Interpreter, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
     rows = interpreter.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
     return play(player, name, rows, f"labelled samples, {name}")["image"]
 
 
-def _round_trip(player: Player, part: Part) -> manifest_pb2.Quality:
-    value, part = player.manifest.value, part[:ROUND_TRIPS]
+def _round_trip(player: Interpreter, part: Part) -> manifest_pb2.Quality:
+    value, part = player.manifest.data_spec, part[:ROUND_TRIPS]
     again = _play(player, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
     errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)
     return mean(
         "round trip error",
         errors,
-        "levels" if value.levels else "",
+        "levels" if value.num_levels else "",
         f"Mean absolute difference of an element after {inversion.DEFAULT_STEPS} steps of encode and as "
         f"many of decode, by heun, of {len(part)} test rows.",
     )

@@ -12,12 +12,12 @@ from export.families.diffusion import solvers as samplers
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import Readout, given, open_label, sampler_parameter, steps_parameter
 from export.families.diffusion.solvers import SIGMA_MAX, tick
-from export.graphs.program import Input, Program, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Program, Steps, TensorSpec
 
 DEFAULT_STEPS = 40
 
 
-class _Rise(nn.Module):
+class _OdeEncode(nn.Module):
     """A row at the lower end of the noise scale, about to go up, and down again if there are two legs."""
 
     def __init__(self, denoiser: Denoiser, legs: int) -> None:
@@ -29,14 +29,14 @@ class _Rise(nn.Module):
         return x.clone(), torch.zeros_like(x), x.clone(), num_steps // self.legs
 
 
-class RiseOfImage(_Rise):
+class RiseOfImage(_OdeEncode):
     """image -> a walk's first state."""
 
     def forward(self, image: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
         return self.begin(image, num_steps)
 
 
-class RiseOfPoint(_Rise):
+class RiseOfPoint(_OdeEncode):
     """point -> a walk's first state."""
 
     def forward(self, point: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
@@ -88,9 +88,9 @@ class Latent(nn.Module):
         return x.flatten(1) / SIGMA_MAX
 
 
-def programs(denoiser: Denoiser, value: Value, readout: Readout) -> tuple[Program, ...]:
+def programs(denoiser: Denoiser, value: DataSpec, readout: Readout) -> tuple[Program, ...]:
     """encode, decode and reconstruct."""
-    rise, step = RiseOfImage if value.levels else RiseOfPoint, Step(denoiser)
+    rise, step = RiseOfImage if value.num_levels else RiseOfPoint, Step(denoiser)
     return (
         _encode(denoiser, value, rise(denoiser, 1), step),
         _decode(denoiser, value, step, readout),
@@ -102,7 +102,7 @@ def _latent(denoiser: Denoiser) -> TensorSpec:
     return TensorSpec("latent", shape=(denoiser.dimensions,), doc="nearly standard normal under the model")
 
 
-def _state(value: Value) -> tuple[TensorSpec, ...]:
+def _state(value: DataSpec) -> tuple[TensorSpec, ...]:
     shape = value.tensor.shape
     return (
         TensorSpec("x", shape=shape, doc="the row on its way"),
@@ -112,7 +112,7 @@ def _state(value: Value) -> tuple[TensorSpec, ...]:
     )
 
 
-def _encode(denoiser: Denoiser, value: Value, init: RiseOfImage | RiseOfPoint, step: Step) -> Program:
+def _encode(denoiser: Denoiser, value: DataSpec, init: RiseOfImage | RiseOfPoint, step: Step) -> Program:
     return Program(
         operation="encode",
         init=init,
@@ -130,7 +130,7 @@ def _encode(denoiser: Denoiser, value: Value, init: RiseOfImage | RiseOfPoint, s
     )
 
 
-def _decode(denoiser: Denoiser, value: Value, step: Step, readout: Readout) -> Program:
+def _decode(denoiser: Denoiser, value: DataSpec, step: Step, readout: Readout) -> Program:
     return Program(
         operation="decode",
         init=Descent(denoiser),
@@ -151,7 +151,7 @@ def _decode(denoiser: Denoiser, value: Value, step: Step, readout: Readout) -> P
     )
 
 
-def _reconstruct(value: Value, init: RiseOfImage | RiseOfPoint, step: Step, readout: Readout) -> Program:
+def _reconstruct(value: DataSpec, init: RiseOfImage | RiseOfPoint, step: Step, readout: Readout) -> Program:
     return Program(
         operation="reconstruct",
         init=init,

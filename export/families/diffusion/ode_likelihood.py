@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import given, open_label
 from export.families.diffusion.solvers import SIGMA_MAX, SIGMA_MIN, per_row
-from export.families.diffusion.variational_bound import LastLevel, space
-from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.families.diffusion.variational_bound import DecoderLikelihood, space
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.probability.batch_invariant_ops import by_packets, total
 
 STAGES, MAX_STEPS = 4, 400
@@ -52,7 +52,7 @@ class InitOfImage(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.last_level = denoiser, LastLevel(denoiser)
+        self.denoiser, self.last_level = denoiser, DecoderLikelihood(denoiser)
         self.norm = math.hypot(self.last_level.sigma, denoiser.data_std)
         # log q(z | x) + |noise|^2 / 2, and the scaling of z to y.
         spread = math.log(self.last_level.sigma * math.sqrt(2 * math.pi))
@@ -134,7 +134,7 @@ class StepOfImage(_Step):
     """A stage with the divergence along random directions, by differences."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser, LastLevel(denoiser).sigma)
+        super().__init__(denoiser, DecoderLikelihood(denoiser).sigma)
 
     def forward(  # noqa: PLR0913 (bound by name)
         self,
@@ -187,15 +187,15 @@ def _normal(y: Tensor) -> Tensor:
     return -total(flat.square()) / 2 - flat.shape[1] * math.log(2 * math.pi) / 2
 
 
-def program(denoiser: Denoiser, value: Value) -> Program:
+def program(denoiser: Denoiser, value: DataSpec) -> Program:
     """score:ode."""
-    return _of_image(denoiser, value) if value.levels else _of_point(denoiser, value)
+    return _of_image(denoiser, value) if value.num_levels else _of_point(denoiser, value)
 
 
-def _of_point(denoiser: Denoiser, value: Value) -> Program:
+def _of_point(denoiser: Denoiser, value: DataSpec) -> Program:
     return Program(
         operation="score",
-        method="ode",
+        variant="ode",
         init=InitOfPoint(denoiser),
         step=StepOfPoint(denoiser),
         readout=ReadoutOfPoint(),
@@ -210,11 +210,11 @@ def _of_point(denoiser: Denoiser, value: Value) -> Program:
     )
 
 
-def _of_image(denoiser: Denoiser, value: Value) -> Program:
+def _of_image(denoiser: Denoiser, value: DataSpec) -> Program:
     shape = value.tensor.shape
     return Program(
         operation="score",
-        method="ode",
+        variant="ode",
         init=InitOfImage(denoiser),
         step=StepOfImage(denoiser),
         readout=ReadoutOfImage(),
@@ -227,7 +227,7 @@ def _of_image(denoiser: Denoiser, value: Value) -> Program:
             ),
         ),
         doc="Log-mass of an image by the probability-flow ODE, from one draw of noise of the level "
-        f"{LastLevel(denoiser).sigma:.4f} (of pixels scaled to -1..1) that makes integers continuous. An "
+        f"{DecoderLikelihood(denoiser).sigma:.4f} (of pixels scaled to -1..1) that makes integers continuous. An "
         "estimate: the solver errs, the divergence is estimated along random directions, and a draw of the "
         "noise is in expectation below the log-mass. Of one draw no standard error can be told.",
         state=(
@@ -245,7 +245,7 @@ def _of_image(denoiser: Denoiser, value: Value) -> Program:
     )
 
 
-def _state(value: Value) -> tuple[TensorSpec, ...]:
+def _state(value: DataSpec) -> tuple[TensorSpec, ...]:
     shape = value.tensor.shape
     return (
         TensorSpec("y", shape=shape, doc="the row on its way, scaled to the spread of the data"),

@@ -20,7 +20,7 @@ from export.families.base import label_input
 from export.families.diffusion import solvers as samplers
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.solvers import SAMPLERS, SIGMA_MAX, noise_level, per_row, tick
-from export.graphs.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Steps, TensorSpec
 
 DEFAULT_STEPS, MAX_STEPS = 20, 200
 INPAINT_STEPS, INPAINT_ROUNDS = 100, 5
@@ -191,18 +191,18 @@ class Readout(nn.Module):
         return self.value(denoised)
 
 
-def programs(denoiser: Denoiser, value: Value) -> tuple[Program, ...]:
+def programs(denoiser: Denoiser, value: DataSpec) -> tuple[Program, ...]:
     """sample, sample:guided, sample:edit and sample:inpaint."""
     init, step, readout = Init(denoiser), Step(denoiser), Readout(denoiser)
     return (
         _sample(value, init, step, readout),
         _guided(value, init, GuidedStep(denoiser), readout),
-        _edit(value, EditImageInit(denoiser) if value.levels else EditPointInit(denoiser), step, readout),
+        _edit(value, EditImageInit(denoiser) if value.num_levels else EditPointInit(denoiser), step, readout),
         _inpaint(denoiser, value, readout),
     )
 
 
-def _sample(value: Value, init: Init, step: Step, readout: Readout) -> Program:
+def _sample(value: DataSpec, init: Init, step: Step, readout: Readout) -> Program:
     return Program(
         operation="sample",
         init=init,
@@ -219,7 +219,7 @@ def _sample(value: Value, init: Init, step: Step, readout: Readout) -> Program:
     )
 
 
-def _guided(value: Value, init: Init, step: GuidedStep, readout: Readout) -> Program:
+def _guided(value: DataSpec, init: Init, step: GuidedStep, readout: Readout) -> Program:
     guidance = Parameter(
         "guidance", "float", GUIDANCE, 0, 10,
         doc="how far the label pushes: 1 is sample itself, above it samples are more typical of their class "
@@ -227,7 +227,7 @@ def _guided(value: Value, init: Init, step: GuidedStep, readout: Readout) -> Pro
     )  # fmt: skip
     return Program(
         operation="sample",
-        method="guided",
+        variant="guided",
         init=init,
         step=step,
         readout=readout,
@@ -243,7 +243,7 @@ def _guided(value: Value, init: Init, step: GuidedStep, readout: Readout) -> Pro
     )
 
 
-def _edit(value: Value, init: EditImageInit | EditPointInit, step: Step, readout: Readout) -> Program:
+def _edit(value: DataSpec, init: EditImageInit | EditPointInit, step: Step, readout: Readout) -> Program:
     strength = Parameter(
         "strength", "float", 0.5, 0.01, 1,
         doc="how much noise covers the given row, as a share of the noise scale: a little keeps nearly all "
@@ -252,7 +252,7 @@ def _edit(value: Value, init: EditImageInit | EditPointInit, step: Step, readout
     doc = "what is covered with noise and denoised"
     return Program(
         operation="sample",
-        method="edit",
+        variant="edit",
         init=init,
         step=step,
         readout=readout,
@@ -267,13 +267,13 @@ def _edit(value: Value, init: EditImageInit | EditPointInit, step: Step, readout
     )
 
 
-def _inpaint(denoiser: Denoiser, value: Value, readout: Readout) -> Program:
+def _inpaint(denoiser: Denoiser, value: DataSpec, readout: Readout) -> Program:
     shape, (x, _, denoised, *_) = value.tensor.shape, _state(value)
     known = "1 for what is given and stays as it is, 0 for what is drawn, given that"
     return Program(
         operation="sample",
-        method="inpaint",
-        init=InpaintImageInit(denoiser) if value.levels else InpaintPointInit(denoiser),
+        variant="inpaint",
+        init=InpaintImageInit(denoiser) if value.num_levels else InpaintPointInit(denoiser),
         step=InpaintStep(denoiser),
         readout=readout,
         outputs=(value.tensor,),
@@ -303,11 +303,11 @@ def _inpaint(denoiser: Denoiser, value: Value, readout: Readout) -> Program:
     )  # fmt: skip
 
 
-def _space(value: Value) -> str:
-    return "scaled to -1..1" if value.levels else f"as {value.tensor.doc}"
+def _space(value: DataSpec) -> str:
+    return "scaled to -1..1" if value.num_levels else f"as {value.tensor.doc}"
 
 
-def _state(value: Value) -> tuple[TensorSpec, ...]:
+def _state(value: DataSpec) -> tuple[TensorSpec, ...]:
     shape, space = value.tensor.shape, _space(value)
     return (
         TensorSpec("x", shape=shape, doc=f"the noisy row, {space}"),
@@ -336,22 +336,22 @@ def sampler_parameter(default: str) -> Parameter:
     return Parameter.choice("sampler", SAMPLERS, "how to walk; dpmpp2m needs the fewest steps", default)
 
 
-def given(value: Value, doc: str) -> TensorSpec:
+def given(value: DataSpec, doc: str) -> TensorSpec:
     """A row of the request."""
     return replace(value.tensor, doc=doc)
 
 
-def drawn_label(value: Value) -> Input:
+def drawn_label(value: DataSpec) -> Input:
     """The label that a row is made for; left out, it is drawn."""
     return label_input(value, "draws it by the classes' frequency")
 
 
-def open_label(value: Value) -> Input:
+def open_label(value: DataSpec) -> Input:
     """The label that a row is known to have; left out, it is any."""
     return label_input(value, "leaves it open, which is a model of all classes together")
 
 
-def _noise(value: Value) -> tuple[Noise, ...]:
+def _noise(value: DataSpec) -> tuple[Noise, ...]:
     shape = value.tensor.shape
     return (
         Noise("initial_noise", "normal", shape, 0, "where the walk begins"),

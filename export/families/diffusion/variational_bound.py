@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import given, open_label
 from export.families.diffusion.solvers import SIGMA_MAX
-from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.probability.batch_invariant_ops import by_packets, total
 
 # The last noise level of points, and of images as a share of the distance between two levels of a pixel.
 POINT_LEVEL, LEVEL_SHARE = 0.01, 1 / 3
 
 
-class LastLevel(nn.Module):
+class DecoderLikelihood(nn.Module):
     """What is left to tell at the last noise level: p(x | z), normal around D(z) with spread `sigma`."""
 
     grid: Tensor
@@ -80,7 +80,7 @@ class Step(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.last_level = denoiser, LastLevel(denoiser)
+        self.denoiser, self.last_level = denoiser, DecoderLikelihood(denoiser)
         self.variance = denoiser.data_std**2
         first, last = (1 / sigma**2 + 1 / self.variance for sigma in (SIGMA_MAX, self.last_level.sigma))
         self.first, self.depth = math.log(first), math.log(last / first)
@@ -134,9 +134,9 @@ class Mean(nn.Module):
         return sum / count, torch.sqrt(squares / (2 * (count - 1).clamp(min=1) * count))
 
 
-def program(denoiser: Denoiser, value: Value) -> Program:
+def program(denoiser: Denoiser, value: DataSpec) -> Program:
     """score."""
-    shape, images = value.tensor.shape, bool(value.levels)
+    shape, images = value.tensor.shape, bool(value.num_levels)
     name = "log_likelihood" if images else "log_density"
     return Program(
         operation="score",
@@ -176,6 +176,6 @@ def program(denoiser: Denoiser, value: Value) -> Program:
     )  # fmt: skip
 
 
-def space(value: Value) -> str:
+def space(value: DataSpec) -> str:
     """What a score is a mass or density of."""
-    return f"integers 0..{value.levels - 1}" if value.levels else value.tensor.doc
+    return f"integers 0..{value.num_levels - 1}" if value.num_levels else value.tensor.doc

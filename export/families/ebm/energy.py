@@ -169,7 +169,7 @@ class EnergyModel(Network):
 
     def __init__(self, data: Dataset, preset: Preset) -> None:
         super().__init__()
-        self.shape, self.levels = data.value.tensor.shape, data.value.levels
+        self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
         self.dimensions = math.prod(self.shape)
         self.smoothing = SMOOTHING if self.levels else 0.0
         self.chains = preset.measured_rows

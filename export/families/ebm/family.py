@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 
 from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Player
+from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset, first_half
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
     SETS,
-    Judge,
+    SampleEvaluator,
     density,
     mean,
     negative_log_density,
@@ -53,7 +53,7 @@ class Family:
         "(Gutmann & Hyvarinen 2012)."
     )
     operations: tuple[str, ...] = ("sample", "sample:langevin", "energy", "score")
-    refusals: Mapping[str, str] = {
+    unsupported_operations: Mapping[str, str] = {
         "encode": "it has no latents; energy says how likely a row is",
         "decode": "it has no latents; sample walks from noise to a row",
         "reconstruct": "it has no latents to go through; sample with start=given walks on from a row",
@@ -98,11 +98,11 @@ class Family:
     def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample by MALA and by unadjusted Langevin steps, energy and score; log Z is estimated here."""
         assert isinstance(network, EnergyModel)
-        return *mcmc.programs(network, data.value), *scoring.programs(network, data.value)
+        return *mcmc.programs(network, data.spec), *scoring.programs(network, data.spec)
 
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
-        name, rows = data.value.tensor.name, data.test.rows[:3]
+        name, rows = data.spec.tensor.name, data.test.rows[:3]
         given, known = {name: rows}, {name: rows, "known": first_half(rows)}
         start, few = {"start": GIVEN}, {"steps": 12}
         drawn = (Example("score", seed=6, parameters={"blur": DRAW}, inputs=given),)
@@ -114,15 +114,15 @@ class Family:
             Example("sample:langevin", seed=5, parameters={**few, **start, "noise_scale": 0.5}, inputs=known),
             Example("energy", inputs=given),
             Example("score", inputs=given),
-            *(drawn if data.value.kind == "image" else ()),
+            *(drawn if data.spec.kind == "image" else ()),
         )
 
-    def quality(self, player: Player, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, the estimates of log Z, and how samples compare with test rows."""
         rows = data.test.rows[: preset.measured_rows]
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             weighed = _scores(player, rows)
-            doc = f"Estimate, with Z by quadrature. In {data.value.tensor.doc}."
+            doc = f"Estimate, with Z by quadrature. In {data.spec.tensor.doc}."
             return [
                 negative_log_density(weighed["log_density"], doc),
                 _log_normaliser(player, rows, weighed, "log Z"),
@@ -130,19 +130,19 @@ class Family:
                 _acceptance(player),
             ]
         weighed = _scores(player, rows, {"blur": DRAW})
-        doc = f"Estimate, with Z by annealed importance sampling. Of {player.program('score').score.space}."
+        doc = f"Estimate, with Z by annealed importance sampling. Of {player.program('score').score.coordinate_space}."
         still = _scores(player, rows)
         return [
             negative_log_density(weighed["log_density"], doc),
             _log_normaliser(player, rows, still, "log Z, forwards"),
             _log_normaliser(player, rows, still, "log Z, backwards", "_reverse"),
-            *Judge.train(data, preset.judge).similarity(_sampler(player), preset.measured_rows),
+            *SampleEvaluator.train(data, preset.judge).similarity(_sampler(player), preset.measured_rows),
             _acceptance(player),
         ]
 
-    def panels(self, player: Player, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or the progress of chains and inpainting."""
-        if data.value.kind == "vector":
+        if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows[:CHAINS], LIMIT),
                 Scatter("samples", _chains(player, CHAINS)["point"], LIMIT),
@@ -162,39 +162,39 @@ class Family:
 
 
 def _chains(
-    player: Player,
+    player: Interpreter,
     count: int,
     parameters: Mapping[str, float] | None = None,
     inputs: Mapping[str, NDArray[np.generic]] | None = None,
     seed: int = SETS,
 ) -> interpreter.Tensors:
     rows = interpreter.request(player.program("sample"), seed, range(count), parameters, inputs)
-    return player.play("sample", rows, f"  {count} chains")
+    return player.run("sample", rows, f"  {count} chains")
 
 
-def _sampler(player: Player) -> Callable[[int, int], NDArray[np.generic]]:
+def _sampler(player: Interpreter) -> Callable[[int, int], NDArray[np.generic]]:
     """Sets of samples as in `measure.sampler`, but all chains of a set in one batch: they are long."""
 
     def draw(count: int, number: int) -> NDArray[np.generic]:
-        return _chains(player, count, seed=number)[player.manifest.value.tensor.name]
+        return _chains(player, count, seed=number)[player.manifest.data_spec.tensor.name]
 
     return draw
 
 
 def _scores(
-    player: Player, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+    player: Interpreter, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
 ) -> interpreter.Tensors:
-    given = {player.manifest.value.tensor.name: rows}
+    given = {player.manifest.data_spec.tensor.name: rows}
     asked = interpreter.request(player.program("score"), 0, range(len(rows)), parameters, given)
     return play(player, "score", asked, "scores of test rows")
 
 
 def _log_normaliser(
-    player: Player, rows: NDArray[np.generic], weighed: interpreter.Tensors, name: str, way: str = ""
+    player: Interpreter, rows: NDArray[np.generic], weighed: interpreter.Tensors, name: str, way: str = ""
 ) -> manifest_pb2.Quality:
-    given = {player.manifest.value.tensor.name: rows[:1]}
+    given = {player.manifest.data_spec.tensor.name: rows[:1]}
     asked = interpreter.request(player.program("energy"), 0, range(1), inputs=given)
-    energy = player.play("energy", asked)["energy"][0]
+    energy = player.run("energy", asked)["energy"][0]
     return manifest_pb2.Quality(
         name=name,
         value=float(-energy - weighed[f"log_density{way}"][0]),
@@ -204,7 +204,7 @@ def _log_normaliser(
     )
 
 
-def _acceptance(player: Player) -> manifest_pb2.Quality:
+def _acceptance(player: Interpreter) -> manifest_pb2.Quality:
     shares = _chains(player, PICTURED)["acceptance"]
     doc = (
         "Of the model by itself: the share of MALA proposals that are accepted at the default step size, "

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from export.families.ebm.energy import EnergyModel, Part
-from export.graphs.program import Input, Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Steps, TensorSpec
 from export.probability import langevin
-from export.probability.langevin import Landscape, Place
+from export.probability.langevin import ChainState, EnergyFunction
 
 STARTS = ("noise", "given")
 GIVEN = STARTS.index("given")
@@ -74,7 +74,7 @@ def _free(vector: Tensor, known: Tensor) -> Tensor:
 class AdjustedStep(nn.Module):
     """A MALA step, within the coordinates that are not known."""
 
-    def __init__(self, landscape: Landscape) -> None:
+    def __init__(self, landscape: EnergyFunction) -> None:
         super().__init__()
         self.landscape = landscape
 
@@ -92,14 +92,14 @@ class AdjustedStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         proposed = langevin.propose(x, gradient, step_size, _free(step_noise, known))
         there = _place(self.landscape, proposed, known)
-        place, moved = langevin.adjust(Place(x, energy, gradient), there, step_size, acceptance_noise)
+        place, moved = langevin.adjust(ChainState(x, energy, gradient), there, step_size, acceptance_noise)
         return *place, accepted + moved.to(accepted.dtype), clean
 
 
 class UnadjustedStep(nn.Module):
     """A Langevin step that is always taken, within the coordinates that are not known."""
 
-    def __init__(self, landscape: Landscape) -> None:
+    def __init__(self, landscape: EnergyFunction) -> None:
         super().__init__()
         self.landscape = landscape
 
@@ -119,9 +119,9 @@ class UnadjustedStep(nn.Module):
         return *_place(self.landscape, moved, known), accepted + 1, clean
 
 
-def _place(landscape: Landscape, x: Tensor, known: Tensor) -> Place:
+def _place(landscape: EnergyFunction, x: Tensor, known: Tensor) -> ChainState:
     energy, gradient = landscape.energy(x)
-    return Place(x, energy, _free(gradient, known))
+    return ChainState(x, energy, _free(gradient, known))
 
 
 class UnadjustedReadout(Part):
@@ -151,13 +151,13 @@ class AdjustedReadout(UnadjustedReadout):
         return value, reached, accepted / step_index.clamp(min=1)
 
 
-def programs(model: EnergyModel, value: Value) -> tuple[Program, Program]:
+def programs(model: EnergyModel, value: DataSpec) -> tuple[Program, Program]:
     """sample by MALA, and by unadjusted Langevin steps."""
     start = StartPoint(model) if value.kind == "vector" else StartImage(model)
     return _adjusted(model, value, start), _unadjusted(model, value, start)
 
 
-def _adjusted(model: EnergyModel, value: Value, start: _Start) -> Program:
+def _adjusted(model: EnergyModel, value: DataSpec, start: _Start) -> Program:
     return Program(
         operation="sample",
         init=start,
@@ -179,7 +179,7 @@ def _adjusted(model: EnergyModel, value: Value, start: _Start) -> Program:
     )
 
 
-def _unadjusted(model: EnergyModel, value: Value, start: _Start) -> Program:
+def _unadjusted(model: EnergyModel, value: DataSpec, start: _Start) -> Program:
     noise_scale = Parameter(
         "noise_scale",
         "float",
@@ -190,7 +190,7 @@ def _unadjusted(model: EnergyModel, value: Value, start: _Start) -> Program:
     )
     return Program(
         operation="sample",
-        method="langevin",
+        variant="langevin",
         init=start,
         step=UnadjustedStep(model),
         readout=UnadjustedReadout(model),
@@ -247,7 +247,7 @@ def _chain_parameters(model: EnergyModel) -> tuple[Parameter, ...]:
     )  # fmt: skip
 
 
-def _given(value: Value) -> tuple[Input, Input]:
+def _given(value: DataSpec) -> tuple[Input, Input]:
     tensor = value.tensor
     doc = "where the chain starts, when start is given; what stays, where known is 1; otherwise unused"
     known_doc = "1 for what is given and stays as it is, while the chain moves the rest, given that"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from export.families.ebm.energy import EnergyModel, Part
 from export.families.ebm.log_partition import GRID_CELLS, GRID_LIMIT, TEMPERATURES, Normaliser, normaliser
-from export.graphs.program import Input, Noise, Parameter, Program, Score, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, TensorSpec
 from export.probability.batch_invariant_ops import total
 
 BLURS = ("none", "draw")
@@ -61,13 +61,13 @@ class ScoreImage(Part):
         return *there, -energy - known.reverse, zero + known.reverse_standard_error
 
 
-def programs(model: EnergyModel, value: Value) -> tuple[Program, Program]:
+def programs(model: EnergyModel, value: DataSpec) -> tuple[Program, Program]:
     """energy, and score, for which log Z is estimated here."""
     score = _score_point if value.kind == "vector" else _score_image
     return _energy(model, value), score(model, value)
 
 
-def _energy(model: EnergyModel, value: Value) -> Program:
+def _energy(model: EnergyModel, value: DataSpec) -> Program:
     points = value.kind == "vector"
     unit = "coordinate" if points else "pixel scaled to -1..1"
     where = "the point" if points else "the image as it is, scaled, without noise on it"
@@ -87,11 +87,11 @@ def _energy(model: EnergyModel, value: Value) -> Program:
     )
 
 
-def _scored(model: EnergyModel, value: Value) -> str:
+def _scored(model: EnergyModel, value: DataSpec) -> str:
     return model.space if model.smoothing else value.tensor.doc
 
 
-def _score_point(model: EnergyModel, value: Value) -> Program:
+def _score_point(model: EnergyModel, value: DataSpec) -> Program:
     known = normaliser(model)
     return Program(
         operation="score",
@@ -109,7 +109,7 @@ def _score_point(model: EnergyModel, value: Value) -> Program:
     )
 
 
-def _score_image(model: EnergyModel, value: Value) -> Program:
+def _score_image(model: EnergyModel, value: DataSpec) -> Program:
     known = normaliser(model)
     return Program(
         operation="score",

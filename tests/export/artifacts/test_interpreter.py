@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from export.artifacts import interpreter, writer
-from export.graphs.program import Noise, Parameter, Program, Steps, TensorSpec, Value
+from export.graphs.program import DataSpec, Noise, Parameter, Program, Steps, TensorSpec
 from samovar import noise
 
 
@@ -39,17 +39,17 @@ PROGRAM = Program(
     outputs=(TensorSpec("sum"), TensorSpec("done", "int64"), TensorSpec("planned", "int64")),
     doc="Adds noise.",
     state=(TOTAL, TensorSpec("ended", "bool")),
-    steps=Steps(parameter="draws", units_per_step=10, done="ended"),
+    steps=Steps(parameter="draws", units_per_step=10, done_flag="ended"),
     parameters=(Parameter("draws", "integer", 25, 1, 99), Parameter("limit", "integer", 99, 1, 99)),
     noise=(Noise("push", "normal", (), 2), Noise("kick", "normal", (), 3), Noise("catch", "normal", (), 4)),
 )
 
 
 def play(rows: interpreter.Rows) -> interpreter.Tensors:
-    return PLAYER.play("sample", rows)
+    return PLAYER.run("sample", rows)
 
 
-PLAYER = writer.player(Value("vector", TOTAL), (PROGRAM,))
+PLAYER = writer.player(DataSpec("vector", TOTAL), (PROGRAM,))
 MESSAGE = PLAYER.program("sample")
 
 
@@ -98,6 +98,6 @@ def test_without_init_the_state_starts_as_zeros() -> None:
     program = Program(
         "sample", Show(), (count,), "Count.", step=Count(), state=(count,), steps=Steps(fixed=3)
     )
-    player = writer.player(Value("vector", count), (program,))
-    answer = player.play("sample", interpreter.request(player.program("sample"), 0, range(2)))
+    player = writer.player(DataSpec("vector", count), (program,))
+    answer = player.run("sample", interpreter.request(player.program("sample"), 0, range(2)))
     assert answer["count"].tolist() == [[3, 3], [3, 3]]

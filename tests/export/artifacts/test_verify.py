@@ -19,7 +19,7 @@ from export.artifacts.golden import Example
 from export.artifacts.writer import Model
 from export.graphs import graph, purity
 from export.graphs.formats import FORMATS
-from export.graphs.program import DType, Input, Program, TensorSpec, Value
+from export.graphs.program import DataSpec, DType, Input, Program, TensorSpec
 
 X = TensorSpec("x", shape=(4,))
 Y = TensorSpec("y", shape=(4,))
@@ -106,7 +106,7 @@ IMPURE = [
 def model_of(module: nn.Module, rows: int = 3) -> Model:
     program = Program("decode", Head(module).eval(), (Y,), "Test.", inputs=(Input(X),))
     example = Example("decode", rows=rows, inputs={"x": ROWS[:rows]})
-    return Model("pair", "none", "A test.", Value("vector", X), (program,), (example,))
+    return Model("pair", "none", "A test.", DataSpec("vector", X), (program,), (example,))
 
 
 def written(directory: Path, format: str) -> Path:
@@ -350,11 +350,11 @@ class Signs(nn.Module):
 
 
 PICTURE = TensorSpec("picture", "uint8", (4,))
-GREY, BLACK_AND_WHITE = (Value("image", PICTURE, levels=levels) for levels in (3, 2))
-TOKENS = Value("tokens", PICTURE, levels=3, vocabulary=("", "a", "b"))
+GREY, BLACK_AND_WHITE = (DataSpec("image", PICTURE, num_levels=levels) for levels in (3, 2))
+TOKENS = DataSpec("tokens", PICTURE, num_levels=3, vocabulary=("", "a", "b"))
 
 
-def signs(name: str, dtype: DType, value: Value, directory: Path) -> Path:
+def signs(name: str, dtype: DType, value: DataSpec, directory: Path) -> Path:
     """An artifact with one output, of some name."""
     module, output = Signs(getattr(torch, dtype)).eval(), TensorSpec(name, dtype, (4,))
     program = Program("decode", module, (output,), "Test.", inputs=(Input(X),))
@@ -374,7 +374,7 @@ def signs(name: str, dtype: DType, value: Value, directory: Path) -> Path:
     ],
 )
 def test_the_opposite_picture_other_tokens_labels_and_lengths_are_refused(
-    name: str, dtype: DType, value: Value, tmp_path: Path
+    name: str, dtype: DType, value: DataSpec, tmp_path: Path
 ) -> None:
     directory = signs(name, dtype, value, tmp_path)
     replace_graph(directory, script_bytes(traced(Signs(getattr(torch, dtype), opposite=True), 4)))

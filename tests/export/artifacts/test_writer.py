@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export.artifacts import golden, reader, verify, writer
 from export.artifacts.golden import Example
 from export.artifacts.writer import Model
-from export.graphs.program import Input, Parameter, Program, ProgramError, TensorSpec, Value
+from export.graphs.program import DataSpec, Input, Parameter, Program, ProgramError, TensorSpec
 from samovar.v1 import manifest_pb2
 
 X = TensorSpec("x", shape=(2,))
@@ -41,7 +41,7 @@ def model_of(module: nn.Module, rows: int = 3) -> Model:
     example = Example(
         "decode", rows=rows, inputs={"x": np.arange(rows * 2, dtype=np.float32).reshape(rows, 2)}
     )
-    return Model("pair", "none", "A test.", Value("vector", X), (program,), (example,))
+    return Model("pair", "none", "A test.", DataSpec("vector", X), (program,), (example,))
 
 
 @pytest.fixture

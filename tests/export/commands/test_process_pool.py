@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export.commands.process_pool import Crew, Log, Result
+from export.commands.process_pool import Log, ProcessPool, Result
 
 
 class Recorded:
@@ -36,7 +36,7 @@ def python(script: str) -> list[str]:
 
 def test_results_come_in_the_order_asked_for() -> None:
     display = Recorded()
-    results = Crew(2, display).run(
+    results = ProcessPool(2, display).run(
         {
             "slow": python("import time; time.sleep(0.3)"),
             "bad": python("import sys; print('so far'); sys.exit('wrong')"),
@@ -50,14 +50,14 @@ def test_results_come_in_the_order_asked_for() -> None:
 
 def test_what_a_progress_bar_overwrites_is_shown_but_not_kept() -> None:
     display = Recorded()
-    (result,) = Crew(1, display).run({"one": python("print('10%\\r20%\\rdone')")})
+    (result,) = ProcessPool(1, display).run({"one": python("print('10%\\r20%\\rdone')")})
     assert display.lines == ["one: 10%", "one: 20%", "one: done"]
     assert result.last_lines == ("done",)
 
 
 def test_a_log_tells_how_far_a_command_is_but_not_at_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     for seconds in (0, 1000):
-        Crew(1, Log(1, seconds)).run({"one": python("print('10%\\r20%\\r', end='')")})
+        ProcessPool(1, Log(1, seconds)).run({"one": python("print('10%\\r20%\\r', end='')")})
     often, rarely = capsys.readouterr().err.split("[1/1] one ...\n")[1:]
     assert often.splitlines()[:2] == ["one: 10%", "one: 20%"]
     assert [line.partition(" in ")[0] for line in rarely.splitlines()] == ["one: done"]
@@ -119,7 +119,7 @@ def test_an_interrupt_stops_all_and_waits_for_them(tmp_path: Path) -> None:
 
 def test_workers_have_one_thread_and_no_input() -> None:
     display = Recorded()
-    Crew(1, display).run(
+    ProcessPool(1, display).run(
         {"one": python("import os, sys; print(os.environ['OMP_NUM_THREADS'], repr(sys.stdin.read()))")}
     )
     assert display.lines == ["one: 1 ''"]
@@ -128,5 +128,5 @@ def test_workers_have_one_thread_and_no_input() -> None:
 def test_ctrl_c_in_a_terminal_reaches_the_parent_alone() -> None:
     """A worker is in a process group of its own."""
     display = Recorded()
-    Crew(1, display).run({"one": python("import os; print(os.getpgid(0) == os.getpid())")})
+    ProcessPool(1, display).run({"one": python("import os; print(os.getpgid(0) == os.getpid())")})
     assert display.lines == ["one: True"]

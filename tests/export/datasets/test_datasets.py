@@ -15,15 +15,15 @@ from export.datasets import loading
 
 def test_digits_are_split_for_good(digits: loading.Dataset) -> None:
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (1185, 162, 450)
-    assert digits.train.rows.shape[1:] == digits.value.tensor.shape == (8, 8)
+    assert digits.train.rows.shape[1:] == digits.spec.tensor.shape == (8, 8)
     assert digits.train.rows.dtype == np.uint8
-    assert (int(digits.train.rows.max()), digits.value.levels) == (16, 17)
+    assert (int(digits.train.rows.max()), digits.spec.num_levels) == (16, 17)
     assert digits.sha256 == loading.digits().sha256
 
 
 def test_the_bounds_of_points_are_far_from_every_row() -> None:
     moons = loading.moons()
-    tensor, rows = moons.value.tensor, np.concatenate([moons.train.rows, moons.test.rows])
+    tensor, rows = moons.spec.tensor, np.concatenate([moons.train.rows, moons.test.rows])
     assert (tensor.minimum, tensor.maximum) == (-100, 100)
     assert 10 * np.abs(rows).max() < 100
 
@@ -63,15 +63,15 @@ def test_folders_give_their_own_dimensions(mode: str, shape: tuple[int, ...], tm
     folder.mkdir()
     write_folder(folder, mode, ["cat", "dog"])
     loaded = loading.load("digits", folder)
-    assert (loaded.name, loaded.value.levels) == ("my-images", 256)
-    assert loaded.value.tensor.shape == shape
-    assert loaded.value.class_labels == ("cat", "dog")
+    assert (loaded.name, loaded.spec.num_levels) == ("my-images", 256)
+    assert loaded.spec.tensor.shape == shape
+    assert loaded.spec.class_labels == ("cat", "dog")
     assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (35, 5, 10)
 
 
 def test_folders_without_class_names_number_them(tmp_path: Path) -> None:
     write_folder(tmp_path, "L", None)
-    assert loading.folder(tmp_path).value.class_labels == ("0", "1")
+    assert loading.folder(tmp_path).spec.class_labels == ("0", "1")
 
 
 def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_an_unknown_name_is_refused() -> None:
 def test_moons_are_standardised_by_the_rows_to_learn() -> None:
     moons = loading.load("moons")
     assert (len(moons.train), len(moons.validation), len(moons.test)) == (26_400, 3_600, 10_000)
-    assert (moons.value.kind, moons.value.tensor.shape) == ("vector", (2,))
+    assert (moons.spec.kind, moons.spec.tensor.shape) == ("vector", (2,))
     assert moons.train.rows.dtype == np.float32
     learn = np.concatenate([moons.train.rows, moons.validation.rows])
     np.testing.assert_allclose(learn.mean(0), 0, atol=1e-6)
@@ -104,5 +104,5 @@ def test_moons_are_standardised_by_the_rows_to_learn() -> None:
 def test_the_first_moon_is_the_upper_one() -> None:
     moons = loading.moons()
     upper, lower = (moons.test.rows[moons.test.labels == label, 1] for label in (0, 1))
-    assert moons.value.class_labels == ("upper", "lower")
+    assert moons.spec.class_labels == ("upper", "lower")
     assert lower.mean() < upper.mean()

@@ -16,7 +16,7 @@ from export.datasets import loading
 from export.families import cnn, mlp
 from export.families.base import Preset
 from export.families.classifier import SHIFT, Classifier, ClassifierFamily, Unit, disturbed
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings, fit
 
 FAMILY: dict[str, mlp.Family | cnn.Family] = {"mlp": mlp.FAMILY, "cnn": cnn.FAMILY}
@@ -40,19 +40,19 @@ def network(family: mlp.Family | cnn.Family, digits: loading.Dataset) -> Classif
 
 
 @pytest.fixture
-def player(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> interpreter.Player:
-    return writer.player(digits.value, family.programs(network, digits))
+def player(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(digits.spec, family.programs(network, digits))
 
 
 @pytest.fixture
-def answer(player: interpreter.Player, digits: loading.Dataset) -> Callable[..., interpreter.Tensors]:
+def answer(player: interpreter.Interpreter, digits: loading.Dataset) -> Callable[..., interpreter.Tensors]:
     """The answer of classify on the first test rows, given parameters."""
 
     def classify(rows: slice = slice(20), **parameters: float) -> interpreter.Tensors:
         images = digits.test.rows[rows]
         program = player.program("classify")
         request = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})
-        return player.play("classify", request)
+        return player.run("classify", request)
 
     return classify
 
@@ -206,14 +206,14 @@ def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., interpreter
 
 def test_the_features_decide(
     network: Classifier,
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
     answer: Callable[..., interpreter.Tensors],
     digits: loading.Dataset,
 ) -> None:
     request = interpreter.request(
         player.program("encode"), 0, range(20), {}, {"image": digits.test.rows[:20]}
     )
-    features = torch.from_numpy(player.play("encode", request)["features"])
+    features = torch.from_numpy(player.run("encode", request)["features"])
     assert features.shape == (20, network.features)
     torch.testing.assert_close(
         network.head(features).detach(), torch.from_numpy(answer()["logits"]), rtol=1e-4, atol=1e-5
@@ -263,7 +263,7 @@ def test_images_of_any_size_are_classified(
     shape: tuple[int, ...], family: mlp.Family | cnn.Family, digits: loading.Dataset
 ) -> None:
     images = TensorSpec("image", "uint8", shape, 0, 255)
-    dataset = replace(digits, value=Value("image", images, 256, class_labels=("cat", "dog")))
+    dataset = replace(digits, spec=DataSpec("image", images, 256, class_labels=("cat", "dog")))
     network = family.network(dataset, family.presets["tiny"])
     assert network.logits(torch.zeros((2, *shape), dtype=torch.uint8)).shape == (2, 2)
 
@@ -277,7 +277,7 @@ def test_accuracy_is_learned_and_its_error_binomial(
     torch.manual_seed(0)
     classifier = family.network(digits, preset)
     fit(classifier, digits, settings)
-    player = writer.player(digits.value, family.programs(classifier, digits))
+    player = writer.player(digits.spec, family.programs(classifier, digits))
     accuracy, cross_entropy, plain, fitted = family.quality(player, digits, preset)
     assert accuracy.value > 0.6
     expected = np.sqrt(accuracy.value * (1 - accuracy.value) / 300)

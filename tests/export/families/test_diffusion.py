@@ -15,7 +15,7 @@ from export.families.diffusion import FAMILY
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import Step
 from export.families.diffusion.solvers import DDIM, DPMPP2M, HEUN, SIGMA_MAX, SIGMA_MIN, resampled
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings
 from samovar import noise
 from tests.support import denoisers as toys
@@ -40,21 +40,21 @@ def network(digits: loading.Dataset) -> Denoiser:
 
 
 @pytest.fixture(scope="module")
-def player(network: Denoiser, digits: loading.Dataset) -> interpreter.Player:
+def player(network: Denoiser, digits: loading.Dataset) -> interpreter.Interpreter:
     programs = FAMILY.programs(network, digits)
-    return writer.player(digits.value, programs)
+    return writer.player(digits.spec, programs)
 
 
 @pytest.fixture(scope="module")
-def players(player: interpreter.Player, moons: loading.Dataset) -> dict[str, interpreter.Player]:
+def players(player: interpreter.Interpreter, moons: loading.Dataset) -> dict[str, interpreter.Interpreter]:
     return {
         "digits": player,
-        "moons": writer.player(moons.value, FAMILY.programs(randomised(moons), moons)),
+        "moons": writer.player(moons.spec, FAMILY.programs(randomised(moons), moons)),
     }
 
 
 def play(
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
     program: str,
     inputs: Mapping[str, NDArray[np.generic]],
     parameters: Mapping[str, float] | None = None,
@@ -62,7 +62,7 @@ def play(
     """The first output of a program for eight rows of inputs, or as many as there are."""
     count = len(next(iter(inputs.values())))
     rows = interpreter.request(player.program(program), 5, range(count), parameters, inputs)
-    return player.play(program, rows)[player.program(program).outputs[0].name].astype(np.float64)
+    return player.run(program, rows)[player.program(program).outputs[0].name].astype(np.float64)
 
 
 def schedule(levels: int) -> Array:
@@ -174,7 +174,7 @@ def test_the_textbook_takes_as_many_evaluations_as_were_asked_for(sampler: int, 
     assert min(levels) >= (SIGMA_MAX if steps == 1 else SIGMA_MIN) * (1 - 1e-9)
 
 
-def test_rows_of_all_samplers_and_lengths_share_a_batch(player: interpreter.Player) -> None:
+def test_rows_of_all_samplers_and_lengths_share_a_batch(player: interpreter.Interpreter) -> None:
     program = player.program("sample")
     parts = [
         interpreter.request(
@@ -183,12 +183,12 @@ def test_rows_of_all_samplers_and_lengths_share_a_batch(player: interpreter.Play
         for steps in (1, 4, 7)
         for sampler, eta in ((DDIM, 0.0), (DDIM, 1.0), (HEUN, 0.0), (DPMPP2M, 0.0))
     ]
-    together = player.play("sample", interpreter.join(parts))["image"]
-    alone = np.concatenate([player.play("sample", part)["image"] for part in parts])
+    together = player.run("sample", interpreter.join(parts))["image"]
+    alone = np.concatenate([player.run("sample", part)["image"] for part in parts])
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
 
 
-def test_a_label_that_is_left_out_is_drawn(player: interpreter.Player, digits: loading.Dataset) -> None:
+def test_a_label_that_is_left_out_is_drawn(player: interpreter.Interpreter, digits: loading.Dataset) -> None:
     """By frequency: half of the classes have about half of the rows."""
     program = player.program("sample")
     rows = interpreter.request(program, 0, range(2000))
@@ -201,7 +201,7 @@ def test_a_label_that_is_left_out_is_drawn(player: interpreter.Player, digits: l
     np.testing.assert_allclose(shares, known, atol=0.03)
 
 
-def test_a_label_that_is_given_is_kept(player: interpreter.Player) -> None:
+def test_a_label_that_is_given_is_kept(player: interpreter.Interpreter) -> None:
     program = player.program("sample")
     labels = np.arange(10)
     rows = interpreter.request(program, 0, range(10), inputs={"label": labels})
@@ -225,7 +225,7 @@ def test_the_denoiser_keeps_what_is_clean(network: Denoiser) -> None:
 def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8)
     part = loading.Part(rows, np.arange(6) % 2)
-    value = Value("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b"))
+    value = DataSpec("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b"))
     denoiser = randomised(loading.Dataset("noise", value, part, part, part, ""))
     with torch.no_grad():
         losses = denoiser.loss(torch.tensor(rows), torch.tensor(part.labels))
@@ -233,7 +233,7 @@ def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
     assert losses.isfinite().all()
 
 
-def test_previews_are_images(player: interpreter.Player) -> None:
+def test_previews_are_images(player: interpreter.Interpreter) -> None:
     """The readout of a state on its way, and of one that has not begun, is within the levels."""
     assert player.program("sample").previewable
     readout = player.graphs[player.program("sample").readout]
@@ -244,18 +244,18 @@ def test_previews_are_images(player: interpreter.Player) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_guidance_1_is_sample_and_more_is_not(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     model, labels = players[dataset.name], {"label": np.arange(8) % 2}
     walk = {"steps": 5, "sampler": sampler}
     plain = play(model, "sample", labels, walk)
-    levels = 1 if dataset.value.levels else 1e-3
+    levels = 1 if dataset.spec.num_levels else 1e-3
     for guidance, is_plain in ((1, True), (0, False), (3, False)):
         guided = play(model, "sample:guided", labels, {**walk, "guidance": guidance})
         assert (np.abs(guided - plain).max() <= levels) == is_plain
 
 
-def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.Player]) -> None:
+def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.Interpreter]) -> None:
     """The same noise as a latent, decoded with and without a label."""
     model = players["moons"]
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, (2,))
@@ -268,22 +268,22 @@ def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_decoding_the_noise_of_a_sample_is_that_sample(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
-    model, shape, labels = players[dataset.name], dataset.value.tensor.shape, np.arange(8) % 2
+    model, shape, labels = players[dataset.name], dataset.spec.tensor.shape, np.arange(8) % 2
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, shape).reshape(8, -1)
     walk = {"steps": 6, "sampler": sampler}
     made = play(model, "sample", {"label": labels}, walk)
     known = play(model, "decode", {"latent": latent, "label": labels}, walk)
-    np.testing.assert_allclose(known, made, atol=1 if dataset.value.levels else 1e-3)
+    np.testing.assert_allclose(known, made, atol=1 if dataset.spec.num_levels else 1e-3)
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 def test_inpainting_keeps_what_is_known(
-    rounds: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    rounds: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     """To the bit, and looks at nothing else of the given row."""
-    name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
+    name, rows = dataset.spec.tensor.name, dataset.test.rows[:8]
     known, labels = loading.first_half(rows), np.zeros(8, int)
     walk = {"steps": 5, "rounds": rounds}
     made, other = (
@@ -327,10 +327,10 @@ def test_every_level_takes_its_rounds(steps: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_an_edit_goes_as_far_as_its_strength(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     """From the row itself to a sample that knows nothing of it."""
-    name, rows, labels = dataset.value.tensor.name, dataset.test.rows[:8], np.zeros(8, int)
+    name, rows, labels = dataset.spec.tensor.name, dataset.test.rows[:8], np.zeros(8, int)
     walk = {"steps": 8, "sampler": sampler}
     model = players[dataset.name]
     edits = [
@@ -339,7 +339,7 @@ def test_an_edit_goes_as_far_as_its_strength(
     ]
     distances = [np.abs(edit - rows).mean() for edit in edits]
     assert distances == sorted(distances)
-    assert distances[0] < (0.01 if dataset.value.levels else 0.05) < distances[-1]
+    assert distances[0] < (0.01 if dataset.spec.num_levels else 0.05) < distances[-1]
     sample = play(model, "sample", {"label": labels}, walk)
     assert np.abs(edits[-1] - sample).mean() < distances[-1] / 4
 
@@ -356,10 +356,10 @@ def test_latents_of_a_normal_distribution_are_its_rows_standardised() -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_a_round_trip_is_encode_then_decode(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     """In the same steps, and nearer to the row with more of them."""
-    name, rows = dataset.value.tensor.name, dataset.test.rows[:8]
+    name, rows = dataset.spec.tensor.name, dataset.test.rows[:8]
     labels: dict[str, NDArray[np.generic]] = {"label": np.zeros(8, int)}
     model, errors = players[dataset.name], []
     for steps in (10, 41):
@@ -367,13 +367,13 @@ def test_a_round_trip_is_encode_then_decode(
         latent = play(model, "encode", {name: rows, **labels}, walk).astype(np.float32)
         again = play(model, "decode", {"latent": latent, **labels}, walk)
         both = play(model, "reconstruct", {name: rows, **labels}, {**walk, "steps": 2 * steps})
-        np.testing.assert_allclose(both, again, atol=1 if dataset.value.levels else 1e-3)
+        np.testing.assert_allclose(both, again, atol=1 if dataset.spec.num_levels else 1e-3)
         errors.append(np.abs(again - rows).mean())
     assert errors[1] <= errors[0]
     assert errors[1] < {DDIM: 1.0, HEUN: 0.1, DPMPP2M: 0.1}[sampler]
 
 
-def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, interpreter.Player]) -> None:
+def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, interpreter.Interpreter]) -> None:
     model = players["moons"]
     program, given = model.program("reconstruct"), np.ones((2, 2), np.float32)
     parts = [
@@ -383,6 +383,6 @@ def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, inter
         for steps in (2, 7, 12)
         for sampler in TEXTBOOK
     ]
-    together = model.play("reconstruct", interpreter.join(parts))["point"]
-    alone = np.concatenate([model.play("reconstruct", part)["point"] for part in parts])
+    together = model.run("reconstruct", interpreter.join(parts))["point"]
+    alone = np.concatenate([model.run("reconstruct", part)["point"] for part in parts])
     np.testing.assert_allclose(together, alone, atol=1e-5)

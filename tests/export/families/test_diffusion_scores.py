@@ -15,8 +15,8 @@ from export.families.diffusion import FAMILY, ode_likelihood
 from export.families.diffusion.denoiser import Denoiser, Perceptron
 from export.families.diffusion.ode_likelihood import PROBES, StepOfImage
 from export.families.diffusion.solvers import SIGMA_MAX
-from export.families.diffusion.variational_bound import LastLevel, Step
-from export.graphs.program import TensorSpec, Value
+from export.families.diffusion.variational_bound import DecoderLikelihood, Step
+from export.graphs.program import DataSpec, TensorSpec
 from samovar.v1 import manifest_pb2
 from tests.support import denoisers as toys
 
@@ -24,12 +24,12 @@ GRID = 60
 
 
 def score(
-    player: interpreter.Player, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
+    player: interpreter.Interpreter, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
 ) -> tuple[NDArray[np.float64], ...]:
     """What a program says of rows."""
-    inputs = {player.manifest.value.tensor.name: rows}
+    inputs = {player.manifest.data_spec.tensor.name: rows}
     asked = interpreter.request(player.program(name), 3, range(len(rows)), parameters, inputs)
-    return tuple(array.astype(np.float64) for array in player.play(name, asked).values())
+    return tuple(array.astype(np.float64) for array in player.run(name, asked).values())
 
 
 def plane(limit: float) -> NDArray[np.float32]:
@@ -43,11 +43,13 @@ def pair() -> toys.Pair:
 
 
 @pytest.fixture(scope="module")
-def player(pair: toys.Pair) -> interpreter.Player:
+def player(pair: toys.Pair) -> interpreter.Interpreter:
     return toys.player(pair)
 
 
-def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, player: interpreter.Player) -> None:
+def test_the_ode_of_an_exact_denoiser_is_the_density(
+    pair: toys.Pair, player: interpreter.Interpreter
+) -> None:
     """Nearer with more steps, as far as there is density."""
     rows = plane(2)
     rows = rows[pair.log_density(rows) > -6]
@@ -58,12 +60,12 @@ def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, player: in
     assert errors[1] < 2e-3 < errors[0]
 
 
-def test_the_density_of_the_ode_integrates_to_one(player: interpreter.Player) -> None:
+def test_the_density_of_the_ode_integrates_to_one(player: interpreter.Interpreter) -> None:
     (logs,) = score(player, "score:ode", plane(3), {"steps": 40})
     assert np.exp(logs).sum() * (6 / GRID) ** 2 == pytest.approx(1, abs=2e-3)
 
 
-def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: interpreter.Player) -> None:
+def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: interpreter.Interpreter) -> None:
     rows = np.tile(plane(1)[:: GRID + 1], (20, 1))
     bound, error = score(player, "score", rows, {"draws": 50})
     gap = pair.log_density(rows) - bound
@@ -90,7 +92,7 @@ def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: loading.
     torch.testing.assert_close(Step(denoiser).prior(rows), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_more_draws_lower_the_error_and_not_the_bound(player: interpreter.Player) -> None:
+def test_more_draws_lower_the_error_and_not_the_bound(player: interpreter.Interpreter) -> None:
     rows = np.zeros((500, 2), np.float32)
     few, many = (score(player, "score", rows, {"draws": draws}) for draws in (4, 64))
     assert few[0].mean() == pytest.approx(many[0].mean(), abs=4 * few[0].std() / math.sqrt(500))
@@ -120,7 +122,7 @@ def test_scores_of_integers_are_of_their_probability() -> None:
     pixels = np.array([[[a, b]] for a in range(3) for b in range(3)], np.uint8)
     shares = np.array([4, 1, 1, 1, 6, 2, 1, 1, 3]) / 20
     part = loading.Part(np.repeat(pixels, (20 * shares).astype(int), 0), np.zeros(20, np.int64))
-    value = Value("image", TensorSpec("image", "uint8", (1, 2), 0, 2), levels=3, class_labels=("any",))
+    value = DataSpec("image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",))
     dataset = loading.Dataset("pairs", value, part, part, part, "")
     denoiser = Denoiser(dataset, toys.PRESET)
     images = denoiser.scale(torch.from_numpy(pixels))
@@ -137,16 +139,16 @@ def test_scores_of_integers_are_of_their_probability() -> None:
 
 def test_the_ode_claims_no_standard_error_for_its_one_draw_of_noise(digits: loading.Dataset) -> None:
     """That of the divergence is an output, but it is not the score's."""
-    by_ode = ode_likelihood.program(FAMILY.network(digits, toys.PRESET), digits.value)
+    by_ode = ode_likelihood.program(FAMILY.network(digits, toys.PRESET), digits.spec)
     assert by_ode.score is not None
-    assert by_ode.score.standard_error is None
+    assert by_ode.score.standard_error_output is None
     assert [output.name for output in by_ode.outputs] == ["log_likelihood", "divergence_error"]
 
 
 def test_pixels_have_one_of_their_levels(digits: loading.Dataset) -> None:
     """Given z, the probabilities of a pixel's levels sum to one, whatever the denoiser says."""
     denoiser = Denoiser(digits, toys.PRESET).eval()
-    last = LastLevel(denoiser)
+    last = DecoderLikelihood(denoiser)
     denoised = torch.linspace(-3, 3, 64).reshape(1, 8, 8).expand(17, -1, -1)
     clean = torch.full((17, 8, 8), -1.0)
     clean[:, 3, 4] = denoiser.scale(torch.arange(17))
@@ -194,11 +196,11 @@ def test_slopes_along_directions_are_the_jacobians(digits: loading.Dataset) -> N
     assert float(variance.sqrt()) == pytest.approx(weight * abs(slopes[0] - slopes[1]) / 2, rel=0.02)
 
 
-def test_scores_say_what_they_are(digits: loading.Dataset, player: interpreter.Player) -> None:
+def test_scores_say_what_they_are(digits: loading.Dataset, player: interpreter.Interpreter) -> None:
     points = {
-        program.method: program.score for program in player.manifest.programs if program.HasField("score")
+        program.variant: program.score for program in player.manifest.programs if program.HasField("score")
     }
     assert points[""].kind == manifest_pb2.Score.KIND_LOWER_BOUND
     assert points["ode"].kind == manifest_pb2.Score.KIND_ESTIMATE
-    assert (points[""].draws, points["ode"].draws) == ("draws", "")
-    assert {score.space for score in points.values()} == {"the plane"}
+    assert (points[""].draws_parameter, points["ode"].draws_parameter) == ("draws", "")
+    assert {score.coordinate_space for score in points.values()} == {"the plane"}

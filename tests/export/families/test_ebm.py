@@ -22,7 +22,7 @@ from export.graphs import graph
 from export.graphs.formats import FORMATS
 from export.graphs.program import TensorSpec
 from export.probability import langevin
-from export.probability.langevin import Landscape, Place
+from export.probability.langevin import ChainState, EnergyFunction
 from export.probability.ppca_mixture import Mixture
 from export.training.trainer import Settings
 from samovar import noise
@@ -46,15 +46,15 @@ def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
 
 
 @pytest.fixture(scope="module")
-def players(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, interpreter.Player]:
+def players(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, interpreter.Interpreter]:
     return {
-        each.name: writer.player(each.value, FAMILY.programs(randomised(each), each))
+        each.name: writer.player(each.spec, FAMILY.programs(randomised(each), each))
         for each in (digits, moons)
     }
 
 
 def play(
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
     program: str,
     inputs: Mapping[str, np.ndarray] | None = None,
     parameters: Mapping[str, float] | None = None,
@@ -62,12 +62,12 @@ def play(
 ) -> interpreter.Tensors:
     """Four rows of a request, or as many as the inputs have."""
     count = len(next(iter((inputs or {}).values()), range(4)))
-    return player.play(
+    return player.run(
         program, interpreter.request(player.program(program), seed, range(count), parameters, inputs)
     )
 
 
-def autograd(landscape: Landscape, x: Tensor) -> Tensor:
+def autograd(landscape: EnergyFunction, x: Tensor) -> Tensor:
     """The gradient of the energy [B, D], by torch."""
     x = x.detach().clone().requires_grad_()
     return torch.autograd.grad(landscape.energy(x)[0].sum(), x)[0]
@@ -94,11 +94,11 @@ def test_the_gradient_of_the_energy_is_autograds(dataset: loading.Dataset) -> No
 def test_the_exported_gradient_is_autograds(format: str, dataset: loading.Dataset, tmp_path: Path) -> None:
     """To the last digits of a float32."""
     model, rows = randomised(dataset), dataset.test.rows[:7]
-    exported = EnergyOfImage(model) if dataset.value.levels else EnergyOfPoint(model)
+    exported = EnergyOfImage(model) if dataset.spec.num_levels else EnergyOfPoint(model)
     module = graph.Graph(
         "energy",
         exported.eval(),
-        (dataset.value.tensor,),
+        (dataset.spec.tensor,),
         (
             TensorSpec("energy"),
             TensorSpec("gradient", shape=rows.shape[1:]),
@@ -192,7 +192,7 @@ def test_the_loss_is_least_at_the_log_ratio_of_the_densities() -> None:
 def test_the_acceptance_ratio_by_hand() -> None:
     """E = x^2 / 2 from 1 to 0.7 with step size 0.2, so q(b | a) = N(b; 0.8 a, 0.4)."""
     here, there = (
-        Place(torch.tensor([[x]]), torch.tensor([x**2 / 2]), torch.tensor([[x]])) for x in (1.0, 0.7)
+        ChainState(torch.tensor([[x]]), torch.tensor([x**2 / 2]), torch.tensor([[x]])) for x in (1.0, 0.7)
     )
     forwards, backwards = -((0.7 - 0.8) ** 2) / 0.8, -((1 - 0.56) ** 2) / 0.8
     expected = (1 - 0.49) / 2 + backwards - forwards
@@ -205,9 +205,9 @@ def test_the_acceptance_ratio_is_detailed_balance() -> None:
     """p(a) q(b | a) min(1, r) is the same both ways."""
     torch.manual_seed(0)
     model, eta = Mixture.wide(3, 0.7), torch.full((50,), 0.3)
-    a, b = (Place(x, *model.energy(x)) for x in torch.randn(2, 50, 3))
+    a, b = (ChainState(x, *model.energy(x)) for x in torch.randn(2, 50, 3))
 
-    def flow(start: Place, end: Place) -> Tensor:
+    def flow(start: ChainState, end: ChainState) -> Tensor:
         step = functional.gaussian_nll_loss(
             end.x, start.x - 0.3 * start.gradient, torch.full_like(end.x, 0.6), reduction="none"
         ).sum(1)
@@ -260,8 +260,8 @@ def test_unadjusted_chains_have_the_variance_of_theory() -> None:
 
 
 def test_proposals_into_the_void_are_refused() -> None:
-    here = Place(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1))
-    there = Place(torch.ones(2, 1), torch.tensor([math.nan, math.inf]), torch.zeros(2, 1))
+    here = ChainState(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1))
+    there = ChainState(torch.ones(2, 1), torch.tensor([math.nan, math.inf]), torch.zeros(2, 1))
     place, accepted = langevin.adjust(here, there, torch.ones(2), torch.full((2,), 1e-30))
     assert not accepted.any()
     assert (place.x == 0).all()
@@ -308,10 +308,10 @@ def test_annealing_and_quadrature_agree(moons: loading.Dataset) -> None:
 
 
 def test_the_score_is_minus_the_energy_minus_log_z(
-    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     player, known = players[dataset.name], normaliser(randomised(dataset))
-    given = {dataset.value.tensor.name: dataset.test.rows[:5]}
+    given = {dataset.spec.tensor.name: dataset.test.rows[:5]}
     energy, score = play(player, "energy", given)["energy"], play(player, "score", given)
     np.testing.assert_allclose(score["log_density"], -energy - known.log_z, rtol=1e-5)
     np.testing.assert_allclose(score["standard_error"], known.standard_error, rtol=1e-5)
@@ -323,7 +323,7 @@ def test_the_score_is_minus_the_energy_minus_log_z(
 
 
 def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
-    digits: loading.Dataset, players: dict[str, interpreter.Player]
+    digits: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     player, known, rows = players["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
     weighed = play(player, "score", {"image": rows})
@@ -340,7 +340,7 @@ def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
 
 
 def test_a_drawn_blur_is_the_documented_noise(
-    digits: loading.Dataset, players: dict[str, interpreter.Player]
+    digits: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     model, player, given = randomised(digits), players["digits"], {"image": digits.test.rows[:3]}
     still, drawn = (play(player, "score", given, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW))
@@ -352,9 +352,9 @@ def test_a_drawn_blur_is_the_documented_noise(
 
 @pytest.mark.parametrize("program", ["sample", "sample:langevin"])
 def test_known_coordinates_stay(
-    program: str, dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    program: str, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
-    name, rows = dataset.value.tensor.name, dataset.test.rows[:4]
+    name, rows = dataset.spec.tensor.name, dataset.test.rows[:4]
     known = loading.first_half(rows)
     walked = play(players[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
     np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
@@ -362,10 +362,10 @@ def test_known_coordinates_stay(
 
 
 def test_a_chain_starts_where_it_is_told_to(
-    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     """One step of no size from the given row leaves it there; from noise it is a draw of the base."""
-    player, name, rows = players[dataset.name], dataset.value.tensor.name, dataset.test.rows[:4]
+    player, name, rows = players[dataset.name], dataset.spec.tensor.name, dataset.test.rows[:4]
     still = {"steps": 1, "step_size": 1e-6}
     given = play(player, "sample", {name: rows}, {**still, "start": GIVEN})
     ignored = play(player, "sample", {name: rows}, still)
@@ -378,7 +378,7 @@ def test_a_chain_starts_where_it_is_told_to(
 
 
 def test_without_noise_a_chain_descends(
-    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     parameters = {"noise_scale": 0, "step_size": 1e-3}
     energies = [
@@ -389,14 +389,14 @@ def test_without_noise_a_chain_descends(
 
 
 def test_rows_of_every_age_and_size_mix(
-    dataset: loading.Dataset, players: dict[str, interpreter.Player]
+    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
 ) -> None:
     player = players[dataset.name]
     program = player.program("sample")
     settings: list[dict[str, float]] = [{"steps": 3}, {"steps": 9, "step_size": 1e-3}, {"steps": 1}]
     parts = [interpreter.request(program, seed, range(2), each) for seed, each in enumerate(settings)]
-    together = player.play("sample", interpreter.join(parts))
-    apart = [player.play("sample", part) for part in parts]
+    together = player.run("sample", interpreter.join(parts))
+    apart = [player.run("sample", part) for part in parts]
     for name, values in together.items():
         expected = np.concatenate([each[name] for each in apart])
         tolerance = 1 if values.dtype == np.uint8 else 1e-4

@@ -31,7 +31,7 @@ def written(pair: Pair, request: pytest.FixtureRequest) -> Path:
 
 def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Dataset) -> None:
     loaded = FAMILIES[pair.family].load()
-    preset = loaded.presets["tiny"].suiting(dataset.value)
+    preset = loaded.presets["tiny"].suiting(dataset.spec)
     programs = loaded.programs(loaded.network(dataset, preset), dataset)
     assert loaded.name == pair.family
     assert (
@@ -44,8 +44,8 @@ def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Data
 def test_every_operation_is_offered_or_refused_with_a_reason(pair: Pair) -> None:
     loaded = FAMILIES[pair.family].load()
     offered = {name.partition(":")[0] for name in loaded.operations}
-    assert set(loaded.refusals) == set(OPERATIONS) - offered
-    assert all(loaded.refusals.values())
+    assert set(loaded.unsupported_operations) == set(OPERATIONS) - offered
+    assert all(loaded.unsupported_operations.values())
 
 
 def test_every_format_reproduces_the_modules_in_any_company(pair: Pair, written: Path) -> None:
@@ -81,12 +81,12 @@ def test_some_golden_rows_have_parameters(pair: Pair, written: Path) -> None:
 
 
 def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
-    return program_name(message.operation, message.method)
+    return program_name(message.operation, message.variant)
 
 
 def test_the_manifest_is_readable_json(pair: Pair, written: Path) -> None:
     read = json.loads((written / reader.MANIFEST).read_text())
-    assert read["format_version"] == 1
+    assert read["format_version"] == 2
     assert read["provenance"]["dataset"] == pair.data
     assert {entry["name"] for entry in read["graphs"]} >= {program["readout"] for program in read["programs"]}
 
@@ -94,7 +94,7 @@ def test_the_manifest_is_readable_json(pair: Pair, written: Path) -> None:
 def test_training_measuring_and_writing_go_through(
     pair: Pair, dataset: loading.Dataset, tmp_path: Path
 ) -> None:
-    order = pipeline.Recipe(
+    order = pipeline.TrainingJob(
         FAMILIES[pair.family].load(), dataset, tmp_path, preset="tiny", formats=("torchscript",)
     )
     manifest = reader.read(pipeline.make(order))

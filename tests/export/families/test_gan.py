@@ -24,7 +24,7 @@ from export.families.gan import (
     gradient_penalty,
     squared_mmd,
 )
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Network, Objective, Settings, fit
 from samovar import noise
 
@@ -47,17 +47,21 @@ def network(digits: loading.Dataset) -> GAN:
 
 
 @pytest.fixture(scope="module")
-def player(network: GAN, digits: loading.Dataset) -> interpreter.Player:
-    return writer.player(digits.value, FAMILY.programs(network, digits))
+def player(network: GAN, digits: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(digits.spec, FAMILY.programs(network, digits))
 
 
 def play(
-    player: interpreter.Player, operation: str, seed: int = 0, truncation: float = 1, **inputs: np.ndarray
+    player: interpreter.Interpreter,
+    operation: str,
+    seed: int = 0,
+    truncation: float = 1,
+    **inputs: np.ndarray,
 ) -> np.ndarray:
     """As many images as the inputs have rows."""
     program, count = player.program(operation), len(next(iter(inputs.values())))
     rows = interpreter.request(program, seed, range(count), {"truncation": truncation}, inputs)
-    return player.play(operation, rows)["image"]
+    return player.run(operation, rows)["image"]
 
 
 def test_the_losses_are_those_computed_by_hand() -> None:
@@ -171,7 +175,7 @@ def test_rectifiers_leak_a_fifth(network: GAN) -> None:
 def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
     part = loading.Part(rows, np.arange(20) % 3)
-    value = Value("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b", "c"))
+    value = DataSpec("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b", "c"))
     gan = FAMILY.network(loading.Dataset("noise", value, part, part, part, ""), TINY)
     objectives = gan.objectives(torch.tensor(rows), torch.tensor(part.labels))
     assert [len(objective.loss) for objective in objectives] == [20, 20]
@@ -209,7 +213,7 @@ def test_squared_mmd_is_nothing_between_equals_and_notices_labels_that_are_swapp
 
 
 def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
 ) -> None:
     rows = np.arange(4)
     drawn = noise.normal(np.full(4, 9, np.uint64), rows, np.zeros(4, np.int64), 0, (DIMENSIONS,))
@@ -218,13 +222,13 @@ def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(
     assert len(np.unique(sampled, axis=0)) == 4
 
 
-def test_decode_makes_what_sample_makes_of_the_same_latent(player: interpreter.Player) -> None:
+def test_decode_makes_what_sample_makes_of_the_same_latent(player: interpreter.Interpreter) -> None:
     """Whatever the class: without a label both draw the same one."""
     decoded = play(player, "decode", seed=3, latent=LATENTS)
     np.testing.assert_array_equal(decoded, play(player, "sample", seed=3, latent=LATENTS))
 
 
-def test_elements_of_a_latent_that_are_left_out_are_drawn(player: interpreter.Player) -> None:
+def test_elements_of_a_latent_that_are_left_out_are_drawn(player: interpreter.Interpreter) -> None:
     labels, holes = np.zeros(4, np.int64), LATENTS.copy()
     holes[:, ::2] = DRAWN
     some = [play(player, "sample", seed=seed, label=labels, latent=holes) for seed in (1, 1, 2)]
@@ -237,7 +241,7 @@ def test_elements_of_a_latent_that_are_left_out_are_drawn(player: interpreter.Pl
     )
 
 
-def test_truncation_shrinks_latents_towards_zero(player: interpreter.Player) -> None:
+def test_truncation_shrinks_latents_towards_zero(player: interpreter.Interpreter) -> None:
     labels = np.zeros(4, np.int64)
     half = play(player, "sample", label=labels, latent=LATENTS, truncation=0.5)
     np.testing.assert_array_equal(half, play(player, "decode", label=labels, latent=LATENTS / 2))
@@ -245,7 +249,7 @@ def test_truncation_shrinks_latents_towards_zero(player: interpreter.Player) -> 
     np.testing.assert_array_equal(none, play(player, "decode", label=labels, latent=np.zeros_like(LATENTS)))
 
 
-def test_the_label_changes_what_a_latent_becomes(player: interpreter.Player) -> None:
+def test_the_label_changes_what_a_latent_becomes(player: interpreter.Interpreter) -> None:
     latents = np.repeat(LATENTS[:1], 10, axis=0)
     made = play(player, "decode", label=np.arange(10), latent=latents)
     assert len(np.unique(made, axis=0)) == 10
@@ -255,7 +259,7 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dat
     """By inversion of a uniform number, on a data set of which nine tenths are of class 3."""
     labels = np.where(np.arange(len(digits.train)) % 10 == 0, 7, 3)
     skewed = dataclasses.replace(digits, train=loading.Part(digits.train.rows, labels))
-    player = writer.player(digits.value, FAMILY.programs(untrained(skewed), skewed))
+    player = writer.player(digits.spec, FAMILY.programs(untrained(skewed), skewed))
     latents = np.repeat(LATENTS[:1], 200, axis=0)
     drawn = play(player, "decode", seed=4, latent=latents)
     uniform = noise.uniform(np.full(200, 4, np.uint64), np.arange(200), np.zeros(200, np.int64), 1, ())
@@ -266,7 +270,7 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dat
 
 def test_points_are_numbers_and_have_classes() -> None:
     moons = loading.moons()
-    player = writer.player(moons.value, FAMILY.programs(untrained(moons), moons))
+    player = writer.player(moons.spec, FAMILY.programs(untrained(moons), moons))
     rows = interpreter.request(
         player.program("decode"),
         0,
@@ -274,12 +278,12 @@ def test_points_are_numbers_and_have_classes() -> None:
         {},
         {"latent": np.ones((2, LATENT_DIMENSIONS["vector"]), np.float32), "label": np.arange(2)},
     )
-    points = player.play("decode", rows)["point"]
+    points = player.run("decode", rows)["point"]
     assert points.dtype == np.float32
     assert points.shape == (2, 2)
     assert (points[0] != points[1]).all()
 
 
 def test_what_a_gan_cannot_have_is_refused_with_the_reason() -> None:
-    assert "no likelihood" in FAMILY.refusals["score"]
-    assert not set(FAMILY.refusals) & set(FAMILY.operations)
+    assert "no likelihood" in FAMILY.unsupported_operations["score"]
+    assert not set(FAMILY.unsupported_operations) & set(FAMILY.operations)

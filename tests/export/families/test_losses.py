@@ -72,12 +72,12 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
 def nats(family: str, network: Network, dataset: loading.Dataset) -> np.ndarray:
     """What the program score says of some rows with their labels."""
     rows, labels = (part.numpy() for part in some(dataset))
-    player = writer.player(dataset.value, FAMILIES[family].load().programs(network, dataset))
+    player = writer.player(dataset.spec, FAMILIES[family].load().programs(network, dataset))
     program = player.program("score")
     asked = interpreter.request(
-        program, 0, range(ROWS), inputs={dataset.value.tensor.name: rows, "label": labels}
+        program, 0, range(ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels}
     )
-    answer: np.ndarray = player.play("score", asked)[program.score.nats]
+    answer: np.ndarray = player.run("score", asked)[program.score.nats_output]
     return answer
 
 
@@ -143,10 +143,10 @@ def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.
 
 def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> interpreter.Tensors:
     """What a program of the VAE gives for some rows with seed 9; keywords are parameters or inputs."""
-    player = writer.player(dataset.value, vae.FAMILY.programs(network, dataset))
+    player = writer.player(dataset.spec, vae.FAMILY.programs(network, dataset))
     inputs = {name: value for name, value in settings.items() if isinstance(value, np.ndarray)}
     parameters = {name: value for name, value in settings.items() if name not in inputs}
-    return player.play(
+    return player.run(
         program, interpreter.request(player.program(program), 9, range(ROWS), parameters, inputs)
     )
 

@@ -15,7 +15,7 @@ from export.datasets import chorales, loading, text
 from export.evaluation.ngram import WittenBell
 from export.families.base import Preset
 from export.families.lstm import BEAT, FAMILY, LSTM, WINDOW, draw
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings, fit
 
 TINY = Preset(width=12, depth=2, training=Settings(steps=1))
@@ -26,7 +26,7 @@ Tokens = NDArray[np.uint8]
 def dataset(vocabulary: tuple[str, ...], rows: Tokens) -> loading.Dataset:
     part = loading.Part(rows, np.zeros(len(rows), np.int64))
     tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, len(vocabulary) - 1)
-    value = Value("tokens", tensor, len(vocabulary), vocabulary)
+    value = DataSpec("tokens", tensor, len(vocabulary), vocabulary)
     return loading.Dataset("few", value, part, part, part, sha256="")
 
 
@@ -39,8 +39,8 @@ def untrained(given: loading.Dataset, preset: Preset = TINY) -> LSTM:
     return network.eval().requires_grad_(False)
 
 
-def player_of(given: loading.Dataset) -> interpreter.Player:
-    return writer.player(given.value, FAMILY.programs(untrained(given), given))
+def player_of(given: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(given.spec, FAMILY.programs(untrained(given), given))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def abc() -> loading.Dataset:
 
 
 @pytest.fixture(scope="module")
-def abc_player(abc: loading.Dataset) -> interpreter.Player:
+def abc_player(abc: loading.Dataset) -> interpreter.Interpreter:
     return player_of(abc)
 
 
@@ -62,20 +62,20 @@ def words() -> loading.Dataset:
 
 
 @pytest.fixture(scope="module")
-def player(words: loading.Dataset) -> interpreter.Player:
+def player(words: loading.Dataset) -> interpreter.Interpreter:
     return player_of(words)
 
 
-def sample(player: interpreter.Player, count: int, seed: int = 0, **given: Any) -> interpreter.Tensors:
+def sample(player: interpreter.Interpreter, count: int, seed: int = 0, **given: Any) -> interpreter.Tensors:
     inputs = {"prompt": given.pop("prompt")} if "prompt" in given else {}
-    return player.play(
+    return player.run(
         "sample", interpreter.request(player.program("sample"), seed, range(count), given, inputs)
     )
 
 
-def score(player: interpreter.Player, rows: Tokens) -> interpreter.Tensors:
+def score(player: interpreter.Interpreter, rows: Tokens) -> interpreter.Tensors:
     request = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
-    return player.play("score", request)
+    return player.run("score", request)
 
 
 def padded(rows: list[list[int]], context: int) -> Tokens:
@@ -107,7 +107,7 @@ def test_the_step_is_torchs_cell(words: loading.Dataset) -> None:
 
 @pytest.mark.parametrize("position", [0, 7, 23])
 def test_a_token_changes_its_own_mass_and_later_ones_only(
-    position: int, player: interpreter.Player, words: loading.Dataset
+    position: int, player: interpreter.Interpreter, words: loading.Dataset
 ) -> None:
     other = words.test.rows.copy()
     other[:, position] = other[:, position] % 20 + 1
@@ -117,7 +117,9 @@ def test_a_token_changes_its_own_mass_and_later_ones_only(
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_player: interpreter.Player) -> None:
+def test_masses_of_all_sequences_of_a_length_sum_to_one(
+    length: int, abc_player: interpreter.Interpreter
+) -> None:
     answer = score(abc_player, every(length))
     assert np.exp(answer["log_mass"].astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
     assert (answer["length"] == length).all()
@@ -125,7 +127,7 @@ def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_player:
 
 
 def test_the_score_is_the_sum_over_its_tokens_and_ends_at_the_first_empty_one(
-    player: interpreter.Player, words: loading.Dataset
+    player: interpreter.Interpreter, words: loading.Dataset
 ) -> None:
     rows = words.test.rows[:3].copy()
     rows[0, 5:] = 0
@@ -139,7 +141,7 @@ def test_the_score_is_the_sum_over_its_tokens_and_ends_at_the_first_empty_one(
     np.testing.assert_allclose(answer["log_mass"], answer["log_mass_by_token"].sum(1), rtol=1e-5)
 
 
-def test_samples_follow_the_masses(abc_player: interpreter.Player) -> None:
+def test_samples_follow_the_masses(abc_player: interpreter.Interpreter) -> None:
     """Frequencies of all 27 sequences among 4096 samples: a chi-square test at five standard deviations."""
     drawn = sample(abc_player, 4096)["sequence"]
     seen = np.bincount((drawn.astype(int) - 1) @ [9, 3, 1], minlength=27)
@@ -151,7 +153,9 @@ def test_samples_follow_the_masses(abc_player: interpreter.Player) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}])
-def test_the_masses_of_a_sample_are_its_score(player: interpreter.Player, settings: dict[str, Any]) -> None:
+def test_the_masses_of_a_sample_are_its_score(
+    player: interpreter.Interpreter, settings: dict[str, Any]
+) -> None:
     """Under the model itself, whatever the settings were."""
     drawn = sample(player, 5, **settings)
     scored = score(player, drawn["sequence"])
@@ -160,7 +164,7 @@ def test_the_masses_of_a_sample_are_its_score(player: interpreter.Player, settin
 
 
 def test_a_temperature_of_zero_takes_the_likeliest_token(
-    player: interpreter.Player, words: loading.Dataset
+    player: interpreter.Interpreter, words: loading.Dataset
 ) -> None:
     cold, single = (sample(player, 3, 4, **given)["sequence"] for given in ({"temperature": 0}, {"top_k": 1}))
     assert (cold == cold[0]).all()
@@ -205,7 +209,7 @@ def test_draws_are_from_the_likeliest_tokens(settings: dict[str, Any], expected:
     assert shares(**settings) == pytest.approx(expected, abs=2e-4)
 
 
-def test_a_prompt_is_kept_and_may_be_given_in_parts(player: interpreter.Player) -> None:
+def test_a_prompt_is_kept_and_may_be_given_in_parts(player: interpreter.Interpreter) -> None:
     """A sample's own beginning, given as a prompt to the same seed, is continued to the same sample."""
     whole = sample(player, 4, 9)
     for length in (1, 10, 24):
@@ -216,7 +220,7 @@ def test_a_prompt_is_kept_and_may_be_given_in_parts(player: interpreter.Player) 
 
 
 def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_one(
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
 ) -> None:
     prompt = padded([[], [5], [3, 4, 0, 7], [2] * 22, [2] * 24], 24)
     drawn = sample(player, 5, tokens=4, prompt=prompt)
@@ -227,7 +231,7 @@ def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_
         assert (row[length:] == 0).all()
 
 
-def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: interpreter.Player) -> None:
+def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: interpreter.Interpreter) -> None:
     free = sample(player, 30, 2)["sequence"]
     stop = int(free[0, 3])
     prompt = padded([[stop], *(list[int]() for _ in range(29))], 24)
@@ -240,13 +244,13 @@ def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: int
 
 
 def test_features_are_of_the_whole_sequence_and_of_nothing_after_it(
-    player: interpreter.Player, words: loading.Dataset
+    player: interpreter.Interpreter, words: loading.Dataset
 ) -> None:
     def features(rows: Tokens) -> NDArray[np.float32]:
         request = interpreter.request(
             player.program("encode"), 0, range(len(rows)), inputs={"sequence": rows}
         )
-        return player.play("encode", request)["features"]
+        return player.run("encode", request)["features"]
 
     network, rows = untrained(words), words.test.rows.copy()
     shorter = np.where(np.arange(24) < 10, rows, 0).astype(np.uint8)
@@ -288,7 +292,7 @@ def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
 
 def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
     rows = np.tile(np.arange(1, 21, dtype=np.uint8), (16, 20))
-    tokens, before = FAMILY.network(dataset(words.value.vocabulary, rows), TINY)._windows(
+    tokens, before = FAMILY.network(dataset(words.spec.vocabulary, rows), TINY)._windows(
         torch.from_numpy(rows).long()
     )
     assert (before[:, 0] == 0).all()
@@ -296,9 +300,9 @@ def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
 
 
 def test_images_are_refused(words: loading.Dataset) -> None:
-    value = Value("image", TensorSpec("image", "uint8", (8, 8), 0, 16), 17)
+    value = DataSpec("image", TensorSpec("image", "uint8", (8, 8), 0, 16), 17)
     with pytest.raises(loading.DataError, match="expected sequences of tokens, got image rows"):
-        FAMILY.network(dataclasses.replace(words, value=value), TINY)
+        FAMILY.network(dataclasses.replace(words, spec=value), TINY)
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
@@ -321,7 +325,7 @@ def test_an_n_gram_is_witten_and_bells() -> None:
 
 
 def test_quality_compares_with_the_n_gram_on_the_same_rows(
-    player: interpreter.Player, words: loading.Dataset
+    player: interpreter.Interpreter, words: loading.Dataset
 ) -> None:
     ours, rival, gain = FAMILY.quality(player, words, STARTER)
     nats = score(player, words.test.rows)["log_mass"]
@@ -333,8 +337,8 @@ def test_quality_compares_with_the_n_gram_on_the_same_rows(
 
 def test_text_of_the_standard_library_is_characters_in_three_parts() -> None:
     given = loading.load("text")
-    assert given.value.vocabulary == text.CHARACTERS
-    assert len(given.value.vocabulary) == 97
+    assert given.spec.vocabulary == text.CHARACTERS
+    assert len(given.spec.vocabulary) == 97
     parts = [given.validation, given.train, given.test]
     whole = "".join("".join(text.written(part.rows, text.CHARACTERS)) for part in parts)
     assert len(whole) > 200_000
@@ -348,8 +352,8 @@ def test_a_folder_with_text_has_its_own_vocabulary(tmp_path: Any) -> None:
     written = "né à Zürich\n" * 2000
     (tmp_path / "input.txt").write_text(written, encoding="utf-8")
     given = loading.load("digits", tmp_path)
-    assert given.value.vocabulary == ("", *sorted(set(written)))
-    (first,) = text.written(given.test.rows[:1], given.value.vocabulary)
+    assert given.spec.vocabulary == ("", *sorted(set(written)))
+    (first,) = text.written(given.test.rows[:1], given.spec.vocabulary)
     assert first == written[int(len(written) * 0.9) :][: text.CONTEXT]
 
 

@@ -12,7 +12,7 @@ from export.artifacts import interpreter, writer
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.pixelcnn import FAMILY, PixelCNN
-from export.graphs.program import TensorSpec, Value
+from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings
 
 TINY = Preset(width=8, depth=3, training=Settings(steps=1))
@@ -34,8 +34,8 @@ def network(digits: loading.Dataset) -> PixelCNN:
 
 
 @pytest.fixture(scope="module")
-def player(network: PixelCNN, digits: loading.Dataset) -> interpreter.Player:
-    return writer.player(digits.value, FAMILY.programs(network, digits))
+def player(network: PixelCNN, digits: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(digits.spec, FAMILY.programs(network, digits))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def bits() -> loading.Dataset:
     """Binary 3x3 images of two classes, one three times as frequent."""
     part = loading.Part(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
     image = TensorSpec("image", "uint8", (3, 3), 0, 1)
-    value = Value("image", image, levels=2, class_labels=("a", "b"))
+    value = DataSpec("image", image, num_levels=2, class_labels=("a", "b"))
     return loading.Dataset("bits", value, part, part, part, sha256="")
 
 
 @pytest.fixture(scope="module")
-def bit_player(bits: loading.Dataset) -> interpreter.Player:
-    return writer.player(bits.value, FAMILY.programs(untrained(bits), bits))
+def bit_player(bits: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(bits.spec, FAMILY.programs(untrained(bits), bits))
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,14 @@ def every_bit_image() -> Images:
 
 
 def play(
-    player: interpreter.Player, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
+    player: interpreter.Interpreter, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
 ) -> interpreter.Tensors:
-    return player.play(
+    return player.run(
         operation, interpreter.request(player.program(operation), seed, range(count), {}, inputs)
     )
 
 
-def score(player: interpreter.Player, images: Images, label: int | None = None) -> interpreter.Tensors:
+def score(player: interpreter.Interpreter, images: Images, label: int | None = None) -> interpreter.Tensors:
     if label is None:
         return play(player, "score", len(images), image=images)
     return play(player, "score", len(images), image=images, label=np.full(len(images), label))
@@ -94,7 +94,7 @@ def test_logits_depend_on_earlier_pixels_only_and_on_all_of_them(
 
 @pytest.mark.parametrize("label", [0, 1, None])
 def test_masses_of_all_images_sum_to_one(
-    label: int | None, bit_player: interpreter.Player, every_bit_image: Images
+    label: int | None, bit_player: interpreter.Interpreter, every_bit_image: Images
 ) -> None:
     log_mass = score(bit_player, every_bit_image, label)["log_mass"].astype(np.float64)
     assert np.exp(log_mass).sum() == pytest.approx(1, abs=1e-5)
@@ -102,7 +102,7 @@ def test_masses_of_all_images_sum_to_one(
 
 
 def test_without_a_label_the_score_is_of_the_mixture(
-    bit_player: interpreter.Player, every_bit_image: Images
+    bit_player: interpreter.Interpreter, every_bit_image: Images
 ) -> None:
     a, b, mixed = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1, None))
     assert not np.allclose(a, b, rtol=0.1)
@@ -111,7 +111,7 @@ def test_without_a_label_the_score_is_of_the_mixture(
 
 @pytest.mark.parametrize("label", [1, None])
 def test_the_map_is_each_pixels_conditional_mass(
-    label: int | None, bit_player: interpreter.Player, every_bit_image: Images
+    label: int | None, bit_player: interpreter.Interpreter, every_bit_image: Images
 ) -> None:
     """Against quotients of sums over all images that share a beginning."""
     chosen = 0b101100111
@@ -122,12 +122,12 @@ def test_the_map_is_each_pixels_conditional_mass(
     np.testing.assert_allclose(answer["log_mass_by_pixel"][chosen].ravel(), expected, atol=1e-4)
 
 
-def test_the_map_adds_up_to_the_score(player: interpreter.Player, digits: loading.Dataset) -> None:
+def test_the_map_adds_up_to_the_score(player: interpreter.Interpreter, digits: loading.Dataset) -> None:
     answer = score(player, digits.test.rows[:5])
     np.testing.assert_allclose(answer["log_mass_by_pixel"].sum((1, 2)), answer["log_mass"], rtol=1e-5)
 
 
-def test_samples_follow_the_masses(bit_player: interpreter.Player, every_bit_image: Images) -> None:
+def test_samples_follow_the_masses(bit_player: interpreter.Interpreter, every_bit_image: Images) -> None:
     """Frequencies of all 512 images among 4096 samples: a chi-square test at five standard deviations."""
     count = 4096
     drawn = play(bit_player, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
@@ -141,7 +141,7 @@ def test_samples_follow_the_masses(bit_player: interpreter.Player, every_bit_ima
 
 
 def test_a_step_inverts_the_conditional_that_the_score_reports(
-    network: PixelCNN, player: interpreter.Player, digits: loading.Dataset
+    network: PixelCNN, player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     """For every pixel of an image: uniforms at the ends of its level's interval give it, above it more."""
     image = torch.tensor(digits.test.rows[4:5]).long()
@@ -177,7 +177,7 @@ def draw_pixel(
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_known_pixels_come_back_unchanged(
-    seed: int, player: interpreter.Player, digits: loading.Dataset
+    seed: int, player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:6]
     known = (np.random.default_rng(seed).random(images.shape) < 0.5).astype(np.uint8)
@@ -187,7 +187,7 @@ def test_known_pixels_come_back_unchanged(
 
 
 def test_values_of_pixels_that_are_not_known_count_for_nothing(
-    player: interpreter.Player, digits: loading.Dataset
+    player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
@@ -198,7 +198,7 @@ def test_values_of_pixels_that_are_not_known_count_for_nothing(
 
 
 def test_completions_follow_the_conditional_masses(
-    bit_player: interpreter.Player, every_bit_image: Images
+    bit_player: interpreter.Interpreter, every_bit_image: Images
 ) -> None:
     """Two rows given, no label: the last row's frequencies, the class drawn from what the rows say of it."""
     count, beginning = 4096, 0b101100
@@ -212,7 +212,7 @@ def test_completions_follow_the_conditional_masses(
     assert (np.abs(np.bincount(drawn, minlength=8) / count - expected) < 4.5 * spread).all()
 
 
-def test_classes_are_bayes_rule(bit_player: interpreter.Player, every_bit_image: Images) -> None:
+def test_classes_are_bayes_rule(bit_player: interpreter.Interpreter, every_bit_image: Images) -> None:
     given_a, given_b = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1))
     joint = np.stack([0.25 * given_a, 0.75 * given_b], axis=1)
     given = play(bit_player, "classify", 512, image=every_bit_image)["probabilities"]
@@ -220,17 +220,17 @@ def test_classes_are_bayes_rule(bit_player: interpreter.Player, every_bit_image:
 
 
 def test_a_temperature_of_zero_takes_the_likeliest_levels(
-    player: interpreter.Player, network: PixelCNN
+    player: interpreter.Interpreter, network: PixelCNN
 ) -> None:
     labels = {"label": np.full(3, 2)}
     rows = interpreter.request(player.program("sample"), 1, range(3), {"temperature": 0}, labels)
-    images = torch.tensor(player.play("sample", rows)["image"]).long()
+    images = torch.tensor(player.run("sample", rows)["image"]).long()
     assert (images == images[0]).all()
     likeliest = logits_of(network, images[:1], torch.tensor([2])).argmax(-1)
     assert torch.equal(likeliest, images[0].flatten())
 
 
 def test_colour_is_refused(digits: loading.Dataset) -> None:
-    value = dataclasses.replace(digits.value, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
+    value = dataclasses.replace(digits.spec, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
     with pytest.raises(loading.DataError, match=r"grey images \[height, width\], got .* \[8, 8, 3\]"):
-        FAMILY.network(dataclasses.replace(digits, value=value), TINY)
+        FAMILY.network(dataclasses.replace(digits, spec=value), TINY)

@@ -13,8 +13,8 @@ from export import pipeline
 from export.artifacts import interpreter, reader, verify, writer
 from export.datasets import loading
 from export.families.base import Preset
-from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, Marginal, RealNVP, masks
-from export.graphs.program import TensorSpec, Value
+from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, EmpiricalCdf, RealNVP, masks
+from export.graphs.program import DataSpec, TensorSpec
 from export.probability.importance_weighting import DRAWS_PER_STEP
 from export.training.trainer import Settings
 from samovar import noise
@@ -33,12 +33,12 @@ def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
     return flow.eval().requires_grad_(False)
 
 
-def player(dataset: loading.Dataset) -> interpreter.Player:
-    return writer.player(dataset.value, FAMILY.programs(randomised(dataset), dataset))
+def player(dataset: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(dataset.spec, FAMILY.programs(randomised(dataset), dataset))
 
 
 def play(
-    player: interpreter.Player,
+    player: interpreter.Interpreter,
     operation: str,
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, float] | None = None,
@@ -46,7 +46,7 @@ def play(
 ) -> interpreter.Tensors:
     """Six rows of a request, or as many as the inputs have."""
     count = len(next(iter(inputs.values()), range(6)))
-    return player.play(
+    return player.run(
         operation, interpreter.request(player.program(operation), seed, range(count), parameters, inputs)
     )
 
@@ -54,7 +54,7 @@ def play(
 def coordinates(dataset: loading.Dataset, count: int) -> Tensor:
     """Test rows as the flow takes them [count, D], in double precision."""
     rows = torch.from_numpy(dataset.test.rows[:count]).flatten(1).double()
-    return rows + torch.rand_like(rows) if dataset.value.levels else rows
+    return rows + torch.rand_like(rows) if dataset.spec.num_levels else rows
 
 
 def test_the_log_determinant_is_that_of_the_jacobian(dataset: loading.Dataset) -> None:
@@ -88,7 +88,7 @@ def test_decoding_is_the_inverse_of_encoding(dataset: loading.Dataset) -> None:
 def test_a_pixel_of_the_training_rows_becomes_nearly_normal() -> None:
     rows = np.random.default_rng(0).choice(6, (5000, 2), p=[0.5, 0.3, 0.1, 0.05, 0.04, 0.01]).astype(np.uint8)
     torch.manual_seed(0)
-    normal, _ = Marginal(rows, 6)(torch.from_numpy(rows) + torch.rand(rows.shape))
+    normal, _ = EmpiricalCdf(rows, 6)(torch.from_numpy(rows) + torch.rand(rows.shape))
     assert normal.mean(0).abs().max() < 0.05
     assert (normal.std(0) - 1).abs().max() < 0.05
 
@@ -97,7 +97,7 @@ def test_every_level_comes_back_however_rare_it_is() -> None:
     rows = np.zeros((1000, 2), np.uint8)
     rows[:, 1] = 255
     rows[0] = 128
-    marginal = Marginal(rows, 256)
+    marginal = EmpiricalCdf(rows, 256)
     x = torch.arange(256).unsqueeze(1) + torch.tensor([0.25, 0.75])
     assert torch.equal(marginal.inverse(marginal(x)[0]).floor(), x.floor())
 
@@ -141,10 +141,10 @@ def normal(latent: Tensor) -> Tensor:
 
 
 def test_a_round_trip_reports_how_far_it_is_off(dataset: loading.Dataset) -> None:
-    name, rows = dataset.value.tensor.name, dataset.test.rows[:20]
+    name, rows = dataset.spec.tensor.name, dataset.test.rows[:20]
     answer = play(player(dataset), "reconstruct", {name: rows})
     assert answer["largest_error"].max() < 1e-3
-    if dataset.value.kind == "image":
+    if dataset.spec.kind == "image":
         np.testing.assert_array_equal(answer[name], rows)
     else:
         np.testing.assert_array_equal(np.abs(answer[name] - rows).max(1), answer["largest_error"])
@@ -163,9 +163,9 @@ def test_drawn_dequantisations_decode_to_the_same_image(digits: loading.Dataset)
 
 
 def test_the_temperature_is_the_spread_of_the_latents(dataset: loading.Dataset) -> None:
-    model, name = player(dataset), dataset.value.tensor.name
+    model, name = player(dataset), dataset.spec.tensor.name
     drawn = noise.normal(
-        np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.value.tensor.shape)]
+        np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.spec.tensor.shape)]
     )
     for temperature in (0.0, 0.5, 1.0):
         samples = play(model, "sample", {}, {"temperature": temperature}, seed=9)[name]
@@ -177,10 +177,14 @@ def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
     digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
     point, image = (player(dataset).program("score").score for dataset in (moons, digits))
-    assert (point.kind, point.dimensions, point.draws) == (manifest_pb2.Score.KIND_EXACT, 2, "")
-    assert (image.kind, image.dimensions, image.draws) == (manifest_pb2.Score.KIND_LOWER_BOUND, 64, "draws")
-    assert "make_moons" in point.space
-    assert image.space == "integers 0..16"
+    assert (point.kind, point.dimensions, point.draws_parameter) == (manifest_pb2.Score.KIND_EXACT, 2, "")
+    assert (image.kind, image.dimensions, image.draws_parameter) == (
+        manifest_pb2.Score.KIND_LOWER_BOUND,
+        64,
+        "draws",
+    )
+    assert "make_moons" in point.coordinate_space
+    assert image.coordinate_space == "integers 0..16"
 
 
 @pytest.mark.parametrize("draws", [1, 16, 25])
@@ -217,12 +221,12 @@ def pairs() -> loading.Dataset:
     """Images of two pixels with three levels."""
     rows = np.random.default_rng(0).integers(0, 3, (40, 1, 2), np.uint8)
     part = loading.Part(rows, np.zeros(40, np.int64))
-    value = Value("image", TensorSpec("image", "uint8", (1, 2), 0, 2), levels=3, class_labels=("any",))
+    value = DataSpec("image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",))
     return loading.Dataset("pairs", value, part, part, part, "")
 
 
 def test_points_are_trained_measured_and_served_too(moons: loading.Dataset, tmp_path: Path) -> None:
-    order = pipeline.Recipe(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
+    order = pipeline.TrainingJob(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
     written = pipeline.make(order)
     manifest = reader.read(written)
     assert [quality.name for quality in manifest.quality] == ["negative log-density", "C2ST"]

@@ -32,15 +32,17 @@ def network(digits: loading.Dataset) -> VAE:
 
 
 @pytest.fixture(scope="module")
-def player(network: VAE, digits: loading.Dataset) -> interpreter.Player:
-    return writer.player(digits.value, FAMILY.programs(network, digits))
+def player(network: VAE, digits: loading.Dataset) -> interpreter.Interpreter:
+    return writer.player(digits.spec, FAMILY.programs(network, digits))
 
 
-def score(player: interpreter.Player, images: np.ndarray, draws: int, seed: int = 0) -> interpreter.Tensors:
+def score(
+    player: interpreter.Interpreter, images: np.ndarray, draws: int, seed: int = 0
+) -> interpreter.Tensors:
     rows = interpreter.request(
         player.program("score"), seed, range(len(images)), {"draws": draws}, {"image": images}
     )
-    return player.play("score", rows)
+    return player.run("score", rows)
 
 
 def test_pixel_mass_sums_to_one() -> None:
@@ -79,7 +81,7 @@ def test_the_mean_is_the_mean_of_the_mass() -> None:
 
 @pytest.mark.parametrize("draws", [1, 7, 10, 25])
 def test_the_score_is_the_bound_of_exactly_so_many_draws(
-    draws: int, network: VAE, player: interpreter.Player, digits: loading.Dataset
+    draws: int, network: VAE, player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
     weights = log_weights(network, images, draws, seed=6)
@@ -89,7 +91,7 @@ def test_the_score_is_the_bound_of_exactly_so_many_draws(
 
 
 def test_the_standard_error_is_the_delta_method(
-    network: VAE, player: interpreter.Player, digits: loading.Dataset
+    network: VAE, player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images, draws = digits.test.rows[:3], 40
     weights = log_weights(network, images, draws, seed=6).double()
@@ -123,7 +125,7 @@ def test_bounds_rise_to_the_exact_value(digits: loading.Dataset) -> None:
     """ELBO <= E[IW-5] <= E[IW-50] <= log p(x), the last by quadrature over a latent of two dimensions."""
     torch.manual_seed(3)
     settings = Settings(steps=150, learning_rate=1e-2, ema_decay=0.9, evaluations=1)
-    vae = VAE(digits.value.tensor.shape, LEVELS, 2, Preset(width=16, depth=1, training=settings))
+    vae = VAE(digits.spec.tensor.shape, LEVELS, 2, Preset(width=16, depth=1, training=settings))
     fit(vae, digits, settings)
     image = torch.from_numpy(digits.test.rows[:2])
     with torch.no_grad():
@@ -198,7 +200,7 @@ def conditional(vae: VAE, image: Tensor, known: Tensor) -> Tensor:
 @pytest.mark.parametrize("chain", range(len(CHAINS)))
 @pytest.mark.parametrize("pixels", [0, 1])
 def test_inpainting_keeps_what_is_known_and_draws_the_rest(
-    chain: int, pixels: int, player: interpreter.Player, digits: loading.Dataset
+    chain: int, pixels: int, player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = (np.random.default_rng(0).random(images.shape) < 0.5).astype(np.uint8)
@@ -210,7 +212,7 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(
 
 
 def test_missing_pixels_of_the_given_image_are_not_read(
-    player: interpreter.Player, digits: loading.Dataset
+    player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
@@ -221,29 +223,33 @@ def test_missing_pixels_of_the_given_image_are_not_read(
 
 
 def inpaint(
-    player: interpreter.Player, images: np.ndarray, known: np.ndarray, settings: dict[str, int], seed: int
+    player: interpreter.Interpreter,
+    images: np.ndarray,
+    known: np.ndarray,
+    settings: dict[str, int],
+    seed: int,
 ) -> np.ndarray:
     given = {"image": images, "known": known}
     rows = interpreter.request(player.program("sample:inpaint"), seed, range(len(images)), settings, given)
-    image: np.ndarray = player.play("sample:inpaint", rows)["image"]
+    image: np.ndarray = player.run("sample:inpaint", rows)["image"]
     return image
 
 
-def test_a_temperature_of_zero_forgets_the_noise(player: interpreter.Player) -> None:
+def test_a_temperature_of_zero_forgets_the_noise(player: interpreter.Interpreter) -> None:
     rows = interpreter.request(player.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
-    images = player.play("sample", rows)["image"]
+    images = player.run("sample", rows)["image"]
     assert (images == images[0]).all()
 
 
 def test_reconstructing_the_mean_is_decoding_the_encoded_mean(
-    player: interpreter.Player, digits: loading.Dataset
+    player: interpreter.Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
-    encoded = player.play(
+    encoded = player.run(
         "encode", interpreter.request(player.program("encode"), 0, range(3), {}, {"image": images})
     )
-    decoded = player.play(
+    decoded = player.run(
         "decode", interpreter.request(player.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
     )
     again = interpreter.request(player.program("reconstruct"), 9, range(3), {}, {"image": images})
-    np.testing.assert_array_equal(player.play("reconstruct", again)["image"], decoded["image"])
+    np.testing.assert_array_equal(player.run("reconstruct", again)["image"], decoded["image"])

@@ -87,7 +87,7 @@ def test_scope_gives_modules_typed_scalars_for_parameters() -> None:
         ),
         (lambda: replace(PROGRAM, steps=Steps(fixed=3, parameter="length")), "either fixed or a parameter"),
         (
-            lambda: replace(PROGRAM, steps=Steps(fixed=3, done="position")),
+            lambda: replace(PROGRAM, steps=Steps(fixed=3, done_flag="position")),
             "'position', which is not a boolean",
         ),
         (lambda: replace(PROGRAM, operation="score"), "expected a score"),

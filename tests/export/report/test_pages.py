@@ -78,7 +78,9 @@ def shelf(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SHARED:
         (shelf / name).symlink_to(models / name)
     family, digits = FAMILIES["mlp"].load(), loading.load("digits")
-    pipeline.make(pipeline.Recipe(family, digits, shelf, preset="tiny", steps=20, formats=("torchscript",)))
+    pipeline.make(
+        pipeline.TrainingJob(family, digits, shelf, preset="tiny", steps=20, formats=("torchscript",))
+    )
     custom_model.write(EXAMPLES / "galaxy.py", shelf, formats=("torchscript",))
     return shelf
 
@@ -182,7 +184,7 @@ def test_a_manifest_that_was_changed_is_told_of(shelf: Path, tmp_path: Path) -> 
         (changed / path.name).write_bytes(path.read_bytes())
     manifest = json.loads((changed / "manifest.json").read_text())
     (changed / "manifest.json").write_text(json.dumps({**manifest, "description": "<b>Bold & new</b>"}))
-    pages.write([changed], tmp_path, pages.Library(), changed.parent)
+    pages.write([changed], tmp_path, pages.DatasetIndex(), changed.parent)
     page = Document(tmp_path / "galaxy-1.html")
     assert "The manifest is not the one that was sealed" in page.text
     assert "<b>Bold & new</b>" in page.text
@@ -250,7 +252,7 @@ def test_a_density_is_drawn_of_what_is_one(shelf: Path, kind: str, drawn: bool, 
     score.score.kind = manifest_pb2.Score.Kind.Value(f"KIND_{kind}")
     if drawn:
         score.noise.add()
-    subject = sections.Subject(reader.load(shelf / "galaxy" / "1", manifest, "torchscript"), None)
+    subject = sections.LoadedArtifact(reader.load(shelf / "galaxy" / "1", manifest, "torchscript"), None)
     captions = [each.caption for each in sections._density(subject)]
     assert [each.partition(".")[0] + "." for each in captions] == ([caption] if caption else [])
 
@@ -258,8 +260,8 @@ def test_a_density_is_drawn_of_what_is_one(shelf: Path, kind: str, drawn: bool, 
 @pytest.mark.parametrize(("classes", "missing"), [(10, 4), (3, 0), (120, 7), (15, 14)])
 def test_test_rows_are_shown_class_by_class(classes: int, missing: int) -> None:
     """Of a set where a class has no test rows; a row tells its class."""
-    value = manifest_pb2.Value(
-        kind=manifest_pb2.Value.KIND_IMAGE, class_labels=[str(label) for label in range(classes)]
+    value = manifest_pb2.DataSpec(
+        kind=manifest_pb2.DataSpec.KIND_IMAGE, class_labels=[str(label) for label in range(classes)]
     )
     labels = np.repeat(np.delete(np.arange(classes), missing), 40)
     part = sections._by_class(loading.Part(labels.reshape(-1, 1, 1), labels), value)
@@ -273,9 +275,12 @@ def test_test_rows_are_shown_class_by_class(classes: int, missing: int) -> None:
     ("vocabulary", "ending"), [(chorales.VOCABULARY, "mid"), (("", "a"), "txt"), ((), "png")]
 )
 def test_lines_to_copy_name_a_file_that_suits(vocabulary: tuple[str, ...], ending: str) -> None:
-    kind = manifest_pb2.Value.KIND_TOKENS if vocabulary else manifest_pb2.Value.KIND_IMAGE
-    value = manifest_pb2.Value(kind=kind, vocabulary=vocabulary)
-    manifest, program = manifest_pb2.Manifest(name="m", value=value), manifest_pb2.Program(operation="sample")
+    kind = manifest_pb2.DataSpec.KIND_TOKENS if vocabulary else manifest_pb2.DataSpec.KIND_IMAGE
+    value = manifest_pb2.DataSpec(kind=kind, vocabulary=vocabulary)
+    manifest, program = (
+        manifest_pb2.Manifest(name="m", data_spec=value),
+        manifest_pb2.Program(operation="sample"),
+    )
     assert snippets.command(program, manifest).endswith(f"-o m.{ending}")
 
 

@@ -17,7 +17,7 @@ from export.datasets.loading import Dataset, Part
 from export.families import mlp
 from export.families.base import Preset
 from export.families.classifier import Classifier
-from export.graphs.program import Program, TensorSpec, Value
+from export.graphs.program import DataSpec, Program, TensorSpec
 from export.training import checkpoint, trainer
 from export.training.checkpoint import Checkpoint, CheckpointError
 from export.training.signals import held_back
@@ -46,7 +46,7 @@ class Net(trainer.Network):
 def points() -> Dataset:
     rows = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     part = Part(rows, np.zeros(60, np.int64))
-    value = Value("vector", TensorSpec("point", shape=(2,)))
+    value = DataSpec("vector", TensorSpec("point", shape=(2,)))
     return Dataset("points", value, part[:20], part[20:40], part[40:], "no digest")
 
 
@@ -189,21 +189,21 @@ class Stopping(mlp.Family):
 
 
 @pytest.fixture
-def tiny(digits: Dataset, tmp_path: Path) -> pipeline.Recipe:
-    return pipeline.Recipe(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
+def tiny(digits: Dataset, tmp_path: Path) -> pipeline.TrainingJob:
+    return pipeline.TrainingJob(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
 
 
-def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: pipeline.Recipe) -> None:
+def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: pipeline.TrainingJob) -> None:
     written = pipeline.make(tiny)
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
-def test_the_seed_is_recorded(tiny: pipeline.Recipe) -> None:
+def test_the_seed_is_recorded(tiny: pipeline.TrainingJob) -> None:
     assert reader.read(pipeline.make(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
 def test_an_interrupted_recipe_says_where_it_goes_on(
-    tiny: pipeline.Recipe, capsys: pytest.CaptureFixture[str]
+    tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted = dataclasses.replace(tiny, family=Stopping())
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ class Exploding(mlp.Family):
         return classifier
 
 
-def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.Recipe) -> None:
+def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.TrainingJob) -> None:
     exploding = dataclasses.replace(tiny, family=Exploding())
     for learning_rate in (None, 1e-4):
         with pytest.raises(trainer.TrainingError, match="no validation loss was a finite number"):
@@ -235,14 +235,14 @@ def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.Rec
     assert manifest.provenance.settings["learning_rate"] == "0.0001"
 
 
-def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: pipeline.Recipe) -> None:
+def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: pipeline.TrainingJob) -> None:
     written = pipeline.make(tiny)
     with pytest.raises(trainer.TrainingError):
         pipeline.make(dataclasses.replace(tiny, family=Exploding()))
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
-def test_a_fresh_start_forgets(tiny: pipeline.Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fresh_start_forgets(tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipeline.make(dataclasses.replace(tiny, family=Stopping()))
     pipeline.make(dataclasses.replace(tiny, seed=1, fresh=True))

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, ServerUnavailable
-from server.core.request import Completed, Event, Request, Rows, Work
-from server.engine.engine import MAX_LOST_ROWS, MAX_RESTARTS, Engine
+from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, Unavailable
+from server.core.request import Completed, Event, Request, RowInputs, Rows
+from server.engine.engine import MAX_NONFINITE_ROWS, MAX_RESTARTS, Engine
 from server.engine.scheduler import Limits, Scheduler
 from server.runtime import Graph
 from tests.support import programs
-from tests.support.programs import KEY, Ledger, Reader, request
+from tests.support.programs import KEY, Reader, RecordingObserver, request
 
 
 class Gate:
@@ -55,7 +55,7 @@ class Bench:
     """An engine over one toy program."""
 
     def __init__(self, graphs: Mapping[str, Graph] = programs.GRAPHS, limits: Limits | None = None) -> None:
-        self.ledger = Ledger()
+        self.ledger = RecordingObserver()
         self.clock = Clock()
         self.engine = Engine(Scheduler(limits), self.ledger, self.clock)
         self.engine.add(KEY, programs.program(graphs=graphs))
@@ -196,13 +196,13 @@ def test_cancelled_rows_leave_at_the_next_step(gated: Bench, gate: Gate) -> None
     cancelled, reader = gated.submit(rows=3, steps=100)
     gate.await_call()
     _, other = gated.submit(rows=1, steps=3)
-    gated.engine.leave(cancelled)
+    gated.engine.release(cancelled)
     gate.open(1000)
     other.wait()
     assert gated.ledger.turns == [3, 1, 1, 1]
     assert gated.ledger.wasted_steps["cancelled"] == 3
     assert reader.events == []
-    assert gated.engine.num_active == 0
+    assert gated.engine.num_running == 0
 
 
 def test_a_passed_deadline_drops_what_is_unfinished(gated: Bench, gate: Gate) -> None:
@@ -226,7 +226,7 @@ def test_after_a_cancelled_neighbour_rows_have_the_bytes_that_they_have_alone(
     gate.open(19)
     for _ in range(19):
         gate.await_call()
-    gated.engine.leave(cancelled)
+    gated.engine.release(cancelled)
     gate.open(1000)
     assert other.rows() == {index: alone(2, index, 40, 1.0) for index in range(4)}
 
@@ -236,7 +236,7 @@ def test_rows_that_leave_in_the_step_in_which_they_are_cancelled_are_wasted(gate
     gate.open(1)
     gate.await_call()
     gate.await_call()
-    gated.engine.leave(cancelled)
+    gated.engine.release(cancelled)
     _, other = gated.submit(rows=1, steps=1)
     gate.open(2)
     other.wait()
@@ -248,7 +248,7 @@ def test_what_a_caller_gives_up_after_its_deadline_is_wasted_by_that(gated: Benc
     gate.await_call()
     _, other = gated.submit(rows=1, steps=1)
     gated.clock.now = 5.0
-    gated.engine.leave(late)
+    gated.engine.release(late)
     gate.open(2)
     other.wait()
     assert gated.ledger.wasted_steps == {"deadline": 2}
@@ -296,12 +296,12 @@ def test_a_non_finite_row_fails_alone_and_is_named() -> None:
     start = np.zeros((20, 2), np.float32)
     start[13] = np.nan
     bench = Bench()
-    work = Work({"steps": 2, "scale": 1.0}, {"start": start})
+    work = RowInputs({"steps": 2, "scale": 1.0}, {"start": start})
     _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, work=work)
     assert "row 113 came out non-finite; all others are done" in str(reader.error())
     assert reader.rows() == {100 + i: alone(1, 100 + i, 2, 1.0) for i in range(20) if i != 13}
     assert bench.ledger.rows == 19
-    assert bench.engine.num_active == 0
+    assert bench.engine.num_running == 0
     bench.engine.stop()
 
 
@@ -309,7 +309,7 @@ def test_lost_rows_take_no_room_in_the_window_of_a_reader() -> None:
     start = np.zeros((20, 2), np.float32)
     start[:9] = np.nan
     bench, reader = Bench(), Reader()
-    work = Work({"steps": 1, "scale": 1.0}, {"start": start})
+    work = RowInputs({"steps": 1, "scale": 1.0}, {"start": start})
     asked = request(reader, rows=20, steps=1, work=work, window=2)
 
     def read(events: Sequence[Event]) -> None:
@@ -327,7 +327,7 @@ def test_a_request_that_loses_many_rows_is_dropped() -> None:
     bench = Bench({**programs.GRAPHS, "walk": poisoned_walk})
     request, reader = bench.submit(rows=10_000, steps=2, parameters={"scale": 9.0})
     assert "what was left has been dropped" in str(reader.error())
-    assert MAX_LOST_ROWS <= len(request.lost) <= MAX_LOST_ROWS + 8
+    assert MAX_NONFINITE_ROWS <= len(request.nonfinite_rows) <= MAX_NONFINITE_ROWS + 8
     assert request.finished < 100
     _, fine = bench.submit(rows=3)
     assert len(fine.rows()) == 3
@@ -335,7 +335,7 @@ def test_a_request_that_loses_many_rows_is_dropped() -> None:
 
 
 def test_too_many_waiting_rows_are_refused_at_once(gate: Gate) -> None:
-    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(max_waiting_rows=10))
+    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(max_queued_rows=10))
     bench.submit(rows=1)
     gate.await_call()
     bench.submit(rows=10)
@@ -363,27 +363,27 @@ def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
     stopper = threading.Thread(target=bench.engine.stop)
     stopper.start()
     gate.open(10)
-    assert isinstance(reader.error(), ServerUnavailable)
+    assert isinstance(reader.error(), Unavailable)
     stopper.join()
     assert bench.ledger.wasted_steps["failed"] >= 6
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(Unavailable):
         bench.submit()
 
 
 def test_a_row_that_cannot_be_admitted_fails_with_those_that_came_with_it(bench: Bench) -> None:
-    wide = Work({"steps": 1, "scale": 1.0}, {"start": np.zeros((1, 5), np.float32)})
+    wide = RowInputs({"steps": 1, "scale": 1.0}, {"start": np.zeros((1, 5), np.float32)})
     _, misfit = bench.submit(steps=1, work=wide)
     assert isinstance(misfit.error(), ModelFailed)
     _, fine = bench.submit(rows=3)
     assert len(fine.rows()) == 3
-    assert bench.engine.num_active == 0
+    assert bench.engine.num_running == 0
 
 
 def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
     slow, _ = bench.submit(rows=20, steps=1, window=4, deadline=1e12)
     _, quick = bench.submit(rows=20, steps=1)
     assert len(quick.rows()) == 20
-    bench.engine.leave(slow)
+    bench.engine.release(slow)
 
 
 def submit_when_up(engine: Engine, asked: Request) -> None:
@@ -391,7 +391,7 @@ def submit_when_up(engine: Engine, asked: Request) -> None:
     for _ in range(10_000):
         try:
             return engine.submit(asked)
-        except ServerUnavailable:
+        except Unavailable:
             time.sleep(0.001)
     raise AssertionError("the engine did not come up again")
 
@@ -424,7 +424,7 @@ class Struck:
 )
 def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(error: BaseException) -> None:
     renewed = threading.Event()
-    ledger = Ledger()
+    ledger = RecordingObserver()
     engine = Engine(Scheduler(), ledger, renew=renewed.set)
     engine.add(KEY, programs.program(graphs={**programs.GRAPHS, "walk": Struck(error)}))
     readers = [Reader(), Reader()]
@@ -432,7 +432,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(erro
         engine.submit(request(reader, rows=3, steps=50))
     engine.start()
     for reader in readers:
-        assert isinstance(reader.error(), ServerUnavailable)
+        assert isinstance(reader.error(), Unavailable)
     assert renewed.wait(30)
     later = Reader()
     submit_when_up(engine, request(later, rows=3, steps=2, seed=1))
@@ -445,7 +445,7 @@ def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(erro
 
 def test_one_that_is_struck_down_again_and_again_gives_up_and_says_so() -> None:
     died = threading.Event()
-    ledger = Ledger()
+    ledger = RecordingObserver()
     engine = Engine(Scheduler(), ledger, on_death=died.set)
     engine.add(KEY, programs.program())
 
@@ -454,10 +454,10 @@ def test_one_that_is_struck_down_again_and_again_gives_up_and_says_so() -> None:
 
     engine.start()
     while not died.wait(0.001):
-        with contextlib.suppress(ServerUnavailable):
+        with contextlib.suppress(Unavailable):
             engine.submit(request(steps=1, deliver=unreachable))
     assert ledger.restarts == MAX_RESTARTS + 1
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(Unavailable):
         engine.submit(request())
     engine.stop()
 
@@ -501,4 +501,4 @@ def test_timings_add_up(gated: Bench, gate: Gate) -> None:
             gate.await_call()
     ends = [reader.wait()[-1] for reader in (first, second)]
     timings = [end.timings for end in ends if isinstance(end, Completed)]
-    assert [(time.queue, time.run, time.model) for time in timings] == [(0.0, 2.0, 2.0), (2.0, 1.0, 1.0)]
+    assert [(time.queue, time.run, time.compute) for time in timings] == [(0.0, 2.0, 2.0), (2.0, 1.0, 1.0)]

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServerUnavailable, Violation
-from server.core.request import Request, Work
+from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, Violation
+from server.core.request import Request, RowInputs
 from server.core.spec import ProgramKey
-from server.engine.program_queue import BATCH_SHARE, LEAST_PART, RESERVED_SHARE
-from server.engine.scheduler import Batching, Limits, Scheduler, Turn
+from server.engine.program_queue import BATCH_SHARE, MIN_DEVICE_SHARE, RESERVED_SHARE
+from server.engine.scheduler import Batching, Limits, ScheduledStep, Scheduler
 
 LEFT = ProgramKey("left", "1", "toy", "sample")
 RIGHT = ProgramKey("right", "1", "toy", "sample")
@@ -23,9 +23,9 @@ untimed = settings(max_examples=50, deadline=None)
 
 
 def scheduler(capacity: int = CAPACITY, **limits: object) -> Scheduler:
-    made = Scheduler(Limits(**{"quantum_rows": 2, **limits}))  # type: ignore[arg-type]
-    made.open_lane(LEFT, capacity)
-    made.open_lane(RIGHT, capacity)
+    made = Scheduler(Limits(**{"drr_quantum_rows": 2, **limits}))  # type: ignore[arg-type]
+    made.add_program(LEFT, capacity)
+    made.add_program(RIGHT, capacity)
     return made
 
 
@@ -33,26 +33,26 @@ def request(rows: int, program: ProgramKey = LEFT, steps: int = 1, **settings: o
     return Request(program, rows, steps, lambda events: None, **settings)  # type: ignore[arg-type]
 
 
-def next_turn(policy: Scheduler, seconds: float = 1.0) -> Turn:
+def next_turn(policy: Scheduler, seconds: float = 1.0) -> ScheduledStep:
     """The next turn, which is taken and takes so long."""
-    turn = policy.next_turn()
+    turn = policy.next_step()
     assert turn is not None
-    policy.charge(turn.program, CAPACITY, seconds)
+    policy.record_step_time(turn.program, CAPACITY, seconds)
     return turn
 
 
 def measure(policy: Scheduler, seconds: float, program: ProgramKey = LEFT) -> None:
     """Turns took so long: a first one, which counts for nothing, and another."""
     for _ in range(2):
-        policy.charge(program, CAPACITY, seconds)
+        policy.record_step_time(program, CAPACITY, seconds)
 
 
-def admitted(turn: Turn) -> dict[Request, int]:
+def admitted(turn: ScheduledStep) -> dict[Request, int]:
     return {admission.request: admission.count for admission in turn.admissions}
 
 
 def test_nothing_to_do_is_no_turn() -> None:
-    assert scheduler().next_turn() is None
+    assert scheduler().next_step() is None
 
 
 def test_slots_are_shared_among_requests_in_turn() -> None:
@@ -91,17 +91,17 @@ def test_rows_of_one_admission_follow_each_other() -> None:
 
 
 def test_more_waiting_rows_than_the_limit_are_refused() -> None:
-    policy = scheduler(max_waiting_rows=10)
+    policy = scheduler(max_queued_rows=10)
     policy.submit(request(10))
     with pytest.raises(Overloaded) as refusal:
         policy.submit(request(1))
-    assert refusal.value.retry_after > 0
+    assert refusal.value.retry_delay > 0
     next_turn(policy)
     policy.submit(request(8))
 
 
 def test_an_unknown_program_is_unavailable() -> None:
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(Unavailable):
         scheduler().submit(request(1, ProgramKey("other", "1", "toy", "sample")))
 
 
@@ -112,9 +112,9 @@ def test_a_closed_request_gives_back_what_it_held() -> None:
     next_turn(policy)
     assert policy.close(asked, "cancelled")
     assert not policy.close(asked, "cancelled")
-    assert (policy.num_waiting, policy.num_active) == (0, 0)
+    assert (policy.num_queued, policy.num_running) == (0, 0)
     assert next_turn(policy).dropped == [asked]
-    assert policy.next_turn() is None
+    assert policy.next_step() is None
 
 
 def test_a_request_that_nobody_reads_waits_for_its_reader() -> None:
@@ -123,7 +123,7 @@ def test_a_request_that_nobody_reads_waits_for_its_reader() -> None:
     policy.submit(asked)
     assert admitted(next_turn(policy)) == {asked: 4}
     policy.finish(asked, 4)
-    assert policy.next_turn() is None
+    assert policy.next_step() is None
     policy.acknowledge(asked, 3)
     assert admitted(next_turn(policy)) == {asked: 3}
 
@@ -172,7 +172,7 @@ def test_no_request_waits_while_another_gets_more_than_its_share(sizes: list[int
     for one in asked:
         policy.submit(one)
     shares = admitted(next_turn(policy))
-    quantum = policy.limits.quantum_rows
+    quantum = policy.limits.drr_quantum_rows
     for one in asked:
         if one.num_waiting:
             assert max(shares.values()) - shares.get(one, 0) <= quantum
@@ -213,7 +213,7 @@ def test_no_request_gets_ahead_of_another_by_more_than_two_visits(lengths: list[
         policy.submit(one)
     served(policy, asked, turns=300)
     earned = [one.admitted * one.steps for one in asked]
-    assert max(earned) - min(earned) <= 2 * policy.limits.quantum_rows * max(lengths)
+    assert max(earned) - min(earned) <= 2 * policy.limits.drr_quantum_rows * max(lengths)
 
 
 def spent(
@@ -222,9 +222,9 @@ def spent(
     """The device time that each program had."""
     had = dict.fromkeys(seconds, 0.0)
     for _ in range(turns):
-        turn = policy.next_turn()
+        turn = policy.next_step()
         assert turn is not None
-        policy.charge(turn.program, CAPACITY, seconds[turn.program])
+        policy.record_step_time(turn.program, CAPACITY, seconds[turn.program])
         had[turn.program] += seconds[turn.program]
     return had
 
@@ -275,7 +275,7 @@ def test_a_quiet_program_keeps_its_part_however_many_another_serves(
     for _ in range(people):
         policy.submit(request(1, LEFT))
     policy.submit(request(1, RIGHT, is_batch=is_batch))
-    due = max(1 / people, LEAST_PART) * (BATCH_SHARE if is_batch else 1)
+    due = max(1 / people, MIN_DEVICE_SHARE) * (BATCH_SHARE if is_batch else 1)
     had = spent(policy, {LEFT: quick, RIGHT: slow}, turns=1500)
     assert had[RIGHT] + 2 * slow >= due * (had[LEFT] - 2 * quick)
 
@@ -291,7 +291,7 @@ def test_one_slow_turn_makes_nobody_wait_for_more_than_a_few_others(
 ) -> None:
     policy = scheduler()
     third = ProgramKey("third", "1", "toy", "sample")
-    policy.open_lane(third, CAPACITY)
+    policy.add_program(third, CAPACITY)
     paces = dict(zip((LEFT, RIGHT, third), seconds, strict=True))
     for program in paces:
         policy.submit(request(1, program))
@@ -305,9 +305,9 @@ def test_one_slow_turn_makes_nobody_wait_for_more_than_a_few_others(
 
 def next_turn_of(policy: Scheduler, seconds: Mapping[ProgramKey, float], more: float) -> ProgramKey:
     """Whose turn it is, which takes its time and some more."""
-    turn = policy.next_turn()
+    turn = policy.next_step()
     assert turn is not None
-    policy.charge(turn.program, CAPACITY, seconds[turn.program] + more)
+    policy.record_step_time(turn.program, CAPACITY, seconds[turn.program] + more)
     return turn.program
 
 
@@ -317,10 +317,10 @@ def test_a_newcomer_waits_for_one_step_of_another_program_however_many_that_serv
         policy.submit(request(1, LEFT, steps=1000))
     for _ in range(10):
         assert next_turn(policy, 0.01).program == LEFT
-    under_way = policy.next_turn()
+    under_way = policy.next_step()
     policy.submit(request(1, RIGHT))
     assert under_way is not None
-    policy.charge(under_way.program, CAPACITY, 0.01)
+    policy.record_step_time(under_way.program, CAPACITY, 0.01)
     assert next_turn(policy, 0.001).program == RIGHT
 
 
@@ -375,7 +375,7 @@ def test_what_rows_leave_to_shorter_ones_is_little(capacity: int, steps: int, is
 @given(capacity=st.integers(1, 200), steps=st.integers(1, 500))
 def test_rows_of_a_program_that_has_no_shorter_ones_take_every_slot(capacity: int, steps: int) -> None:
     policy = Scheduler()
-    policy.open_lane(LEFT, capacity, least_steps=steps)
+    policy.add_program(LEFT, capacity, least_steps=steps)
     asked = request(1000, steps=steps)
     policy.submit(asked)
     assert admitted(next_turn(policy)) == {asked: capacity}
@@ -437,7 +437,7 @@ def test_whatever_its_turns_took_an_idle_program_refuses_at_most_one_request(
 ) -> None:
     policy = scheduler()
     for bucket, seconds in history:
-        policy.charge(LEFT, bucket, seconds)
+        policy.record_step_time(LEFT, bucket, seconds)
     with contextlib.suppress(DeadlineExceeded):
         policy.submit(request(1, steps=steps, deadline=60.0), now=0.0)
     second = request(1, steps=steps, deadline=60.0)
@@ -464,7 +464,7 @@ def test_no_request_is_refused_that_the_fastest_turns_could_finish_in_time(
 ) -> None:
     policy = scheduler()
     for bucket, seconds in history:
-        policy.charge(LEFT, bucket, seconds)
+        policy.record_step_time(LEFT, bucket, seconds)
     try:
         policy.submit(request(rows, steps=steps, deadline=seconds_left), now=0.0)
     except DeadlineExceeded:
@@ -516,7 +516,7 @@ def test_a_pace_that_was_learnt_later_moves_the_last_moment() -> None:
 
 
 def test_requests_that_hold_too_many_bytes_are_refused() -> None:
-    policy = scheduler(max_held_bytes=100)
+    policy = scheduler(max_buffered_bytes=100)
     first = request(1, held_bytes=80)
     policy.submit(first)
     with pytest.raises(Overloaded, match="80 bytes"):
@@ -531,21 +531,21 @@ def test_requests_that_hold_too_many_bytes_are_refused() -> None:
 
 @pytest.mark.parametrize(("inputs", "field"), [({}, "rows"), ({"value": object()}, "inputs")])
 def test_a_request_that_would_never_fit_is_invalid(inputs: Mapping[str, object], field: str) -> None:
-    policy = scheduler(max_held_bytes=100)
+    policy = scheduler(max_buffered_bytes=100)
     with pytest.raises(InvalidRequest) as refusal:
-        policy.submit(request(1, held_bytes=101, work=Work(inputs=inputs)))
+        policy.submit(request(1, held_bytes=101, work=RowInputs(inputs=inputs)))
     expected = "expected at most 100 bytes of inputs and unread answers, got 101"
     assert refusal.value.violations == (Violation(field, expected),)
 
 
 def delay(rows: int, steps: int) -> float:
     """When to come back after so many rows wait."""
-    policy = scheduler(max_waiting_rows=rows)
+    policy = scheduler(max_queued_rows=rows)
     measure(policy, 0.01)
     policy.submit(request(rows, steps=steps))
     with pytest.raises(Overloaded) as refusal:
         policy.submit(request(1))
-    return refusal.value.retry_after
+    return refusal.value.retry_delay
 
 
 def test_the_time_to_come_back_is_that_in_which_half_of_what_waits_is_done() -> None:
@@ -564,7 +564,7 @@ def test_the_time_to_come_back_never_shrinks_when_more_waits(rows: int, more: in
 @pytest.mark.parametrize(("batching", "joins"), [("step", True), ("request", False), ("none", False)])
 def test_only_step_batching_lets_rows_join_a_batch_on_its_way(batching: Batching, joins: bool) -> None:
     policy = Scheduler(Limits(batching=batching))
-    policy.open_lane(LEFT, CAPACITY)
+    policy.add_program(LEFT, CAPACITY)
     first, second, late = request(2, steps=5), request(2, steps=5), request(2, steps=5)
     policy.submit(first)
     policy.submit(second)
@@ -584,7 +584,7 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(batching=st.sampled_from(["step", "request", "none"]))
     def start(self, batching: Batching) -> None:
-        self.policy = scheduler(max_waiting_rows=60, max_held_bytes=100, batching=batching)
+        self.policy = scheduler(max_queued_rows=60, max_buffered_bytes=100, batching=batching)
 
     @property
     def open_requests(self) -> list[Request]:
@@ -625,7 +625,7 @@ class Traffic(RuleBasedStateMachine):
         try:
             self.policy.submit(asked, self.now)
         except Overloaded:
-            assert self.policy.num_waiting + rows > 60 or self.policy.held_bytes + held_bytes > 100
+            assert self.policy.num_queued + rows > 60 or self.policy.buffered_bytes + held_bytes > 100
         except DeadlineExceeded:
             assert deadline is not None
         else:
@@ -633,18 +633,18 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.001, 10))
     def step(self, seconds: float) -> None:
-        turn = self.policy.next_turn()
+        turn = self.policy.next_step()
         if turn is None:
             return
         self.now += seconds
-        self.policy.charge(turn.program, CAPACITY, seconds)
+        self.policy.record_step_time(turn.program, CAPACITY, seconds)
         for admission in turn.admissions:
             assert admission.count > 0
             assert admission.first + admission.count == admission.request.admitted <= admission.request.rows
             assert not admission.request.is_closed
         self.check_batch(turn)
 
-    def check_batch(self, turn: Turn) -> None:
+    def check_batch(self, turn: ScheduledStep) -> None:
         """Without step batching, rows enter together, and `width` says how many."""
         batching, active = self.policy.limits.batching, self.active(turn.program)
         if batching != "step" and turn.admissions:
@@ -689,18 +689,22 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         mine = self.open_requests
-        assert self.policy.num_waiting == sum(one.num_waiting for one in mine) <= 60
-        assert self.policy.num_active == sum(one.num_active for one in mine)
+        assert self.policy.num_queued == sum(one.num_waiting for one in mine) <= 60
+        assert self.policy.num_running == sum(one.num_active for one in mine)
         for program in (LEFT, RIGHT):
             assert sum(one.num_active for one in self.active(program)) <= CAPACITY
-        assert all(one.admitted - one.acknowledged <= one.window for one in mine)
-        assert self.policy.held_bytes == sum(one.held_bytes for one in self.requests if one.is_held) <= 100
+        assert all(one.admitted - one.acknowledged <= one.max_unread_rows for one in mine)
+        assert (
+            self.policy.buffered_bytes
+            == sum(one.buffered_bytes for one in self.requests if one.is_buffered)
+            <= 100
+        )
         assert set(self.policy.open_requests()) == set(mine)
 
     def teardown(self) -> None:
         """Whatever happened, everything that is open can be finished."""
-        while self.requests and (turn := self.policy.next_turn()):
-            self.policy.charge(turn.program, CAPACITY, 1.0)
+        while self.requests and (turn := self.policy.next_step()):
+            self.policy.record_step_time(turn.program, CAPACITY, 1.0)
             for one in self.active(turn.program):
                 rows = one.num_active
                 self.policy.finish(one, rows)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.core.request import Request
-from server.execution.noise_buffer import Rows, Tape, draw
-from server.execution.program_runner import Program
+from server.execution.noise_buffer import NoiseBuffer, Rows, draw
+from server.execution.program_runner import ProgramRunner
 from tests.support import programs
 from tests.support.programs import request
 
@@ -43,7 +43,7 @@ def rows(count: int, num_steps: int = 100) -> Rows:
 class Batch:
     """Rows that come, take steps and leave, over a tape."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: NoiseBuffer) -> None:
         self.tape = tape
         self.rows = rows(0)
 
@@ -55,7 +55,7 @@ class Batch:
 
     def step(self) -> None:
         """Compare one step's numbers with the contract's; rows that are done leave, swapped to the tail."""
-        self.tape.reach(self.rows)
+        self.tape.ensure(self.rows)
         drawn = self.tape.numbers("noise", len(self.rows))
         assert drawn.tobytes() == draw(programs.NOISE, self.rows).tobytes()
         self.tape.advance()
@@ -69,7 +69,7 @@ class Batch:
         order[holes], order[movers] = movers, holes
         self.tape.move(np.concatenate([holes, movers]), np.concatenate([movers, holes]))
         self.rows = self.rows[order[:boundary]]
-        self.tape.keep(boundary)
+        self.tape.truncate(boundary)
 
 
 # How many rows join at each step, and for how many steps: some stay for several stretches of the tape.
@@ -82,7 +82,7 @@ arrivals = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=4
 def test_rows_that_come_and_leave_have_the_numbers_of_the_contract(
     thread: Executor, is_ahead: bool, arrivals: list[tuple[int, int]]
 ) -> None:
-    batch = Batch(Tape((programs.NOISE,), SLOTS, thread if is_ahead else None))
+    batch = Batch(NoiseBuffer((programs.NOISE,), SLOTS, thread if is_ahead else None))
     for number, (count, num_steps) in enumerate(arrivals):
         for place in range(min(count, SLOTS - len(batch.rows))):
             batch.join(10 * number + place, num_steps)
@@ -91,14 +91,14 @@ def test_rows_that_come_and_leave_have_the_numbers_of_the_contract(
 
 
 def test_numbers_that_could_not_be_drawn_ahead_fail_one_step_and_no_other() -> None:
-    tape, present = Tape((programs.NOISE,), SLOTS, Failing()), rows(3)
-    tape.reach(present)
+    tape, present = NoiseBuffer((programs.NOISE,), SLOTS, Failing()), rows(3)
+    tape.ensure(present)
     for _ in range(tape.length):
         tape.advance()
     present = present.later(tape.length)
     with pytest.raises(MemoryError):
-        tape.reach(present)
-    tape.reach(present)
+        tape.ensure(present)
+    tape.ensure(present)
     assert tape.numbers("noise", 3).tobytes() == draw(programs.NOISE, present).tobytes()
 
 
@@ -106,12 +106,12 @@ def test_numbers_that_could_not_be_drawn_ahead_fail_one_step_and_no_other() -> N
 TWINS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(1, 60), st.integers(0, 20))
 
 
-def _advance(program: Program, found: dict[Request, bytes]) -> None:
+def _advance(program: ProgramRunner, found: dict[Request, bytes]) -> None:
     for readout in program.advance():
         found[readout.request] = readout.rows.outputs["value"].tobytes()
 
 
-def _values(program: Program, asked: list[tuple[int, Request]]) -> dict[Request, bytes]:
+def _values(program: ProgramRunner, asked: list[tuple[int, Request]]) -> dict[Request, bytes]:
     """Every row's bytes when each joins at its turn, or as soon as there is a slot."""
     found: dict[Request, bytes] = {}
     waiting, turn = sorted(asked, key=lambda each: each[0]), 0

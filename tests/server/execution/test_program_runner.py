@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from samovar import noise
-from server.core.request import Request, Work
-from server.core.spec import GraphSpec, StepCount, TensorSpec
-from server.execution.program_runner import Program, Readout
+from server.core.request import Request, RowInputs
+from server.core.spec import GraphSpec, StepSchedule, TensorSpec
+from server.execution.program_runner import ProgramRunner, Readout
 from server.runtime import Device, OnnxGraph
 from tests.support import programs
 from tests.support.programs import request
 
 
-def run(program: Program) -> list[Readout]:
+def run(program: ProgramRunner) -> list[Readout]:
     """Advance until no row is left; the finished readouts."""
     readouts = []
     while program.slots.num_active:
@@ -32,7 +32,7 @@ def walked(asked: Request, index: int) -> np.ndarray:
     for step in range(asked.steps):
         seed = np.array([asked.seed], np.uint64)
         drawn = noise.normal(seed, np.array([index]), np.array([step]), programs.NOISE.stream, (2,))[0]
-        total = total + np.float32(asked.work.parameters["scale"]) * drawn + np.float32(step)
+        total = total + np.float32(asked.inputs.parameters["scale"]) * drawn + np.float32(step)
     return total
 
 
@@ -79,8 +79,8 @@ def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
 def test_inputs_go_to_their_own_rows_or_to_all() -> None:
     starts = np.arange(6, dtype=np.float32).reshape(3, 2)
     program = programs.program()
-    own = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts}))
-    shared = request(rows=3, steps=1, work=Work({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
+    own = request(rows=3, steps=1, work=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts}))
+    shared = request(rows=3, steps=1, work=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
     program.slots.admit(own, 0, 2)
     program.slots.admit(own, 2, 1)
     program.slots.admit(shared, 0, 3)
@@ -101,7 +101,7 @@ def test_slots_do_not_remember_their_last_row() -> None:
 def test_a_program_without_steps_reads_out_at_once() -> None:
     program = programs.program(programs.ECHO)
     starts = np.ones((2, 2), np.float32)
-    program.slots.admit(request(rows=2, steps=0, work=Work({}, {"start": starts})), 0, 2)
+    program.slots.admit(request(rows=2, steps=0, work=RowInputs({}, {"start": starts})), 0, 2)
     (readout,) = program.advance()
     assert np.array_equal(readout.rows.outputs["value"], starts)
     assert program.slots.num_active == 0
@@ -118,7 +118,7 @@ def test_a_row_that_says_it_is_done_ends_early() -> None:
         init=begin,
         step=walk,
         state=(programs.TOTAL, done),
-        steps=StepCount(parameter="steps", done="done"),
+        steps=StepSchedule(parameter="steps", done_flag="done"),
     )
 
     def start(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -197,7 +197,9 @@ def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
         dataclasses.replace(programs.WALK, readout=end), {**programs.GRAPHS, "end": level}
     )
     fine, broken = (
-        request(steps=2, work=Work({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}))
+        request(
+            steps=2, work=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)})
+        )
         for start in (0.0, number)
     )
     program.slots.admit(fine, 0, 1)
@@ -238,7 +240,7 @@ def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Pat
         spec, {**programs.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4)
     )
     starts = np.arange(8, dtype=np.float32).reshape(4, 2)
-    program.slots.admit(request(rows=4, steps=2, work=Work({"steps": 2}, {"start": starts})), 0, 4)
+    program.slots.admit(request(rows=4, steps=2, work=RowInputs({"steps": 2}, {"start": starts})), 0, 4)
     (finished,) = run(program)
     assert np.array_equal(finished.rows.outputs["value"], starts)
-    assert program.take_shortages() == 1
+    assert program.pop_oom_count() == 1

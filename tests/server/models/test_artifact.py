@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import samovar
-from server.core.errors import ArtifactRefused, RuntimeMissing
+from server.core.errors import InvalidArtifact, RuntimeUnavailable
 from server.core.spec import GraphSpec
 from server.models.repository import Repository
 from server.runtime import RUNTIMES, Device, Graph
@@ -50,7 +50,7 @@ def reseal(directory: Path, manifest: Json) -> None:
 
 
 def refusal(directory: Path) -> str:
-    with pytest.raises(ArtifactRefused) as refused:
+    with pytest.raises(InvalidArtifact) as refused:
         repository().load(directory)
     message = str(refused.value)
     assert "\n" not in message
@@ -133,7 +133,7 @@ def edited(edit: Callable[[Json], None]) -> Callable[[Json], Json]:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda m: m.update(format_version=2), "format_version is 2, this server reads 1"),
+        (lambda m: m.update(format_version=1), "format_version is 1, this server reads 2"),
         (lambda m: m.update(programs=[]), "it has no programs"),
         (lambda m: m.update(extra=1), "not a manifest"),
         (lambda m: m["programs"].append(m["programs"][0]), "not unique"),
@@ -176,7 +176,7 @@ def test_a_graph_that_is_none_is_refused(artifact: Path, manifest: Json, name: s
             if file["path"] == name:
                 file["sha256"] = hashlib.sha256(b"PK nonsense").hexdigest()
     reseal(artifact, document)
-    with pytest.raises(ArtifactRefused, match=f"{name} {reason}"):
+    with pytest.raises(InvalidArtifact, match=f"{name} {reason}"):
         Repository(Device(), tuple(RUNTIMES), max_batch_rows=8).load(artifact)
 
 
@@ -209,7 +209,7 @@ def test_only_formats_that_are_asked_for_are_served(artifact: Path) -> None:
 
 def absent(path: Path, spec: GraphSpec, device: Device) -> Graph:
     """A runtime that this machine lacks."""
-    raise RuntimeMissing("there is no such provider")
+    raise RuntimeUnavailable("there is no such provider")
 
 
 def test_a_format_that_this_device_cannot_run_is_left_out(
@@ -219,7 +219,7 @@ def test_a_format_that_this_device_cannot_run_is_left_out(
     served = Repository(Device(), formats, 8, {**RUNTIMES, "onnx": absent}).load(artifact)
     assert served.formats == ("torchscript",)
     assert caplog.messages == [f"{NAME}/1 is not served as onnx: there is no such provider"]
-    with pytest.raises(ArtifactRefused, match="onnx: there is no such provider; torchscript: there is no"):
+    with pytest.raises(InvalidArtifact, match="onnx: there is no such provider; torchscript: there is no"):
         Repository(Device(), formats, 8, dict.fromkeys(formats, absent)).load(artifact)
 
 

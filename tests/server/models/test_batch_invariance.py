@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from server.core.errors import ArtifactRefused
+from server.core.errors import InvalidArtifact
 from server.core.spec import GoldenRows
-from server.models.batch_invariance import Probe, is_steady
+from server.models.batch_invariance import Probe, is_batch_invariant
 from server.runtime import Device, Graph
-from server.runtime.base import copying, replayable
+from server.runtime.base import bind_by_copy, bind_with_capture
 from tests.support import programs
 from tests.support.programs import request
 
@@ -38,7 +38,7 @@ def test_rows_that_come_out_as_measured_pass(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [3, 50])
 def test_rows_that_are_off_are_refused(rows: int) -> None:
-    with pytest.raises(ArtifactRefused, match=r"value is off by 0\.5, allowed is 0\.1"):
+    with pytest.raises(InvalidArtifact, match=r"value is off by 0\.5, allowed is 0\.1"):
         probe().prove(programs.WALK, golden(rows, error=0.5, tolerance=0.1))
 
 
@@ -46,7 +46,7 @@ def test_nan_is_never_within_tolerance() -> None:
     def lost(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [inputs[0] * torch.nan]
 
-    with pytest.raises(ArtifactRefused, match="off by nan"):
+    with pytest.raises(InvalidArtifact, match="off by nan"):
         probe({**programs.GRAPHS, "end": lost}).prove(programs.WALK, golden(tolerance=1e9))
 
 
@@ -114,19 +114,19 @@ class Bindable:
 
     def bind(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Callable[[], None]:
         self.num_bound += 1
-        return copying(self._step, inputs, outputs)
+        return bind_by_copy(self._step, inputs, outputs)
 
 
 def test_steps_are_proven_in_the_way_in_which_they_are_called_while_serving() -> None:
     graph = Bindable(lambda inputs: [programs.walk(inputs)[0] + 1])
-    with pytest.raises(ArtifactRefused, match="value is off by 3"):
+    with pytest.raises(InvalidArtifact, match="value is off by 3"):
         probe({**programs.GRAPHS, "walk": graph}).prove(programs.WALK, golden())
 
 
 def test_steps_are_bound_before_they_are_needed() -> None:
     graph = Bindable()
     program = programs.program(graphs={**programs.GRAPHS, "walk": graph}, buckets=BUCKETS)
-    assert is_steady(program, golden())
+    assert is_batch_invariant(program, golden())
     assert graph.num_bound == 2 * len(BUCKETS)
     for rows in (1, 8, 9, 32):
         program.slots.admit(request(rows=rows, steps=3), 0, rows)
@@ -137,12 +137,12 @@ def test_steps_are_bound_before_they_are_needed() -> None:
 
 def test_steps_that_give_other_bits_when_bound_are_found() -> None:
     program = programs.program(graphs={**programs.GRAPHS, "walk": Bindable(bent)}, buckets=BUCKETS)
-    assert not is_steady(program, golden())
+    assert not is_batch_invariant(program, golden())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured")
 def test_a_graph_that_cannot_be_captured_is_called_plainly(caplog: pytest.LogCaptureFixture) -> None:
     given, taken = torch.ones(4, 2), torch.zeros(4, 2)
-    replayable(programs.identity, [given], [taken], Device("cuda", cuda_graphs=True))()
+    bind_with_capture(programs.identity, [given], [taken], Device("cuda", cuda_graphs=True))()
     assert torch.equal(taken, given)
     assert "cannot be captured" in caplog.text

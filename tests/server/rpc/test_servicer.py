@@ -65,15 +65,15 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Clien
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     noise = program.Noise("noise", "normal", (2,), 0)
     usual = program.Program("sample", Halve(), (point,), "halve the noise", noise=(noise,))
-    other = program.Program("sample", Double(), (point,), "double it", noise=(noise,), method="double")
+    other = program.Program("sample", Double(), (point,), "double it", noise=(noise,), variant="double")
     model = writer.Model(
         name="two-ways",
         family="toy",
         description="noise, halved or doubled",
-        value=program.Value("vector", point),
+        data_spec=program.DataSpec("vector", point),
         programs=(usual, other),
         examples=(golden.Example("sample"), golden.Example("sample:double")),
-        refusals={"score": "nobody has worked out its density"},
+        unsupported_operations={"score": "nobody has worked out its density"},
     )
     models = tmp_path_factory.mktemp("ways")
     for way in (usual, other):
@@ -85,18 +85,18 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Clien
 
 def test_a_method_is_another_way_to_do_an_operation(two_ways: samovar.Client) -> None:
     usual = two_ways.sample("two-ways", 3, seed=5).value
-    other = two_ways.sample("two-ways", 3, seed=5, method="double").value
+    other = two_ways.sample("two-ways", 3, seed=5, variant="double").value
     assert np.array_equal(other, 4 * usual)
 
 
 def test_a_method_that_there_is_not_is_named_with_those_that_there_are(two_ways: samovar.Client) -> None:
     with pytest.raises(samovar.InvalidRequest, match="expected one of sample: double; got 'triple'"):
-        two_ways.sample("two-ways", method="triple")
+        two_ways.sample("two-ways", variant="triple")
 
 
 def test_the_server_says_so_itself(two_ways: samovar.Client, stub: pb_grpc.InferenceStub) -> None:
     with pytest.raises(grpc.RpcError) as raised:
-        list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, method="magic")))
+        list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, variant="magic")))
     code, violations = refusal(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert "got 'magic'" in violations["method"]
@@ -211,7 +211,7 @@ def test_long_names_of_any_characters_get_the_code_that_they_deserve(
         (lambda: stub.GetModel(pb.GetModelRequest(model=selector(name))), grpc.StatusCode.NOT_FOUND),
         (lambda: stub.Decode(pb.TransformRequest(model=selector(version=name))), grpc.StatusCode.NOT_FOUND),
         (
-            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, method=name))),
+            lambda: list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, variant=name))),
             grpc.StatusCode.INVALID_ARGUMENT,
         ),
         (
@@ -382,7 +382,7 @@ def test_one_row_of_an_input_serves_every_row(client: samovar.Client) -> None:
 def test_timings_say_where_the_time_went(client: samovar.Client) -> None:
     timings = client.sample(DIFFUSION, 4, parameters={"steps": 10}).timings
     assert 0 <= timings.queue < 60
-    assert 0 < timings.model <= timings.run < 60
+    assert 0 < timings.compute <= timings.run < 60
 
 
 def test_models_are_listed_in_pages(stub: pb_grpc.InferenceStub) -> None:
@@ -442,7 +442,7 @@ def test_the_client_splits_what_does_not_fit(models: Path, client: samovar.Clien
 
 
 def test_too_many_waiting_rows_are_refused_with_a_time_to_retry(models: Path) -> None:
-    with serving(models, max_waiting_rows=200) as server, samovar.Client(server.address) as client:
+    with serving(models, max_queued_rows=200) as server, samovar.Client(server.address) as client:
         long = {"steps": 200}
         with client.stream(DIFFUSION, 200, preview_every=1, parameters=long) as stream:
             next(iter(stream))

@@ -15,7 +15,7 @@ import samovar
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc import health
-from server.rpc.workers import FrontEnds
+from server.rpc.workers import WorkerPool
 from tests.support.live_server import RunningServer, assert_idle, await_true, listening, scrape, serving
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
@@ -27,7 +27,7 @@ Parameters = Mapping[str, bool | int | float | str]
 
 @pytest.fixture(scope="module")
 def fronted(models: Path) -> Iterator[RunningServer]:
-    with serving(models, formats=ONNX, front_ends=2) as running:
+    with serving(models, formats=ONNX, grpc_workers=2) as running:
         yield running
 
 
@@ -39,11 +39,11 @@ def far(fronted: RunningServer) -> Iterator[samovar.Client]:
 
 def processes(server: RunningServer) -> list[int]:
     edge = server.app.edge
-    assert isinstance(edge, FrontEnds)
+    assert isinstance(edge, WorkerPool)
     return edge.pids
 
 
-def test_rows_have_the_bytes_that_they_have_without_front_ends(
+def test_rows_have_the_bytes_that_they_have_without_grpc_workers(
     client: samovar.Client, far: samovar.Client
 ) -> None:
     parameters: Parameters = {"sampler": "ddim", "steps": 5, "eta": 0.5}
@@ -83,7 +83,7 @@ def test_the_models_are_the_same(client: samovar.Client, far: samovar.Client) ->
 
 def test_what_the_engine_refuses_comes_back_as_it_was(models: Path) -> None:
     with (
-        serving(models, formats=ONNX, front_ends=1, max_waiting_rows=200) as server,
+        serving(models, formats=ONNX, grpc_workers=1, max_queued_rows=200) as server,
         samovar.Client(server.address) as client,
     ):
         with client.stream(DIFFUSION, 200, preview_every=1, parameters={"steps": 200}) as stream:
@@ -117,7 +117,7 @@ def test_a_slow_reader_is_not_computed_for_without_bound(fronted: RunningServer)
 
 
 def test_calls_are_counted_where_the_metrics_are(models: Path) -> None:
-    with serving(models, formats=ONNX, front_ends=1) as server, samovar.Client(server.address) as client:
+    with serving(models, formats=ONNX, grpc_workers=1) as server, samovar.Client(server.address) as client:
         client.sample(DIFFUSION, 10, parameters={"steps": 4})
         key = ("samovar_requests_total", ("OK", "Sample", DIFFUSION))
         await_true(lambda: scrape(server)[key] == 1, "the call was not counted")
@@ -127,7 +127,7 @@ def test_calls_are_counted_where_the_metrics_are(models: Path) -> None:
 
 
 def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> None:
-    with serving(models, formats=ONNX, front_ends=1) as server:
+    with serving(models, formats=ONNX, grpc_workers=1) as server:
         (first,) = processes(server)
         with (
             samovar.Client(server.address, timeout=60.0) as client,
@@ -142,13 +142,13 @@ def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> 
         await_true(lambda: processes(server) not in ([], [first]), "it was not replaced")
         with samovar.Client(server.address, timeout=60.0) as client:
             assert len(client.sample(DIFFUSION, 3, parameters={"steps": 2}).value) == 3
-        assert scrape(server)["samovar_front_end_restarts_total", ()] == 1
+        assert scrape(server)["samovar_grpc_worker_restarts_total", ()] == 1
         in_flight = ("samovar_requests_in_flight", ())
         await_true(lambda: scrape(server)[in_flight] == 0, "a call that died is still counted")
 
 
 def test_they_are_not_serving_until_the_models_are_loaded(models: Path) -> None:
-    with listening(models, formats=ONNX, front_ends=1) as server:
+    with listening(models, formats=ONNX, grpc_workers=1) as server:
         assert not asyncio.run(health.is_serving(server.address, 5.0))
         server.load()
         await_true(lambda: asyncio.run(health.is_serving(server.address, 5.0)), "it never served")
@@ -160,4 +160,4 @@ def test_a_port_that_another_has_is_refused(models: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=rf"{port} cannot be listened on; ask for another with --port"):
-            listening(models, front_ends=1, port=port).__enter__()
+            listening(models, grpc_workers=1, port=port).__enter__()

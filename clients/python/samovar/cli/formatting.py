@@ -81,17 +81,16 @@ def server(info: ServerInfo) -> str:
         "libraries": libraries,
         "largest message": f"{info.max_message_bytes / 2**20:g} MiB",
         "rows per request": f"{info.max_rows_per_request:,}",
-        "rows waiting": f"{info.max_waiting_rows:,}",
+        "rows waiting": f"{info.max_queued_rows:,}",
         "rows per batch": f"{info.max_batch_rows:,}",
-        "rows per turn": f"{info.quantum_rows:,} of each request while others wait",
-        "held by requests": f"{info.max_held_bytes / 2**20:g} MiB",
+        "rows per turn": f"{info.drr_quantum_rows:,} of each request while others wait",
+        "held by requests": f"{info.max_buffered_bytes / 2**20:g} MiB",
         "calls in flight": f"{info.max_concurrent_calls:,}",
-        "batching": info.scheduling,
-        "threads": f"{info.threads} for each graph call",
+        "threads": f"{info.intra_op_threads} for each graph call",
         "formats": ", ".join(info.formats),
         "CUDA graphs": "on" if info.cuda_graphs else "off",
-        "front ends": str(info.front_ends or "none beside the engine's process"),
-        "stopping": f"calls in flight have {info.grace_seconds:g} s",
+        "front ends": str(info.grpc_workers or "none beside the engine's process"),
+        "stopping": f"calls in flight have {info.drain_timeout_seconds:g} s",
     }
     return "\n".join(_facts(facts))
 
@@ -119,7 +118,7 @@ def _model_line(model: Model) -> tuple[str, ...]:
 
 def _figure(quality: Quality) -> str:
     error = "" if quality.standard_error is None else f" ± {quality.standard_error:.2g}"
-    floor = "" if quality.floor is None else f" (two real samples: {quality.floor:.4g})"
+    floor = "" if quality.reference_value is None else f" (two real samples: {quality.reference_value:.4g})"
     return f"{quality.name} {quality.value:.4g}{error} {quality.unit}".rstrip() + floor
 
 
@@ -131,8 +130,8 @@ def _model_paragraphs(model: Model) -> Iterator[str]:
             "family": model.family,
             "formats": ", ".join(model.formats),
             "artifact": model.artifact_sha256,
-            "value": f"{model.value.kind}, {model.value.tensor}{_bounds(model.value.tensor)}",
-            "classes": ", ".join(model.value.class_labels),
+            "value": f"{model.data_spec.kind}, {model.data_spec.tensor}{_bounds(model.data_spec.tensor)}",
+            "classes": ", ".join(model.data_spec.class_labels),
             "trained": f"{made.created:%Y-%m-%d}, {made.training_seconds:.0f} s on {made.device}",
             "data": made.dataset,
         }
@@ -140,9 +139,9 @@ def _model_paragraphs(model: Model) -> Iterator[str]:
     for operation in model.operations.values():
         yield ""
         yield from _operation_lines(operation)
-    if model.refusals:
+    if model.unsupported_operations:
         yield "\nnot offered"
-        yield from _facts(model.refusals)
+        yield from _facts(model.unsupported_operations)
     if model.quality:
         yield "\nquality, on held-out data"
         yield from (f"  {_figure(figure)}  {figure.doc}".rstrip() for figure in model.quality)

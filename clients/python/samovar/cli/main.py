@@ -16,13 +16,13 @@ import numpy as np
 
 from samovar import tokens
 from samovar._inputs import named_arrays, num_rows, part_of
-from samovar._messages import Options, draw_seed
+from samovar._messages import CallOptions, draw_seed
 from samovar.cli import files, formatting, parser
-from samovar.cli.progress import Bar
+from samovar.cli.progress import ProgressBar
 from samovar.client import Client
 from samovar.errors import Overloaded, SamovarError, Unavailable
 from samovar.model import Model, Operation, Parameter, ParameterType, Scalar
-from samovar.result import Canvas, Event, Preview, Result, Rows, Scores, merge, merge_scores
+from samovar.result import Event, Preview, Result, RowCollector, Rows, Scores, merge, merge_scores
 from samovar.tensors import Array
 from samovar.text import PROMPT, STOP, pieces
 
@@ -87,21 +87,21 @@ def _server(client: Client, args: Namespace) -> None:
 
 def _sample(client: Client, args: Namespace) -> None:
     model, operation = _chosen(client, args)
-    if args.output is None and not model.value.vocabulary:
+    if args.output is None and not model.data_spec.vocabulary:
         raise UsageError("say where the rows go: -o FILE.npy, FILE.npz, or FILE.png for images")
     result = _drawn(client, args, model, operation)
     if args.output is None:
-        print("\n".join(tokens.decode(result.value, model.value)))
+        print("\n".join(tokens.decode(result.value, model.data_spec)))
         return
-    files.write(args.output, result.outputs, model.value)
+    files.write(args.output, result.outputs, model.data_spec)
     print(f"{args.rows} rows in {args.output}; {formatting.summary(result)}")
 
 
 def _drawn(client: Client, args: Namespace, model: Model, operation: Operation) -> Result:
     options, inputs = _options(args, operation), _sample_inputs(args, model, operation)
-    canvas, progress = Canvas(args.rows, args.first_row), np.zeros(args.rows)
+    canvas, progress = RowCollector(args.rows, args.first_row), np.zeros(args.rows)
     with (
-        Bar(args.rows, sys.stderr) as bar,
+        ProgressBar(args.rows, sys.stderr) as bar,
         client.stream(
             args.model,
             args.rows,
@@ -115,19 +115,19 @@ def _drawn(client: Client, args: Namespace, model: Model, operation: Operation) 
             progress[event.indices - args.first_row] = _share(event, stream.run.steps)
             bar.show(progress.sum())
             if args.preview_every and args.output and isinstance(event, Preview):
-                files.write(args.output, canvas.outputs, model.value)
+                files.write(args.output, canvas.outputs, model.data_spec)
         return Result(canvas.complete(), stream.run, stream.timings)
 
 
 def _complete(client: Client, args: Namespace) -> None:
     model = client.model(args.model, args.version, args.format)
-    operation = model.operation("sample", args.method)
-    prompt = tokens.tokens_of(args.prompt, model.value, PROMPT)
+    operation = model.operation("sample", args.variant)
+    prompt = tokens.tokens_of(args.prompt, model.data_spec, PROMPT)
     if args.output:
-        files.check(args.output, model.value, operation.outputs[0])
+        files.check(args.output, model.data_spec, operation.outputs[0])
     given = [*args.param, *([] if args.tokens is None else [f"tokens={args.tokens}"])]
     parameters = _parameters(given, operation) | ({} if args.stop is None else {STOP: args.stop})
-    options = Options(version=args.version, format=args.format, method=args.method, seed=_seed(args))
+    options = CallOptions(version=args.version, format=args.format, variant=args.variant, seed=_seed(args))
     written = args.prompt
     print(written, end="", flush=True)
     for piece in pieces(client, model, prompt, options=options, **parameters):
@@ -135,7 +135,7 @@ def _complete(client: Client, args: Namespace) -> None:
         written += piece
     print()
     if args.output:
-        files.write(args.output, {"text": tokens.encode([written], model.value)}, model.value)
+        files.write(args.output, {"text": tokens.encode([written], model.data_spec)}, model.data_spec)
     print(f"seed {options['seed']}", file=sys.stderr)
 
 
@@ -147,7 +147,7 @@ def _share(event: Event, steps: int) -> Array | float:
     return 1.0 if isinstance(event, Rows) else event.steps_done / max(steps, 1)
 
 
-def _preview_interval(operation: Operation, options: Options) -> int:
+def _preview_interval(operation: Operation, options: CallOptions) -> int:
     """How often a progress bar asks for unfinished rows; 0 for programs that cannot show them."""
     if not operation.previewable:
         return 0
@@ -159,9 +159,9 @@ def _reconstruct(client: Client, args: Namespace) -> None:
     model, arrays, parts = _transformed(client, args)
     result = merge(parts)
     if args.output.suffix == ".png":
-        files.write_pairs(args.output, next(iter(arrays.values())), result.value, model.value)
+        files.write_pairs(args.output, next(iter(arrays.values())), result.value, model.data_spec)
     else:
-        files.write(args.output, result.outputs, model.value)
+        files.write(args.output, result.outputs, model.data_spec)
     print(f"{len(result.value)} rows in {args.output}; {formatting.summary(result)}")
 
 
@@ -169,9 +169,9 @@ def _transform(client: Client, args: Namespace) -> None:
     model, _, parts = _transformed(client, args)
     result = merge(parts)
     if args.output is None:
-        print(formatting.results(result, args.first_row, model.value.class_labels))
+        print(formatting.results(result, args.first_row, model.data_spec.class_labels))
         return
-    files.write(args.output, result.outputs, model.value)
+    files.write(args.output, result.outputs, model.data_spec)
     print(f"{len(result.value)} rows in {args.output}; {formatting.summary(result)}")
 
 
@@ -181,7 +181,7 @@ def _score(client: Client, args: Namespace) -> None:
     if args.output is None:
         print(formatting.scores(scores, args.first_row))
         return
-    files.write(args.output, scores.columns(), model.value)
+    files.write(args.output, scores.columns(), model.data_spec)
     print(formatting.score_headline(scores))
     print(f"{len(scores.nats)} rows in {args.output}; {formatting.summary(scores)}")
 
@@ -195,7 +195,7 @@ def _transformed(client: Client, args: Namespace) -> tuple[Model, dict[str, Arra
     arrays = named_arrays(_inputs(args), operation)
     rows, size = num_rows(arrays), max(1, client.server_info().max_batch_rows)
     parts: list[Result] = []
-    with Bar(rows, sys.stderr) as bar:
+    with ProgressBar(rows, sys.stderr) as bar:
         for start in range(0, max(rows, 1), size):
             options["first_row"] = args.first_row + start
             parts.append(getattr(client, args.command)(args.model, part_of(arrays, start, size), **options))
@@ -206,22 +206,22 @@ def _transformed(client: Client, args: Namespace) -> tuple[Model, dict[str, Arra
 def _chosen(client: Client, args: Namespace) -> tuple[Model, Operation]:
     """The model and its operation, once it is sure that the file can hold what comes."""
     model = client.model(args.model, args.version, args.format)
-    operation = model.operation(args.command, args.method)
+    operation = model.operation(args.command, args.variant)
     if args.output:
-        files.check(args.output, model.value, operation.outputs[0])
+        files.check(args.output, model.data_spec, operation.outputs[0])
     return model, operation
 
 
-def _options(args: Namespace, operation: Operation) -> Options:
-    options = Options(
+def _options(args: Namespace, operation: Operation) -> CallOptions:
+    options = CallOptions(
         version=args.version,
         format=args.format,
         seed=_seed(args),
         first_row=args.first_row,
         parameters=_parameters(args.param, operation),
-        method=args.method,
+        variant=args.variant,
     )
-    return options | Options(priority=args.priority) if args.priority else options
+    return options | CallOptions(priority=args.priority) if args.priority else options
 
 
 def _parameters(texts: Sequence[str], operation: Operation) -> dict[str, Scalar]:
@@ -258,7 +258,7 @@ def _sample_inputs(args: Namespace, model: Model, operation: Operation) -> dict[
     arrays = named_arrays(_inputs(args), operation) if args.input else {}
     if args.label is None:
         return arrays
-    names = {name: index for index, name in enumerate(model.value.class_labels)}
+    names = {name: index for index, name in enumerate(model.data_spec.class_labels)}
     try:
         labels = [names[text] if text in names else int(text) for text in args.label.split(",")]
     except ValueError:

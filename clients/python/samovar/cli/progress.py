@@ -8,7 +8,7 @@ from typing import Self, TextIO
 _WIDTH = 30
 
 
-class Bar:
+class ProgressBar:
     """Rows done, their rate and the time left, on one line that is drawn over."""
 
     def __init__(self, total: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
