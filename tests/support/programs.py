@@ -117,9 +117,9 @@ def request(
     **settings: object,
 ) -> Request:
     """A request of the walk."""
-    work = RowInputs({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
+    inputs = RowInputs({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
     deliver: Deliver = (reader or Reader()).deliver
-    return Request(KEY, rows, steps, **{"deliver": deliver, "work": work, **settings})  # type: ignore[arg-type]
+    return Request(KEY, rows, steps, **{"deliver": deliver, "inputs": inputs, **settings})  # type: ignore[arg-type]
 
 
 @dataclass

@@ -297,7 +297,7 @@ def test_a_non_finite_row_fails_alone_and_is_named() -> None:
     start[13] = np.nan
     bench = Bench()
     work = RowInputs({"steps": 2, "scale": 1.0}, {"start": start})
-    _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, work=work)
+    _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, inputs=work)
     assert "row 113 came out non-finite; all others are done" in str(reader.error())
     assert reader.rows() == {100 + i: alone(1, 100 + i, 2, 1.0) for i in range(20) if i != 13}
     assert bench.ledger.rows == 19
@@ -310,7 +310,7 @@ def test_lost_rows_take_no_room_in_the_window_of_a_reader() -> None:
     start[:9] = np.nan
     bench, reader = Bench(), Reader()
     work = RowInputs({"steps": 1, "scale": 1.0}, {"start": start})
-    asked = request(reader, rows=20, steps=1, work=work, window=2)
+    asked = request(reader, rows=20, steps=1, inputs=work, max_unread_rows=2)
 
     def read(events: Sequence[Event]) -> None:
         reader.deliver(events)
@@ -346,7 +346,7 @@ def test_too_many_waiting_rows_are_refused_at_once(gate: Gate) -> None:
 
 
 def test_a_slow_reader_holds_back_its_own_request_only(bench: Bench) -> None:
-    slow, reader = bench.submit(rows=100, steps=1, window=8)
+    slow, reader = bench.submit(rows=100, steps=1, max_unread_rows=8)
     _, quick = bench.submit(rows=100, steps=1)
     assert len(quick.rows()) == 100
     assert slow.admitted == 8
@@ -372,7 +372,7 @@ def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
 
 def test_a_row_that_cannot_be_admitted_fails_with_those_that_came_with_it(bench: Bench) -> None:
     wide = RowInputs({"steps": 1, "scale": 1.0}, {"start": np.zeros((1, 5), np.float32)})
-    _, misfit = bench.submit(steps=1, work=wide)
+    _, misfit = bench.submit(steps=1, inputs=wide)
     assert isinstance(misfit.error(), ModelFailed)
     _, fine = bench.submit(rows=3)
     assert len(fine.rows()) == 3
@@ -380,7 +380,7 @@ def test_a_row_that_cannot_be_admitted_fails_with_those_that_came_with_it(bench:
 
 
 def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
-    slow, _ = bench.submit(rows=20, steps=1, window=4, deadline=1e12)
+    slow, _ = bench.submit(rows=20, steps=1, max_unread_rows=4, deadline=1e12)
     _, quick = bench.submit(rows=20, steps=1)
     assert len(quick.rows()) == 20
     bench.engine.release(slow)

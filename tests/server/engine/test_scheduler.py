@@ -119,7 +119,7 @@ def test_a_closed_request_gives_back_what_it_held() -> None:
 
 def test_a_request_that_nobody_reads_waits_for_its_reader() -> None:
     policy = scheduler()
-    asked = request(20, window=4)
+    asked = request(20, max_unread_rows=4)
     policy.submit(asked)
     assert admitted(next_turn(policy)) == {asked: 4}
     policy.finish(asked, 4)
@@ -424,7 +424,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
     ):
         policy.submit(request(1, steps=10, deadline=14.0), now=10.0)
     policy.submit(request(1, steps=10, deadline=15.5), now=10.0)
-    policy.submit(request(1, steps=10, deadline=11.0, may_end_early=True), now=10.0)
+    policy.submit(request(1, steps=10, deadline=11.0, has_early_exit=True), now=10.0)
 
 
 turns_taken = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.floats(0.001, 1e6)), max_size=20)
@@ -517,23 +517,23 @@ def test_a_pace_that_was_learnt_later_moves_the_last_moment() -> None:
 
 def test_requests_that_hold_too_many_bytes_are_refused() -> None:
     policy = scheduler(max_buffered_bytes=100)
-    first = request(1, held_bytes=80)
+    first = request(1, buffered_bytes=80)
     policy.submit(first)
     with pytest.raises(Overloaded, match="80 bytes"):
-        policy.submit(request(1, held_bytes=21))
+        policy.submit(request(1, buffered_bytes=21))
     policy.close(first, "cancelled")
     with pytest.raises(Overloaded, match="80 bytes"):
-        policy.submit(request(1, held_bytes=21))
+        policy.submit(request(1, buffered_bytes=21))
     policy.release(first)
     policy.release(first)
-    policy.submit(request(1, held_bytes=100))
+    policy.submit(request(1, buffered_bytes=100))
 
 
 @pytest.mark.parametrize(("inputs", "field"), [({}, "rows"), ({"value": object()}, "inputs")])
 def test_a_request_that_would_never_fit_is_invalid(inputs: Mapping[str, object], field: str) -> None:
     policy = scheduler(max_buffered_bytes=100)
     with pytest.raises(InvalidRequest) as refusal:
-        policy.submit(request(1, held_bytes=101, work=RowInputs(inputs=inputs)))
+        policy.submit(request(1, buffered_bytes=101, inputs=RowInputs(inputs=inputs)))
     expected = "expected at most 100 bytes of inputs and unread answers, got 101"
     assert refusal.value.violations == (Violation(field, expected),)
 
@@ -597,35 +597,35 @@ class Traffic(RuleBasedStateMachine):
         rows=st.integers(1, 40),
         steps=st.integers(0, 600),
         program=st.sampled_from([LEFT, RIGHT]),
-        window=st.integers(1, 50),
+        max_unread_rows=st.integers(1, 50),
         is_batch=st.booleans(),
         patience=st.none() | st.floats(0, 100),
-        held_bytes=st.integers(0, 100),
+        buffered_bytes=st.integers(0, 100),
     )
     def submit(
         self,
         rows: int,
         steps: int,
         program: ProgramKey,
-        window: int,
+        max_unread_rows: int,
         is_batch: bool,
         patience: float | None,
-        held_bytes: int,
+        buffered_bytes: int,
     ) -> None:
         deadline = None if patience is None else self.now + patience
         asked = request(
             rows,
             program,
             steps,
-            window=window,
+            max_unread_rows=max_unread_rows,
             is_batch=is_batch,
             deadline=deadline,
-            held_bytes=held_bytes,
+            buffered_bytes=buffered_bytes,
         )
         try:
             self.policy.submit(asked, self.now)
         except Overloaded:
-            assert self.policy.num_queued + rows > 60 or self.policy.buffered_bytes + held_bytes > 100
+            assert self.policy.num_queued + rows > 60 or self.policy.buffered_bytes + buffered_bytes > 100
         except DeadlineExceeded:
             assert deadline is not None
         else:

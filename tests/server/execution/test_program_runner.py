@@ -79,8 +79,8 @@ def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
 def test_inputs_go_to_their_own_rows_or_to_all() -> None:
     starts = np.arange(6, dtype=np.float32).reshape(3, 2)
     program = programs.program()
-    own = request(rows=3, steps=1, work=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts}))
-    shared = request(rows=3, steps=1, work=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
+    own = request(rows=3, steps=1, inputs=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts}))
+    shared = request(rows=3, steps=1, inputs=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
     program.slots.admit(own, 0, 2)
     program.slots.admit(own, 2, 1)
     program.slots.admit(shared, 0, 3)
@@ -101,7 +101,7 @@ def test_slots_do_not_remember_their_last_row() -> None:
 def test_a_program_without_steps_reads_out_at_once() -> None:
     program = programs.program(programs.ECHO)
     starts = np.ones((2, 2), np.float32)
-    program.slots.admit(request(rows=2, steps=0, work=RowInputs({}, {"start": starts})), 0, 2)
+    program.slots.admit(request(rows=2, steps=0, inputs=RowInputs({}, {"start": starts})), 0, 2)
     (readout,) = program.advance()
     assert np.array_equal(readout.rows.outputs["value"], starts)
     assert program.slots.num_active == 0
@@ -198,7 +198,7 @@ def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
     )
     fine, broken = (
         request(
-            steps=2, work=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)})
+            steps=2, inputs=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)})
         )
         for start in (0.0, number)
     )
@@ -240,7 +240,7 @@ def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Pat
         spec, {**programs.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4)
     )
     starts = np.arange(8, dtype=np.float32).reshape(4, 2)
-    program.slots.admit(request(rows=4, steps=2, work=RowInputs({"steps": 2}, {"start": starts})), 0, 4)
+    program.slots.admit(request(rows=4, steps=2, inputs=RowInputs({"steps": 2}, {"start": starts})), 0, 4)
     (finished,) = run(program)
     assert np.array_equal(finished.rows.outputs["value"], starts)
     assert program.pop_oom_count() == 1
