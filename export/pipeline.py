@@ -13,6 +13,7 @@ import torch
 from google.protobuf import timestamp_pb2
 
 from export.artifacts import writer
+from export.artifacts.interpreter import eager_interpreter
 from export.artifacts.reader import sha256
 from export.datasets.loading import Dataset
 from export.evaluation import formatting
@@ -140,12 +141,12 @@ def _model(recipe: TrainingJob, outcome: trainer.Outcome, network: trainer.Netwo
 
 
 def _measured(recipe: TrainingJob, model: writer.Model) -> writer.Model:
-    player, family = writer.player(model.data_spec, model.programs), recipe.family
-    figures = family.quality(player, recipe.data, recipe.suited)
+    interpreter, family = eager_interpreter(model.data_spec, model.programs), recipe.family
+    figures = family.quality(interpreter, recipe.data, recipe.suited)
     for figure in figures:
         print(f"  {formatting.line(figure)}")
     caption = "\n".join(map(formatting.line, figures))
-    picture = draw(model.name, caption, family.panels(player, recipe.data), model.data_spec.num_levels)
+    picture = draw(model.name, caption, family.panels(interpreter, recipe.data), model.data_spec.num_levels)
     return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
 
 

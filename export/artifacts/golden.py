@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter, manifest
+from export.artifacts import manifest
+from export.artifacts.interpreter import Interpreter, Rows, make_rows
 from export.graphs.program import ProgramError
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
@@ -34,11 +35,11 @@ class Example:
         return range(self.first_row, self.first_row + self.rows)
 
 
-def record(eager: interpreter.Interpreter, example: Example) -> manifest_pb2.GoldenRows:
+def record(eager: Interpreter, example: Example) -> manifest_pb2.GoldenRows:
     """A request with the answer that the modules give; ProgramError when a server would refuse it."""
     program = eager.program(example.program)
     _refuse_out_of_bounds(program, example)
-    rows = interpreter.request(program, example.seed, example.indices, example.parameters, example.inputs)
+    rows = make_rows(program, example.seed, example.indices, example.parameters, example.inputs)
     outputs, value = eager.run(example.program, rows), eager.manifest.data_spec
     operation, _, method = example.program.partition(":")
     return manifest_pb2.GoldenRows(
@@ -70,11 +71,11 @@ def _refuse_out_of_bounds(program: manifest_pb2.Program, example: Example) -> No
             )
 
 
-def request(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> interpreter.Rows:
+def request(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> Rows:
     """The rows that golden rows ask for."""
     indices = range(golden.first_row, golden.first_row + golden.rows)
     inputs = {name: array(tensor) for name, tensor in golden.inputs.items()}
-    return interpreter.request(program, golden.seed, indices, golden.parameters, inputs)
+    return make_rows(program, golden.seed, indices, golden.parameters, inputs)
 
 
 def array(tensor: manifest_pb2.GoldenTensor) -> NDArray[Any]:

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from export.artifacts import manifest
+from export.graphs import graph
 from export.graphs.graph import Call
-from export.graphs.program import program_name
+from export.graphs.program import DataSpec, Program, ProgramError, program_name
 from samovar import noise
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
@@ -127,6 +129,29 @@ class _Context:
         return draw(self.rows.seeds, self.rows.indices, self.steps_done, drawn.stream, drawn.tensor.shape)
 
 
+def eager_interpreter(data_spec: DataSpec, programs: Sequence[Program]) -> Interpreter:
+    """Return an interpreter that runs programs by their own modules, before any file is written."""
+    _reject_duplicate_programs(programs)
+    graphs = graph.collect(programs)
+    described = manifest_pb2.Manifest(
+        data_spec=manifest.value_message(data_spec),
+        graphs=map(manifest.graph_message, graphs),
+        programs=(manifest.program_message(program, graphs) for program in programs),
+    )
+    return Interpreter(described, {entry.name: graph.eager(entry.module) for entry in graphs})
+
+
+def _reject_duplicate_programs(programs: Sequence[Program]) -> None:
+    names = [program.name for program in programs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ProgramError(f"two programs are named {name!r}; give one of them a variant")
+        if name.partition(":")[0] not in names:
+            raise ProgramError(
+                f"{name!r} is a variant of an operation without a default program; remove its variant"
+            )
+
+
 def num_steps(program: manifest_pb2.Program, rows: Rows) -> NDArray[np.int64]:
     """The number of steps of each row, int64 [B]."""
     steps = program.steps
@@ -137,7 +162,7 @@ def num_steps(program: manifest_pb2.Program, rows: Rows) -> NDArray[np.int64]:
     return -(-rows.parameters[steps.parameter] // max(steps.units_per_step, 1))
 
 
-def request(
+def make_rows(
     program: manifest_pb2.Program,
     seed: int,
     indices: Sequence[int],
@@ -164,7 +189,7 @@ def request(
     )
 
 
-def join(parts: Sequence[Rows]) -> Rows:
+def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     """Several requests for one program as one batch."""
     return Rows(
         np.concatenate([part.seeds for part in parts]),

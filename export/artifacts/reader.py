@@ -6,7 +6,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from export.artifacts import interpreter
+from export.artifacts.interpreter import Interpreter
 from export.graphs import graph
 from samovar.v1 import manifest_pb2
 
@@ -37,7 +37,7 @@ def read(directory: Path) -> manifest_pb2.Manifest:
         raise ArtifactError(f"{path}: expected a manifest of the artifact contract: {error}") from error
 
 
-def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> interpreter.Interpreter:
+def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> Interpreter:
     """The programs of an artifact run by its files in one format."""
     graphs = {
         entry.name: graph.load(directory / file.path, format)
@@ -45,7 +45,7 @@ def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> inter
         for file in entry.files
         if file.format == format
     }
-    return interpreter.Interpreter(manifest, graphs)
+    return Interpreter(manifest, graphs)
 
 
 def is_sealed(directory: Path) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artifacts import golden, interpreter, reader
+from export.artifacts import golden, reader
+from export.artifacts.interpreter import Interpreter, Rows, concatenate_rows
 from export.graphs.graph import GraphError
 from export.graphs.program import program_name
 from samovar.v1 import manifest_pb2
@@ -75,13 +76,13 @@ def verify(directory: Path) -> Report:
     findings: list[CheckResult] = []
     for format in formats(manifest):
         try:
-            player = reader.load(directory, manifest, format)
+            interpreter = reader.load(directory, manifest, format)
         except GraphError as error:
             problems.append(str(error))
             continue
         for program in manifest.programs:
             try:
-                findings += _program_findings(player, program, format)
+                findings += _program_findings(interpreter, program, format)
             except Exception as error:  # a graph that was made elsewhere may raise anything
                 reason = str(error).strip().partition("\n")[0]
                 problems.append(f"{_name(program)} ({format}): cannot be run: {reason}")
@@ -155,13 +156,13 @@ def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
 class _GoldenCase:
     """Golden rows of one program, as requested and as answered."""
 
-    rows: interpreter.Rows
+    rows: Rows
     outputs: Mapping[str, NDArray[Any]]
     tolerance: Mapping[str, float]
 
 
 def _program_findings(
-    player: interpreter.Interpreter, program: manifest_pb2.Program, format: str
+    interpreter: Interpreter, program: manifest_pb2.Program, format: str
 ) -> Iterator[CheckResult]:
     proofs = [
         _GoldenCase(
@@ -169,12 +170,12 @@ def _program_findings(
             {name: golden.array(tensor) for name, tensor in entry.outputs.items()},
             entry.tolerance,
         )
-        for entry in player.manifest.golden_rows
+        for entry in interpreter.manifest.golden_rows
         if _name(entry) == _name(program)
     ]
-    alone = [player.run(_name(program), proof.rows) for proof in proofs]
-    first = [player.run(_name(program), proof.rows[:1]) for proof in proofs]
-    company, others = (_in_company(player, program, proofs, seed) for seed in (1, 2))
+    alone = [interpreter.run(_name(program), proof.rows) for proof in proofs]
+    first = [interpreter.run(_name(program), proof.rows[:1]) for proof in proofs]
+    company, others = (_in_company(interpreter, program, proofs, seed) for seed in (1, 2))
     recorded = [(proof.outputs, proof.tolerance) for proof in proofs]
     exact = [(answer, _independence(proof, format)) for answer, proof in zip(company, proofs, strict=True)]
     for check, given, expected in (
@@ -197,15 +198,17 @@ def _independence(proof: _GoldenCase, format: str) -> Mapping[str, float]:
 
 
 def _in_company(
-    player: interpreter.Interpreter, program: manifest_pb2.Program, proofs: list[_GoldenCase], seed: int
+    interpreter: Interpreter, program: manifest_pb2.Program, proofs: list[_GoldenCase], seed: int
 ) -> list[dict[str, NDArray[Any]]]:
     strangers = _strangers(proofs[0].rows, seed)
-    answers = player.run(_name(program), interpreter.join([strangers, *(proof.rows for proof in proofs)]))
+    answers = interpreter.run(
+        _name(program), concatenate_rows([strangers, *(proof.rows for proof in proofs)])
+    )
     bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
     return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
 
 
-def _strangers(rows: interpreter.Rows, seed: int) -> interpreter.Rows:
+def _strangers(rows: Rows, seed: int) -> Rows:
     """Rows with other noise and other inputs: their elements change places, which keeps them in bounds."""
     strangers = rows[np.arange(_STRANGERS) * seed % len(rows)]
     return replace(

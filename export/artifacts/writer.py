@@ -15,13 +15,14 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from export.artifacts import golden, interpreter, manifest
+from export.artifacts import golden, manifest
 from export.artifacts.golden import Example
+from export.artifacts.interpreter import eager_interpreter
 from export.artifacts.reader import VERSION, ArtifactError, seal, sha256, versions
 from export.artifacts.verify import verify
 from export.graphs import graph
 from export.graphs.formats import USUAL
-from export.graphs.program import DataSpec, Program, ProgramError
+from export.graphs.program import DataSpec, Program
 from samovar.v1 import manifest_pb2
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -44,29 +45,6 @@ class Model:
     quality: tuple[manifest_pb2.Quality, ...] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     unsupported_operations: Mapping[str, str] = field(default_factory=dict)
-
-
-def player(value: DataSpec, programs: Sequence[Program]) -> interpreter.Interpreter:
-    """The programs run by their own modules, before any file is written."""
-    _refuse_namesakes(programs)
-    graphs = graph.collect(programs)
-    described = manifest_pb2.Manifest(
-        data_spec=manifest.value_message(value),
-        graphs=map(manifest.graph_message, graphs),
-        programs=(manifest.program_message(program, graphs) for program in programs),
-    )
-    return interpreter.Interpreter(described, {entry.name: graph.eager(entry.module) for entry in graphs})
-
-
-def _refuse_namesakes(programs: Sequence[Program]) -> None:
-    names = [program.name for program in programs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ProgramError(f"two programs are called {name!r}; give one of them a method of its own")
-        if name.partition(":")[0] not in names:
-            raise ProgramError(
-                f"{name!r} is a method of an operation without a usual way; leave its method out"
-            )
 
 
 def write(model: Model, models: Path, version: str | None = None, formats: Sequence[str] = USUAL) -> Path:
@@ -102,7 +80,7 @@ def destination(models: Path, name: str, version: str | None = None) -> Path:
 
 
 def _write_files(model: Model, version: str, formats: Sequence[str], directory: Path) -> str:
-    eager = player(model.data_spec, model.programs)
+    eager = eager_interpreter(model.data_spec, model.programs)
     whole = manifest_pb2.Manifest(
         format_version=manifest.FORMAT_VERSION,
         name=model.name,

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from export.artifacts import interpreter
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, Rows, Tensors, make_rows
 from export.datasets.loading import Dataset, Part
 from export.evaluation.figures import cells
 from export.training.trainer import Network, Settings, fit
@@ -40,36 +39,36 @@ SETS = 4
 _CHUNK_ROWS = 50
 CLASSIFIER = "our-cnn"
 
-Rows = NDArray[Any]
+Samples = NDArray[Any]
 
 
-def play(player: Interpreter, name: str, rows: interpreter.Rows, title: str) -> interpreter.Tensors:
+def play(interpreter: Interpreter, name: str, rows: Rows, title: str) -> Tensors:
     """Run many rows in chunks under a progress bar; returns the outputs by name."""
     bounds = range(0, len(rows), _CHUNK_ROWS)
     chunks = [
-        player.run(name, rows[start : start + _CHUNK_ROWS])
+        interpreter.run(name, rows[start : start + _CHUNK_ROWS])
         for start in tqdm(bounds, desc=f"  measuring: {title}", unit="chunk", dynamic_ncols=True)
     ]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def sampler(player: Interpreter) -> Callable[[int, int], Rows]:
+def sampler(interpreter: Interpreter) -> Callable[[int, int], Samples]:
     """The model's own samples: `draw(n, i)` gives the i-th set of n, [n, *shape]."""
-    program, name = player.program("sample"), player.manifest.data_spec.tensor.name
+    program, name = interpreter.program("sample"), interpreter.manifest.data_spec.tensor.name
 
-    def draw(count: int, number: int) -> Rows:
-        rows = interpreter.request(program, number, range(count))
-        return play(player, "sample", rows, f"samples {number + 1}/{SETS}")[name]
+    def draw(count: int, number: int) -> Samples:
+        rows = make_rows(program, number, range(count))
+        return play(interpreter, "sample", rows, f"samples {number + 1}/{SETS}")[name]
 
     return draw
 
 
-def density(player: Interpreter, name: str, limit: float, count: int) -> NDArray[np.float32]:
+def density(interpreter: Interpreter, name: str, limit: float, count: int) -> NDArray[np.float32]:
     """The density of points in the cells of a square, [count, count], by the program `score`, say."""
     points = cells(limit, count)
-    given = {player.manifest.data_spec.tensor.name: points}
-    rows = interpreter.request(player.program(name), 0, range(len(points)), inputs=given)
-    nats = player.run(name, rows)[player.program(name).score.nats_output]
+    given = {interpreter.manifest.data_spec.tensor.name: points}
+    rows = make_rows(interpreter.program(name), 0, range(len(points)), inputs=given)
+    nats = interpreter.run(name, rows)[interpreter.program(name).score.nats_output]
     return np.asarray(np.exp(nats).reshape(count, count), np.float32)
 
 
@@ -113,7 +112,7 @@ def negative_log_density(nats: NDArray[Any], doc: str) -> manifest_pb2.Quality:
     return mean("negative log-density", -nats, "nats", f"Mean over {len(nats)} test rows. {doc}".strip())
 
 
-def two_sample_test(data: Dataset, draw: Callable[[int, int], Rows], count: int) -> manifest_pb2.Quality:
+def two_sample_test(data: Dataset, draw: Callable[[int, int], Samples], count: int) -> manifest_pb2.Quality:
     """C2ST of `count` samples, `draw(n, i)` giving the i-th set of n, for data of any kind."""
     test = data.test.rows[:count]
     sets = [draw(len(test), number) for number in range(SETS)]
@@ -136,7 +135,7 @@ class SampleEvaluator:
         fit(classifier, half, settings, "  measuring: classifier")
         return cls(data, classifier)
 
-    def similarity(self, draw: Callable[[int, int], Rows], count: int) -> list[manifest_pb2.Quality]:
+    def similarity(self, draw: Callable[[int, int], Samples], count: int) -> list[manifest_pb2.Quality]:
         """Both comparisons; `draw(n, i)` gives the i-th set of n samples, uint8 [n, *shape]."""
         test = self.data.test.rows[:count]
         sets = [draw(len(test), number) for number in range(SETS)]
@@ -154,11 +153,11 @@ class SampleEvaluator:
             _told(sets, floor, test),
         ]
 
-    def distance(self, rows: Rows, others: Rows) -> float:
+    def distance(self, rows: Samples, others: Samples) -> float:
         """FD(our-cnn) between two sets of rows."""
         return frechet_distance(self.classifier.embed(rows), self.classifier.embed(others))
 
-    def coverage(self, draw: Callable[[int, int], Rows], count: int) -> manifest_pb2.Quality:
+    def coverage(self, draw: Callable[[int, int], Samples], count: int) -> manifest_pb2.Quality:
         """How much of the test rows' variety samples have; `draw(n, i)` gives the i-th set of n."""
         test = self.classifier.embed(self.data.test.rows[:count])
         unseen = self.data.train.rows[1::2]
@@ -174,7 +173,7 @@ class SampleEvaluator:
             "it. In the floor, training rows that it never saw are the samples.",
         )
 
-    def agreement(self, rows: Rows, labels: NDArray[np.int64]) -> manifest_pb2.Quality:
+    def agreement(self, rows: Samples, labels: NDArray[np.int64]) -> manifest_pb2.Quality:
         """How often the classifier sees the label that was asked for; the floor is its test accuracy."""
         hits, known = self._hits(Part(rows, labels)), self._hits(self.data.test)
         return manifest_pb2.Quality(
@@ -225,7 +224,7 @@ class Classifier(Network):
         """Cross-entropy of each row [B], in nats."""
         return functional.cross_entropy(self.logits(rows), labels, reduction="none", label_smoothing=0.05)
 
-    def embed(self, rows: Rows) -> NDArray[np.float64]:
+    def embed(self, rows: Samples) -> NDArray[np.float64]:
         """Features of an array of rows."""
         with torch.no_grad():
             return self.hidden(torch.tensor(rows)).double().numpy()
@@ -259,7 +258,7 @@ def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return root
 
 
-def two_sample_accuracy(a: Rows, b: Rows) -> tuple[float, float]:
+def two_sample_accuracy(a: Samples, b: Samples) -> tuple[float, float]:
     """Share of the rows of each set whose nearest neighbours, left one out, are mostly of their own set."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -270,7 +269,7 @@ def two_sample_accuracy(a: Rows, b: Rows) -> tuple[float, float]:
     return float(hits[own].mean()), float(hits[~own].mean())
 
 
-def _told(sets: Sequence[Rows], floor: Sequence[Rows], test: Rows) -> manifest_pb2.Quality:
+def _told(sets: Sequence[Samples], floor: Sequence[Samples], test: Samples) -> manifest_pb2.Quality:
     told, told_floor = (
         np.array([two_sample_accuracy(rows, test) for rows in given]) for given in (sets, floor)
     )

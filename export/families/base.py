@@ -63,10 +63,10 @@ class Family(Protocol):
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests whose answers the artifact carries: a few for every operation, some with parameters."""
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Figures on test rows, measured by running the programs."""
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """What the artifact's picture shows: real rows beside what the programs make."""
 
 

@@ -25,9 +25,8 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tqdm import tqdm
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, Tensors, make_rows
 from export.datasets.loading import Dataset, Part
 from export.evaluation.calibration import BINS, TEMPERATURES, calibration, fit_temperature
 from export.evaluation.figures import Panel
@@ -199,12 +198,12 @@ class ClassifierFamily:
             Example("encode", rows=4, inputs={"image": images}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Accuracy, cross-entropy, and calibration error with and without the fitted temperature."""
         held_out = data.test[: preset.measured_rows]
-        fitted = _answers(player, held_out.rows, "classes")
-        plain = _answers(player, held_out.rows, "classes at temperature 1", {"temperature": 1})
-        temperature = player.program("classify").parameters[0].default_value
+        fitted = _answers(interpreter, held_out.rows, "classes")
+        plain = _answers(interpreter, held_out.rows, "classes at temperature 1", {"temperature": 1})
+        temperature = interpreter.program("classify").parameters[0].default_value
         return [
             accuracy(fitted["top_label"] == held_out.labels),
             _cross_entropy(fitted, held_out, temperature),
@@ -212,10 +211,10 @@ class ClassifierFamily:
             _calibration_error(fitted, held_out, temperature),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """The test images that the classifier is least and most sure of."""
         images = data.test.rows[:LOOKED_THROUGH]
-        order = _answers(player, images, "pictures")["probabilities"].max(1).argsort()
+        order = _answers(interpreter, images, "pictures")["probabilities"].max(1).argsort()
         return [
             Panel("test images, the least certain", images[order[:PICTURED]]),
             Panel("test images, the most certain", images[order[-PICTURED:]]),
@@ -229,14 +228,14 @@ def _logits(served: Classifier, part: Part) -> NDArray[np.float32]:
 
 
 def _answers(
-    player: Interpreter, images: NDArray[Any], title: str, parameters: Mapping[str, float] | None = None
-) -> interpreter.Tensors:
-    program = player.program("classify")
-    rows = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})
-    return play(player, "classify", rows, title)
+    interpreter: Interpreter, images: NDArray[Any], title: str, parameters: Mapping[str, float] | None = None
+) -> Tensors:
+    program = interpreter.program("classify")
+    rows = make_rows(program, 0, range(len(images)), parameters, {"image": images})
+    return play(interpreter, "classify", rows, title)
 
 
-def _cross_entropy(answers: interpreter.Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
+def _cross_entropy(answers: Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
     scaled = answers["logits"].astype(np.float64) / temperature
     nats = np.logaddexp.reduce(scaled, 1) - scaled[np.arange(len(held_out)), held_out.labels]
     doc = (
@@ -246,9 +245,7 @@ def _cross_entropy(answers: interpreter.Tensors, held_out: Part, temperature: fl
     return mean("cross-entropy", nats, "nats", doc)
 
 
-def _calibration_error(
-    answers: interpreter.Tensors, held_out: Part, temperature: float
-) -> manifest_pb2.Quality:
+def _calibration_error(answers: Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
     found = calibration(answers["probabilities"].max(1), answers["top_label"] == held_out.labels)
     return manifest_pb2.Quality(
         name=f"calibration error, temperature {temperature:g}",

@@ -33,9 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset
 from export.evaluation.figures import Drawing, Panel, Scatter
 from export.evaluation.sample_quality import SETS, SampleEvaluator, play, sampler, two_sample_test
@@ -376,57 +375,59 @@ class Family:
             Example("decode", inputs={"latent": latents, "label": labels}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """How samples compare with test rows, and whether images show the label that they were asked for."""
-        draw, count = sampler(player), preset.measured_rows
+        draw, count = sampler(interpreter), preset.measured_rows
         if data.spec.kind == "vector":
             return [two_sample_test(data, draw, count)]
         judge = SampleEvaluator.train(data, preset.judge)
         labels = np.arange(count) % len(data.spec.class_labels)
-        rows = interpreter.request(player.program("sample"), SETS, range(count), inputs={"label": labels})
-        labelled = play(player, "sample", rows, "labelled samples")[data.spec.tensor.name]
+        rows = make_rows(interpreter.program("sample"), SETS, range(count), inputs={"label": labels})
+        labelled = play(interpreter, "sample", rows, "labelled samples")[data.spec.tensor.name]
         return [
             *judge.similarity(draw, count),
             judge.coverage(draw, count),
             judge.agreement(labelled, labels),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows, samples of every class, and what lies between latents."""
         if data.spec.kind == "vector":
-            return _point_panels(player, data)
+            return _point_panels(interpreter, data)
         classes = min(PICTURED, len(data.spec.class_labels))
         labels = np.repeat(np.arange(classes), PICTURED)
         order = [np.flatnonzero(data.test.labels == label)[:PICTURED] for label in range(classes)]
         return [
             Panel("test images", data.test.rows[np.concatenate(order)]),
-            Panel("samples by class", _play(player, "sample", {"label": labels})),
-            Panel("between two latents of a class", _play(player, "decode", _paths(player, labels))),
+            Panel("samples by class", _play(interpreter, "sample", {"label": labels})),
+            Panel(
+                "between two latents of a class", _play(interpreter, "decode", _paths(interpreter, labels))
+            ),
         ]
 
 
-def _play(player: Interpreter, operation: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    rows = interpreter.request(player.program(operation), 0, range(len(inputs["label"])), inputs=inputs)
-    return player.run(operation, rows)[player.manifest.data_spec.tensor.name]
+def _play(interpreter: Interpreter, operation: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    rows = make_rows(interpreter.program(operation), 0, range(len(inputs["label"])), inputs=inputs)
+    return interpreter.run(operation, rows)[interpreter.manifest.data_spec.tensor.name]
 
 
-def _paths(player: Interpreter, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _paths(interpreter: Interpreter, labels: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """For every PICTURED labels as many latents from one draw to another, all equally likely."""
-    (dimensions,) = player.program("decode").inputs[0].tensor.shape
+    (dimensions,) = interpreter.program("decode").inputs[0].tensor.shape
     ends = np.random.default_rng(0).standard_normal((2, len(labels) // PICTURED, 1, dimensions))
     angles = np.linspace(0, np.pi / 2, PICTURED)[:, np.newaxis]
     arcs = np.cos(angles) * ends[0] + np.sin(angles) * ends[1]
     return {"label": labels, "latent": arcs.reshape(len(labels), -1).astype(np.float32)}
 
 
-def _point_panels(player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+def _point_panels(interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
     classes, count = len(data.spec.class_labels), len(data.test) // 2
     samples = [
-        Scatter(f"samples, {name}", _play(player, "sample", {"label": np.full(count, label)}), LIMIT)
+        Scatter(f"samples, {name}", _play(interpreter, "sample", {"label": np.full(count, label)}), LIMIT)
         for label, name in enumerate(data.spec.class_labels)
     ]
     labels = np.repeat(np.arange(classes), 5 * PICTURED)
-    between = _play(player, "decode", _paths(player, labels))
+    between = _play(interpreter, "decode", _paths(interpreter, labels))
     return [
         Scatter("test points", data.test.rows, LIMIT),
         *samples,

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets import chorales, text
 from export.datasets.loading import DataError, Dataset
 from export.evaluation.figures import Drawing, Panel
@@ -358,11 +357,11 @@ class Family:
             Example("encode", inputs={"sequence": rows}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Exact log-masses of test rows beside those of an n-gram model of the same training rows."""
         rows = data.test.rows[: preset.measured_rows]
-        given = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
-        scores = play(player, "score", given, "log-mass of test rows")
+        given = make_rows(interpreter.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
+        scores = play(interpreter, "score", given, "log-mass of test rows")
         nats, lengths = scores["log_mass"].astype(np.float64), scores["length"]
         rival = WittenBell(data.train.rows, len(data.spec.vocabulary) - 1).log_masses(rows)
         if data.spec.vocabulary == chorales.VOCABULARY:
@@ -370,12 +369,12 @@ class Family:
             return [*_figures(nats, rival, frames, "nats/frame", 1), _rate(nats, lengths, "nats/token", 1)]
         return _figures(nats, rival, lengths, "bits/char", math.log(2))
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, as text or as the pitches that sound."""
         real, vocabulary = data.test.rows[:PICTURED], data.spec.vocabulary
         drawn = {
-            title: player.run(
-                "sample", interpreter.request(player.program("sample"), 0, range(PICTURED), given)
+            title: interpreter.run(
+                "sample", make_rows(interpreter.program("sample"), 0, range(PICTURED), given)
             )
             for title, given in {"samples": {}, "samples, temperature 0.7": {"temperature": 0.7}}.items()
         }

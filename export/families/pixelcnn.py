@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, Rows, make_rows
 from export.datasets.loading import DataError, Dataset, first_half
 from export.evaluation.figures import Panel
 from export.evaluation.sample_quality import (
@@ -341,50 +340,52 @@ class Family:
             Example("classify", inputs={"image": images}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Bits per dimension, accuracy, and how samples compare with test rows."""
         test = data.test[: preset.measured_rows]
         scores, classes = (
-            play(player, operation, _given(player, operation, test.rows), operation)
+            play(interpreter, operation, _given(interpreter, operation, test.rows), operation)
             for operation in ("score", "classify")
         )
         return [
             exact_bits_per_dimension(scores["log_mass"], test.rows[0].size),
             accuracy(classes["probabilities"].argmax(1) == test.labels),
-            *(_sample_quality(player, data, preset) if preset.samples else ()),
+            *(_sample_quality(interpreter, data, preset) if preset.samples else ()),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, samples, and completions of the test rows' upper halves, a line for each class."""
         classes = min(10, len(data.spec.class_labels))
         each = PICTURED if data.test.rows[0].size <= QUICK_PIXELS else PICTURED_OF_MORE
         labels = np.repeat(np.arange(classes), each)
         order = [np.flatnonzero(data.test.labels == label)[:each] for label in range(classes)]
         real = data.test.rows[np.concatenate(order)]
-        halves = _given(player, "sample", real, known=first_half(real))
+        halves = _given(interpreter, "sample", real, known=first_half(real))
         return [
             Panel("test images", real, each),
-            Panel("samples", player.run("sample", _labelled(player, labels))["image"], each),
-            Panel("upper halves of the test images, completed", player.run("sample", halves)["image"], each),
+            Panel("samples", interpreter.run("sample", _labelled(interpreter, labels))["image"], each),
+            Panel(
+                "upper halves of the test images, completed", interpreter.run("sample", halves)["image"], each
+            ),
         ]
 
 
-def _sample_quality(player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+def _sample_quality(interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
     judge = SampleEvaluator.train(data, preset.judge)
     labels = np.arange(preset.samples) % len(data.spec.class_labels)
-    labelled = play(player, "sample", _labelled(player, labels), "labelled samples")["image"]
-    return [*judge.similarity(sampler(player), preset.samples), judge.agreement(labelled, labels)]
+    labelled = play(interpreter, "sample", _labelled(interpreter, labels), "labelled samples")["image"]
+    return [*judge.similarity(sampler(interpreter), preset.samples), judge.agreement(labelled, labels)]
 
 
-def _labelled(player: Interpreter, labels: NDArray[np.int64]) -> interpreter.Rows:
-    return interpreter.request(player.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
+def _labelled(interpreter: Interpreter, labels: NDArray[np.int64]) -> Rows:
+    return make_rows(interpreter.program("sample"), SETS, range(len(labels)), inputs={"label": labels})
 
 
 def _given(
-    player: Interpreter, operation: str, images: NDArray[np.uint8], **inputs: NDArray[np.uint8]
-) -> interpreter.Rows:
-    return interpreter.request(
-        player.program(operation), 0, range(len(images)), inputs={"image": images, **inputs}
+    interpreter: Interpreter, operation: str, images: NDArray[np.uint8], **inputs: NDArray[np.uint8]
+) -> Rows:
+    return make_rows(
+        interpreter.program(operation), 0, range(len(images)), inputs={"image": images, **inputs}
     )
 
 

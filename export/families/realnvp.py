@@ -24,9 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
@@ -439,49 +438,49 @@ class Family:
             *(() if points else drawn),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
-        draw, count = sampler(player), preset.measured_rows
+        draw, count = sampler(interpreter), preset.measured_rows
         rows = data.test.rows[:count]
         if data.spec.kind == "vector":
             return [
-                negative_log_density(_scores(player, rows), f"In {data.spec.tensor.doc}."),
+                negative_log_density(_scores(interpreter, rows), f"In {data.spec.tensor.doc}."),
                 two_sample_test(data, draw, count),
             ]
         bounds = [
-            bits_per_dimension(_scores(player, rows, {"draws": draws}), rows[0].size, draws)
+            bits_per_dimension(_scores(interpreter, rows, {"draws": draws}), rows[0].size, draws)
             for draws in (MEASURED_DRAWS, 1)
         ]
         return [*bounds, *SampleEvaluator.train(data, preset.judge).similarity(draw, count)]
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or samples nearer to the mode."""
         if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows, LIMIT),
-                Scatter("samples", _samples(player, len(data.test)), LIMIT),
-                Heatmap("density", density(player, "score", LIMIT, CELLS), LIMIT),
+                Scatter("samples", _samples(interpreter, len(data.test)), LIMIT),
+                Heatmap("density", density(interpreter, "score", LIMIT, CELLS), LIMIT),
             ]
         return [
             Panel("test images", data.test.rows[:PICTURED]),
-            Panel("samples", _samples(player, PICTURED)),
-            Panel("samples, temperature 0.7", _samples(player, PICTURED, {"temperature": 0.7})),
+            Panel("samples", _samples(interpreter, PICTURED)),
+            Panel("samples, temperature 0.7", _samples(interpreter, PICTURED, {"temperature": 0.7})),
         ]
 
 
 def _samples(
-    player: Interpreter, count: int, parameters: Mapping[str, float] | None = None
+    interpreter: Interpreter, count: int, parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.generic]:
-    rows = interpreter.request(player.program("sample"), 0, range(count), parameters)
-    return player.run("sample", rows)[player.manifest.data_spec.tensor.name]
+    rows = make_rows(interpreter.program("sample"), 0, range(count), parameters)
+    return interpreter.run("sample", rows)[interpreter.manifest.data_spec.tensor.name]
 
 
 def _scores(
-    player: Interpreter, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+    interpreter: Interpreter, values: NDArray[np.generic], parameters: Mapping[str, float] | None = None
 ) -> NDArray[np.float32]:
-    program, given = player.program("score"), {player.manifest.data_spec.tensor.name: values}
-    rows = interpreter.request(program, 0, range(len(values)), parameters, given)
-    return play(player, "score", rows, "log-density of test rows")[program.score.nats_output]
+    program, given = interpreter.program("score"), {interpreter.manifest.data_spec.tensor.name: values}
+    rows = make_rows(program, 0, range(len(values)), parameters, given)
+    return play(interpreter, "score", rows, "log-density of test rows")[program.score.nats_output]
 
 
 def _latent(flow: RealNVP) -> TensorSpec:

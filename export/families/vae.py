@@ -22,9 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset, first_half
 from export.evaluation.figures import Panel
 from export.evaluation.sample_quality import SampleEvaluator, bits_per_dimension, play, sampler
@@ -276,35 +275,35 @@ class Family:
             Example("score", seed=5, first_row=2, rows=2, inputs={"image": images[:2]}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """Bits per dimension of the bound, and how samples compare with test rows."""
         images = data.test.rows[: preset.measured_rows]
         judge = SampleEvaluator.train(data, preset.judge)
         return [
-            *(_bits_per_dimension(player, images, draws) for draws in (MEASURED_DRAWS, 1)),
-            *judge.similarity(sampler(player), preset.measured_rows),
+            *(_bits_per_dimension(interpreter, images, draws) for draws in (MEASURED_DRAWS, 1)),
+            *judge.similarity(sampler(interpreter), preset.measured_rows),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> list[Panel]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, their reconstructions, and samples."""
         real, sample, reconstruct = (
             data.test.rows[:PICTURED],
-            player.program("sample"),
-            player.program("reconstruct"),
+            interpreter.program("sample"),
+            interpreter.program("reconstruct"),
         )
-        seen = interpreter.request(reconstruct, 0, range(len(real)), inputs={"image": real})
+        seen = make_rows(reconstruct, 0, range(len(real)), inputs={"image": real})
         return [
             Panel("test images", real),
-            Panel("their reconstructions", player.run("reconstruct", seen)["image"]),
-            Panel("samples", player.run("sample", interpreter.request(sample, 0, range(PICTURED)))["image"]),
+            Panel("their reconstructions", interpreter.run("reconstruct", seen)["image"]),
+            Panel("samples", interpreter.run("sample", make_rows(sample, 0, range(PICTURED)))["image"]),
         ]
 
 
-def _bits_per_dimension(player: Interpreter, images: NDArray[np.uint8], draws: int) -> manifest_pb2.Quality:
-    rows = interpreter.request(
-        player.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images}
-    )
-    answers = play(player, "score", rows, f"bound with {draws} draws")
+def _bits_per_dimension(
+    interpreter: Interpreter, images: NDArray[np.uint8], draws: int
+) -> manifest_pb2.Quality:
+    rows = make_rows(interpreter.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images})
+    answers = play(interpreter, "score", rows, f"bound with {draws} draws")
     return bits_per_dimension(answers["log_likelihood"], images[0].size, draws)
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, Tensors, make_rows
 from export.datasets import chorales, text
 from export.datasets.loading import Part, first_half
 from export.evaluation.figures import cells
@@ -67,18 +66,20 @@ class Section:
 class LoadedArtifact:
     """An artifact that runs, and the test rows of its data where they are at hand."""
 
-    player: Interpreter
+    interpreter: Interpreter
     test: Part | None
 
     @property
     def value(self) -> manifest_pb2.DataSpec:
         """What one row is."""
-        return self.player.manifest.data_spec
+        return self.interpreter.manifest.data_spec
 
     @cached_property
     def programs(self) -> Mapping[str, Program]:
         """Programs by name, methods included."""
-        return {program_name(each.operation, each.variant): each for each in self.player.manifest.programs}
+        return {
+            program_name(each.operation, each.variant): each for each in self.interpreter.manifest.programs
+        }
 
     @cached_property
     def samples(self) -> Rows | None:
@@ -140,12 +141,12 @@ class LoadedArtifact:
         """The main output of a program, [N, *shape]."""
         return next(iter(self.outputs(name, inputs, count).values()))
 
-    def outputs(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> interpreter.Tensors:
+    def outputs(self, name: str, inputs: Mapping[str, Rows], count: int = 0) -> Tensors:
         """All outputs of a program by name, for as many rows as there are of inputs."""
         total = count or len(next(iter(inputs.values())))
-        rows = interpreter.request(self.programs[name], SEED, range(total), inputs=inputs)
+        rows = make_rows(self.programs[name], SEED, range(total), inputs=inputs)
         size = max(1, _ELEMENTS_AT_ONCE // math.prod(self.value.tensor.shape))
-        chunks = [self.player.run(name, rows[first : first + size]) for first in range(0, total, size)]
+        chunks = [self.interpreter.run(name, rows[first : first + size]) for first in range(0, total, size)]
         return {output: np.concatenate([chunk[output] for chunk in chunks]) for output in chunks[0]}
 
 

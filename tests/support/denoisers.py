@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, eager_interpreter
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
@@ -94,7 +94,7 @@ class Hasty(Pair):
         return 1.2 * super().denoise(x, variance)
 
 
-def player(network: Exact) -> interpreter.Interpreter:
+def interpreter(network: Exact) -> Interpreter:
     """The programs of a diffusion model of points with this network."""
     rows = np.array([[-1, -1], [1, 1]], np.float32)
     part = loading.Part(rows, np.array([0, 1]))
@@ -103,4 +103,4 @@ def player(network: Exact) -> interpreter.Interpreter:
     denoiser = Denoiser(dataset, PRESET)
     denoiser.network = network
     network.spread = denoiser.data_std
-    return writer.player(value, FAMILY.programs(denoiser.eval(), dataset))
+    return eager_interpreter(value, FAMILY.programs(denoiser.eval(), dataset))

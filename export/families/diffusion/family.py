@@ -6,9 +6,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset, Part, first_half
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
@@ -145,28 +144,28 @@ class Family:
             Example("score:ode", 8, 0, 2, {"steps": 13}, {**given, **labels}),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
         part = data.test[: preset.measured_rows]
         if data.spec.kind == "vector":
             return [
-                *_log_densities(player, part, data.spec.tensor.doc),
-                two_sample_test(data, partial(_samples, player), len(part)),
-                _round_trip(player, part),
+                *_log_densities(interpreter, part, data.spec.tensor.doc),
+                two_sample_test(data, partial(_samples, interpreter), len(part)),
+                _round_trip(interpreter, part),
             ]
         return [
-            *_bits_per_dimension(player, part, data),
-            *_similarity(player, part, SampleEvaluator.train(data, preset.judge)),
-            _round_trip(player, part),
+            *_bits_per_dimension(interpreter, part, data),
+            *_similarity(interpreter, part, SampleEvaluator.train(data, preset.judge)),
+            _round_trip(interpreter, part),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples; of points their density, of images what becomes of given ones."""
         if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows, LIMIT),
-                Scatter("samples", _samples(player, len(data.test), 0), LIMIT),
-                Heatmap("density", density(player, "score:ode", LIMIT, CELLS), LIMIT),
+                Scatter("samples", _samples(interpreter, len(data.test), 0), LIMIT),
+                Heatmap("density", density(interpreter, "score:ode", LIMIT, CELLS), LIMIT),
             ]
         classes = min(10, len(data.spec.class_labels))
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
@@ -175,49 +174,49 @@ class Family:
         halves = {"image": images, "known": first_half(images)}
         return [
             Panel("test images", images),
-            Panel(f"samples, {sampling.DEFAULT_STEPS} steps", _play(player, "sample", made, SETS)),
-            Panel(f"guidance {sampling.GUIDANCE}", _play(player, "sample:guided", made, SETS)),
-            Panel("edited into the next class", _play(player, "sample:edit", turned, SETS)),
-            Panel("upper halves, inpainted", _play(player, "sample:inpaint", halves, SETS)),
+            Panel(f"samples, {sampling.DEFAULT_STEPS} steps", _play(interpreter, "sample", made, SETS)),
+            Panel(f"guidance {sampling.GUIDANCE}", _play(interpreter, "sample:guided", made, SETS)),
+            Panel("edited into the next class", _play(interpreter, "sample:edit", turned, SETS)),
+            Panel("upper halves, inpainted", _play(interpreter, "sample:inpaint", halves, SETS)),
         ]
 
 
 def _play(
-    player: Interpreter, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
+    interpreter: Interpreter, name: str, inputs: Mapping[str, NDArray[np.generic]], seed: int = 0
 ) -> NDArray[np.generic]:
     """What a program makes of inputs, all rows in one batch."""
     count = len(next(iter(inputs.values())))
-    rows = interpreter.request(player.program(name), seed, range(count), inputs=inputs)
-    return player.run(name, rows)[player.program(name).outputs[0].name]
+    rows = make_rows(interpreter.program(name), seed, range(count), inputs=inputs)
+    return interpreter.run(name, rows)[interpreter.program(name).outputs[0].name]
 
 
-def _samples(player: Interpreter, count: int, seed: int) -> NDArray[np.generic]:
+def _samples(interpreter: Interpreter, count: int, seed: int) -> NDArray[np.generic]:
     """Points are so small that one batch takes them all."""
-    rows = interpreter.request(player.program("sample"), seed, range(count))
-    return player.run("sample", rows)[player.manifest.data_spec.tensor.name]
+    rows = make_rows(interpreter.program("sample"), seed, range(count))
+    return interpreter.run("sample", rows)[interpreter.manifest.data_spec.tensor.name]
 
 
 def _scores(
-    player: Interpreter,
+    interpreter: Interpreter,
     name: str,
     rows: NDArray[np.generic],
     parameters: Mapping[str, float] | None = None,
     labels: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Log-densities of rows in nats, of images under a progress bar."""
-    program, value = player.program(name), player.manifest.data_spec
+    program, value = interpreter.program(name), interpreter.manifest.data_spec
     given = {value.tensor.name: rows} | ({} if labels is None else {"label": labels})
-    asked = interpreter.request(program, 0, range(len(rows)), parameters, given)
-    answers = play(player, name, asked, name) if value.num_levels else player.run(name, asked)
+    asked = make_rows(program, 0, range(len(rows)), parameters, given)
+    answers = play(interpreter, name, asked, name) if value.num_levels else interpreter.run(name, asked)
     return answers[program.score.nats_output].astype(np.float64)
 
 
-def _log_densities(player: Interpreter, part: Part, space: str) -> list[manifest_pb2.Quality]:
+def _log_densities(interpreter: Interpreter, part: Part, space: str) -> list[manifest_pb2.Quality]:
     """The estimate and the bound of test points, without their labels."""
     draws = {"draws": MEASURED_DRAWS}
     by_ode, bounded = (
-        _scores(player, "score:ode", part.rows),
-        _scores(player, "score", part.rows, draws),
+        _scores(interpreter, "score:ode", part.rows),
+        _scores(interpreter, "score", part.rows, draws),
     )
     main = negative_log_density(by_ode, f"Estimate by the probability-flow ODE. In {space}.")
     other = negative_log_density(bounded, f"Upper bound, {MEASURED_DRAWS} draws each. In {space}.")
@@ -225,16 +224,16 @@ def _log_densities(player: Interpreter, part: Part, space: str) -> list[manifest
     return [main, other]
 
 
-def _bits_per_dimension(player: Interpreter, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
+def _bits_per_dimension(interpreter: Interpreter, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
     """The bounds and the estimate of test rows."""
     shares = np.bincount(data.train.labels, minlength=len(data.spec.class_labels)) / len(data.train)
     draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
-    given = _scores(player, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
+    given = _scores(interpreter, "score", part.rows, draws, part.labels) + np.log(shares[part.labels])
     kind = f"Upper bound, {MEASURED_DRAWS} draws each"
     return [
         _bits(given, part, "bound", f"{kind}, of the mixture over classes that sample draws from."),
-        _bits(_scores(player, "score", part.rows, draws), part, "bound without labels", f"{kind}."),
-        _bits(_scores(player, "score:ode", some.rows), some, "ODE without labels", "Estimate."),
+        _bits(_scores(interpreter, "score", part.rows, draws), part, "bound without labels", f"{kind}."),
+        _bits(_scores(interpreter, "score:ode", some.rows), some, "ODE without labels", "Estimate."),
     ]
 
 
@@ -243,24 +242,24 @@ def _bits(nats: NDArray[np.float64], part: Part, detail: str, doc: str) -> manif
     return mean_bits(nats, part.rows[0].size, detail, whole)
 
 
-def _similarity(player: Interpreter, part: Part, judge: SampleEvaluator) -> list[manifest_pb2.Quality]:
+def _similarity(interpreter: Interpreter, part: Part, judge: SampleEvaluator) -> list[manifest_pb2.Quality]:
     """How samples compare with test rows, and whether they show the label that they were asked for."""
-    labels = np.arange(len(part)) % len(player.manifest.data_spec.class_labels)
+    labels = np.arange(len(part)) % len(interpreter.manifest.data_spec.class_labels)
     plain, guided = (
-        judge.agreement(_labelled(player, name, labels), labels) for name in ("sample", "sample:guided")
+        judge.agreement(_labelled(interpreter, name, labels), labels) for name in ("sample", "sample:guided")
     )
     guided.name = f"label agreement, guidance {sampling.GUIDANCE}"
-    return [*judge.similarity(sampler(player), len(part)), plain, guided]
+    return [*judge.similarity(sampler(interpreter), len(part)), plain, guided]
 
 
-def _labelled(player: Interpreter, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
-    rows = interpreter.request(player.program(name), SETS, range(len(labels)), inputs={"label": labels})
-    return play(player, name, rows, f"labelled samples, {name}")["image"]
+def _labelled(interpreter: Interpreter, name: str, labels: NDArray[np.int64]) -> NDArray[np.generic]:
+    rows = make_rows(interpreter.program(name), SETS, range(len(labels)), inputs={"label": labels})
+    return play(interpreter, name, rows, f"labelled samples, {name}")["image"]
 
 
-def _round_trip(player: Interpreter, part: Part) -> manifest_pb2.Quality:
-    value, part = player.manifest.data_spec, part[:ROUND_TRIPS]
-    again = _play(player, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
+def _round_trip(interpreter: Interpreter, part: Part) -> manifest_pb2.Quality:
+    value, part = interpreter.manifest.data_spec, part[:ROUND_TRIPS]
+    again = _play(interpreter, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
     errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)
     return mean(
         "round trip error",

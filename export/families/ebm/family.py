@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter
 from export.artifacts.golden import Example
-from export.artifacts.interpreter import Interpreter
+from export.artifacts.interpreter import Interpreter, Tensors, make_rows
 from export.datasets.loading import Dataset, first_half
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
@@ -117,95 +116,98 @@ class Family:
             *(drawn if data.spec.kind == "image" else ()),
         )
 
-    def quality(self, player: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
         """The density of test rows, the estimates of log Z, and how samples compare with test rows."""
         rows = data.test.rows[: preset.measured_rows]
         if data.spec.kind == "vector":
-            weighed = _scores(player, rows)
+            weighed = _scores(interpreter, rows)
             doc = f"Estimate, with Z by quadrature. In {data.spec.tensor.doc}."
             return [
                 negative_log_density(weighed["log_density"], doc),
-                _log_normaliser(player, rows, weighed, "log Z"),
-                two_sample_test(data, _sampler(player), min(CHAINS, preset.measured_rows)),
-                _acceptance(player),
+                _log_normaliser(interpreter, rows, weighed, "log Z"),
+                two_sample_test(data, _sampler(interpreter), min(CHAINS, preset.measured_rows)),
+                _acceptance(interpreter),
             ]
-        weighed = _scores(player, rows, {"blur": DRAW})
-        doc = f"Estimate, with Z by annealed importance sampling. Of {player.program('score').score.coordinate_space}."
-        still = _scores(player, rows)
+        weighed = _scores(interpreter, rows, {"blur": DRAW})
+        doc = f"Estimate, with Z by annealed importance sampling. Of {interpreter.program('score').score.coordinate_space}."
+        still = _scores(interpreter, rows)
         return [
             negative_log_density(weighed["log_density"], doc),
-            _log_normaliser(player, rows, still, "log Z, forwards"),
-            _log_normaliser(player, rows, still, "log Z, backwards", "_reverse"),
-            *SampleEvaluator.train(data, preset.judge).similarity(_sampler(player), preset.measured_rows),
-            _acceptance(player),
+            _log_normaliser(interpreter, rows, still, "log Z, forwards"),
+            _log_normaliser(interpreter, rows, still, "log Z, backwards", "_reverse"),
+            *SampleEvaluator.train(data, preset.judge).similarity(
+                _sampler(interpreter), preset.measured_rows
+            ),
+            _acceptance(interpreter),
         ]
 
-    def panels(self, player: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or the progress of chains and inpainting."""
         if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows[:CHAINS], LIMIT),
-                Scatter("samples", _chains(player, CHAINS)["point"], LIMIT),
-                Heatmap("density", density(player, "score", LIMIT, CELLS), LIMIT),
+                Scatter("samples", _chains(interpreter, CHAINS)["point"], LIMIT),
+                Heatmap("density", density(interpreter, "score", LIMIT, CELLS), LIMIT),
             ]
         images = data.test.rows[:PICTURED]
         halves = {"image": images, "known": first_half(images)}
-        progress = np.stack([_chains(player, 10, {"steps": steps})["image"] for steps in PROGRESS], 1)
+        progress = np.stack([_chains(interpreter, 10, {"steps": steps})["image"] for steps in PROGRESS], 1)
         return [
             Panel("test images", images),
-            Panel("samples", _chains(player, PICTURED)["image"]),
+            Panel("samples", _chains(interpreter, PICTURED)["image"]),
             Panel(f"chains after {', '.join(map(str, PROGRESS))} steps", np.concatenate(list(progress))),
             Panel(
-                "upper halves of the test images, inpainted", _chains(player, PICTURED, {}, halves)["image"]
+                "upper halves of the test images, inpainted",
+                _chains(interpreter, PICTURED, {}, halves)["image"],
             ),
         ]
 
 
 def _chains(
-    player: Interpreter,
+    interpreter: Interpreter,
     count: int,
     parameters: Mapping[str, float] | None = None,
     inputs: Mapping[str, NDArray[np.generic]] | None = None,
     seed: int = SETS,
-) -> interpreter.Tensors:
-    rows = interpreter.request(player.program("sample"), seed, range(count), parameters, inputs)
-    return player.run("sample", rows, f"  {count} chains")
+) -> Tensors:
+    rows = make_rows(interpreter.program("sample"), seed, range(count), parameters, inputs)
+    return interpreter.run("sample", rows, f"  {count} chains")
 
 
-def _sampler(player: Interpreter) -> Callable[[int, int], NDArray[np.generic]]:
+def _sampler(interpreter: Interpreter) -> Callable[[int, int], NDArray[np.generic]]:
     """Sets of samples as in `measure.sampler`, but all chains of a set in one batch: they are long."""
 
     def draw(count: int, number: int) -> NDArray[np.generic]:
-        return _chains(player, count, seed=number)[player.manifest.data_spec.tensor.name]
+        return _chains(interpreter, count, seed=number)[interpreter.manifest.data_spec.tensor.name]
 
     return draw
 
 
 def _scores(
-    player: Interpreter, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
-) -> interpreter.Tensors:
-    given = {player.manifest.data_spec.tensor.name: rows}
-    asked = interpreter.request(player.program("score"), 0, range(len(rows)), parameters, given)
-    return play(player, "score", asked, "scores of test rows")
+    interpreter: Interpreter, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
+) -> Tensors:
+    given = {interpreter.manifest.data_spec.tensor.name: rows}
+    asked = make_rows(interpreter.program("score"), 0, range(len(rows)), parameters, given)
+    return play(interpreter, "score", asked, "scores of test rows")
 
 
 def _log_normaliser(
-    player: Interpreter, rows: NDArray[np.generic], weighed: interpreter.Tensors, name: str, way: str = ""
+    interpreter: Interpreter, rows: NDArray[np.generic], weighed: Tensors, name: str, way: str = ""
 ) -> manifest_pb2.Quality:
-    given = {player.manifest.data_spec.tensor.name: rows[:1]}
-    asked = interpreter.request(player.program("energy"), 0, range(1), inputs=given)
-    energy = player.run("energy", asked)["energy"][0]
+    given = {interpreter.manifest.data_spec.tensor.name: rows[:1]}
+    asked = make_rows(interpreter.program("energy"), 0, range(1), inputs=given)
+    energy = interpreter.run("energy", asked)["energy"][0]
     return manifest_pb2.Quality(
         name=name,
         value=float(-energy - weighed[f"log_density{way}"][0]),
         unit="nats",
         standard_error=float(weighed[f"standard_error{way}"][0]),
-        doc=f"Estimate, of the model by itself. {player.program('score').doc}",
+        doc=f"Estimate, of the model by itself. {interpreter.program('score').doc}",
     )
 
 
-def _acceptance(player: Interpreter) -> manifest_pb2.Quality:
-    shares = _chains(player, PICTURED)["acceptance"]
+def _acceptance(interpreter: Interpreter) -> manifest_pb2.Quality:
+    shares = _chains(interpreter, PICTURED)["acceptance"]
     doc = (
         "Of the model by itself: the share of MALA proposals that are accepted at the default step size, "
         f"over {len(shares)} chains."

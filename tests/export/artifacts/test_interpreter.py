@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Rows, Tensors, concatenate_rows, eager_interpreter, make_rows
 from export.graphs.program import DataSpec, Noise, Parameter, Program, Steps, TensorSpec
 from samovar import noise
 
@@ -45,12 +45,12 @@ PROGRAM = Program(
 )
 
 
-def play(rows: interpreter.Rows) -> interpreter.Tensors:
-    return PLAYER.run("sample", rows)
+def play(rows: Rows) -> Tensors:
+    return INTERPRETER.run("sample", rows)
 
 
-PLAYER = writer.player(DataSpec("vector", TOTAL), (PROGRAM,))
-MESSAGE = PLAYER.program("sample")
+INTERPRETER = eager_interpreter(DataSpec("vector", TOTAL), (PROGRAM,))
+MESSAGE = INTERPRETER.program("sample")
 
 
 def drawn(seed: int, row: int, steps: int) -> np.float32:
@@ -62,26 +62,24 @@ def drawn(seed: int, row: int, steps: int) -> np.float32:
 
 def test_each_call_draws_at_its_own_step() -> None:
     """Step 0 in init, step_index in step, the steps done in readout."""
-    answer = play(interpreter.request(MESSAGE, 5, [7]))
+    answer = play(make_rows(MESSAGE, 5, [7]))
     np.testing.assert_allclose(answer["sum"], drawn(5, 7, 3), rtol=1e-6)
 
 
 def test_steps_are_units_rounded_up() -> None:
-    rows = interpreter.join(
-        [interpreter.request(MESSAGE, 0, [0], {"draws": draws}) for draws in (1, 10, 11, 30, 31)]
-    )
+    rows = concatenate_rows([make_rows(MESSAGE, 0, [0], {"draws": draws}) for draws in (1, 10, 11, 30, 31)])
     assert play(rows)["planned"].tolist() == [1, 1, 2, 3, 4]
 
 
 def test_a_row_ends_when_it_says_so() -> None:
-    answer = play(interpreter.request(MESSAGE, 5, [7], {"limit": 2}))
+    answer = play(make_rows(MESSAGE, 5, [7], {"limit": 2}))
     assert (answer["done"].tolist(), answer["planned"].tolist()) == ([2], [3])
     np.testing.assert_allclose(answer["sum"], drawn(5, 7, 2), rtol=1e-6)
 
 
 def test_rows_of_all_lengths_share_a_batch() -> None:
-    parts = [interpreter.request(MESSAGE, seed, [seed], {"draws": 7 * seed}) for seed in range(1, 9)]
-    together = play(interpreter.join(parts))["sum"]
+    parts = [make_rows(MESSAGE, seed, [seed], {"draws": 7 * seed}) for seed in range(1, 9)]
+    together = play(concatenate_rows(parts))["sum"]
     np.testing.assert_array_equal(together, np.concatenate([play(part)["sum"] for part in parts]))
 
 
@@ -98,6 +96,6 @@ def test_without_init_the_state_starts_as_zeros() -> None:
     program = Program(
         "sample", Show(), (count,), "Count.", step=Count(), state=(count,), steps=Steps(fixed=3)
     )
-    player = writer.player(DataSpec("vector", count), (program,))
-    answer = player.run("sample", interpreter.request(player.program("sample"), 0, range(2)))
+    interpreter = eager_interpreter(DataSpec("vector", count), (program,))
+    answer = interpreter.run("sample", make_rows(interpreter.program("sample"), 0, range(2)))
     assert answer["count"].tolist() == [[3, 3], [3, 3]]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from export.artifacts import interpreter, reader, writer
+from export.artifacts import reader
+from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families import cnn, mlp
 from export.families.base import Preset
@@ -40,19 +41,19 @@ def network(family: mlp.Family | cnn.Family, digits: loading.Dataset) -> Classif
 
 
 @pytest.fixture
-def player(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(digits.spec, family.programs(network, digits))
+def interpreter(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> Interpreter:
+    return eager_interpreter(digits.spec, family.programs(network, digits))
 
 
 @pytest.fixture
-def answer(player: interpreter.Interpreter, digits: loading.Dataset) -> Callable[..., interpreter.Tensors]:
+def answer(interpreter: Interpreter, digits: loading.Dataset) -> Callable[..., Tensors]:
     """The answer of classify on the first test rows, given parameters."""
 
-    def classify(rows: slice = slice(20), **parameters: float) -> interpreter.Tensors:
+    def classify(rows: slice = slice(20), **parameters: float) -> Tensors:
         images = digits.test.rows[rows]
-        program = player.program("classify")
-        request = interpreter.request(program, 0, range(len(images)), parameters, {"image": images})
-        return player.run("classify", request)
+        program = interpreter.program("classify")
+        request = make_rows(program, 0, range(len(images)), parameters, {"image": images})
+        return interpreter.run("classify", request)
 
     return classify
 
@@ -150,9 +151,7 @@ def test_what_is_served_is_the_evaluated_network(network: Classifier, digits: lo
     torch.testing.assert_close(served.logits(rows), network.eval().logits(rows), rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_alone_is_the_row_in_company(
-    network: Classifier, answer: Callable[..., interpreter.Tensors]
-) -> None:
+def test_a_row_alone_is_the_row_in_company(network: Classifier, answer: Callable[..., Tensors]) -> None:
     """To the last bits, which torch rounds by the batch size; ONNX keeps them too (test_families.py)."""
     together, alone = answer(), answer(slice(1))
     for name, array in alone.items():
@@ -178,21 +177,21 @@ def test_no_batch_norm_and_no_dropout_in_any_file(name: str, artifacts: dict[str
         assert not [kind for kind in kinds if "dropout" in kind.lower() or "norm" in kind.lower()]
 
 
-def test_probabilities_are_those_of_the_temperature(answer: Callable[..., interpreter.Tensors]) -> None:
+def test_probabilities_are_those_of_the_temperature(answer: Callable[..., Tensors]) -> None:
     found = answer(temperature=2.5)
     expected = torch.from_numpy(found["logits"] / 2.5).softmax(1).numpy()
     np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-5)
     np.testing.assert_allclose(found["probabilities"].sum(1), 1, rtol=1e-6)
 
 
-def test_a_temperature_changes_no_decision(answer: Callable[..., interpreter.Tensors]) -> None:
+def test_a_temperature_changes_no_decision(answer: Callable[..., Tensors]) -> None:
     cold, hot = answer(temperature=0.05), answer(temperature=20)
     np.testing.assert_array_equal(cold["ranked_labels"], hot["ranked_labels"])
     assert (cold["probabilities"].max(1) > hot["probabilities"].max(1)).all()
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
-def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., interpreter.Tensors]) -> None:
+def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., Tensors]) -> None:
     found = answer(top_k=top_k)
     order = (-found["probabilities"]).argsort(1)[:, :top_k]
     np.testing.assert_array_equal(found["top_label"], order[:, 0])
@@ -206,14 +205,12 @@ def test_so_many_labels_are_ranked(top_k: int, answer: Callable[..., interpreter
 
 def test_the_features_decide(
     network: Classifier,
-    player: interpreter.Interpreter,
-    answer: Callable[..., interpreter.Tensors],
+    interpreter: Interpreter,
+    answer: Callable[..., Tensors],
     digits: loading.Dataset,
 ) -> None:
-    request = interpreter.request(
-        player.program("encode"), 0, range(20), {}, {"image": digits.test.rows[:20]}
-    )
-    features = torch.from_numpy(player.run("encode", request)["features"])
+    request = make_rows(interpreter.program("encode"), 0, range(20), {}, {"image": digits.test.rows[:20]})
+    features = torch.from_numpy(interpreter.run("encode", request)["features"])
     assert features.shape == (20, network.features)
     torch.testing.assert_close(
         network.head(features).detach(), torch.from_numpy(answer()["logits"]), rtol=1e-4, atol=1e-5
@@ -277,8 +274,8 @@ def test_accuracy_is_learned_and_its_error_binomial(
     torch.manual_seed(0)
     classifier = family.network(digits, preset)
     fit(classifier, digits, settings)
-    player = writer.player(digits.spec, family.programs(classifier, digits))
-    accuracy, cross_entropy, plain, fitted = family.quality(player, digits, preset)
+    interpreter = eager_interpreter(digits.spec, family.programs(classifier, digits))
+    accuracy, cross_entropy, plain, fitted = family.quality(interpreter, digits, preset)
     assert accuracy.value > 0.6
     expected = np.sqrt(accuracy.value * (1 - accuracy.value) / 300)
     assert accuracy.standard_error == pytest.approx(expected, rel=0.01)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, concatenate_rows, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.diffusion import FAMILY
@@ -40,29 +40,29 @@ def network(digits: loading.Dataset) -> Denoiser:
 
 
 @pytest.fixture(scope="module")
-def player(network: Denoiser, digits: loading.Dataset) -> interpreter.Interpreter:
+def interpreter(network: Denoiser, digits: loading.Dataset) -> Interpreter:
     programs = FAMILY.programs(network, digits)
-    return writer.player(digits.spec, programs)
+    return eager_interpreter(digits.spec, programs)
 
 
 @pytest.fixture(scope="module")
-def players(player: interpreter.Interpreter, moons: loading.Dataset) -> dict[str, interpreter.Interpreter]:
+def interpreters(interpreter: Interpreter, moons: loading.Dataset) -> dict[str, Interpreter]:
     return {
-        "digits": player,
-        "moons": writer.player(moons.spec, FAMILY.programs(randomised(moons), moons)),
+        "digits": interpreter,
+        "moons": eager_interpreter(moons.spec, FAMILY.programs(randomised(moons), moons)),
     }
 
 
 def play(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
     program: str,
     inputs: Mapping[str, NDArray[np.generic]],
     parameters: Mapping[str, float] | None = None,
 ) -> NDArray[np.float64]:
     """The first output of a program for eight rows of inputs, or as many as there are."""
     count = len(next(iter(inputs.values())))
-    rows = interpreter.request(player.program(program), 5, range(count), parameters, inputs)
-    return player.run(program, rows)[player.program(program).outputs[0].name].astype(np.float64)
+    rows = make_rows(interpreter.program(program), 5, range(count), parameters, inputs)
+    return interpreter.run(program, rows)[interpreter.program(program).outputs[0].name].astype(np.float64)
 
 
 def schedule(levels: int) -> Array:
@@ -174,25 +174,23 @@ def test_the_textbook_takes_as_many_evaluations_as_were_asked_for(sampler: int, 
     assert min(levels) >= (SIGMA_MAX if steps == 1 else SIGMA_MIN) * (1 - 1e-9)
 
 
-def test_rows_of_all_samplers_and_lengths_share_a_batch(player: interpreter.Interpreter) -> None:
-    program = player.program("sample")
+def test_rows_of_all_samplers_and_lengths_share_a_batch(interpreter: Interpreter) -> None:
+    program = interpreter.program("sample")
     parts = [
-        interpreter.request(
-            program, 10 * steps + sampler, [0, 1], {"steps": steps, "sampler": sampler, "eta": eta}
-        )
+        make_rows(program, 10 * steps + sampler, [0, 1], {"steps": steps, "sampler": sampler, "eta": eta})
         for steps in (1, 4, 7)
         for sampler, eta in ((DDIM, 0.0), (DDIM, 1.0), (HEUN, 0.0), (DPMPP2M, 0.0))
     ]
-    together = player.run("sample", interpreter.join(parts))["image"]
-    alone = np.concatenate([player.run("sample", part)["image"] for part in parts])
+    together = interpreter.run("sample", concatenate_rows(parts))["image"]
+    alone = np.concatenate([interpreter.run("sample", part)["image"] for part in parts])
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
 
 
-def test_a_label_that_is_left_out_is_drawn(player: interpreter.Interpreter, digits: loading.Dataset) -> None:
+def test_a_label_that_is_left_out_is_drawn(interpreter: Interpreter, digits: loading.Dataset) -> None:
     """By frequency: half of the classes have about half of the rows."""
-    program = player.program("sample")
-    rows = interpreter.request(program, 0, range(2000))
-    init = player.graphs[program.init]
+    program = interpreter.program("sample")
+    rows = make_rows(program, 0, range(2000))
+    init = interpreter.graphs[program.init]
     zeros = np.zeros(2000, np.int64)
     uniform = noise.uniform(rows.seeds, rows.indices, zeros, 2, ())
     drawn = init([np.zeros((2000, 8, 8), np.float32), rows.inputs["label"], uniform])[3]
@@ -201,11 +199,11 @@ def test_a_label_that_is_left_out_is_drawn(player: interpreter.Interpreter, digi
     np.testing.assert_allclose(shares, known, atol=0.03)
 
 
-def test_a_label_that_is_given_is_kept(player: interpreter.Interpreter) -> None:
-    program = player.program("sample")
+def test_a_label_that_is_given_is_kept(interpreter: Interpreter) -> None:
+    program = interpreter.program("sample")
     labels = np.arange(10)
-    rows = interpreter.request(program, 0, range(10), inputs={"label": labels})
-    kept = player.graphs[program.init]([
+    rows = make_rows(program, 0, range(10), inputs={"label": labels})
+    kept = interpreter.graphs[program.init]([
         np.zeros((10, 8, 8), np.float32), rows.inputs["label"], np.full(10, 0.5, np.float32)
     ])[3]  # fmt: skip
     np.testing.assert_array_equal(kept, labels)
@@ -233,10 +231,10 @@ def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
     assert losses.isfinite().all()
 
 
-def test_previews_are_images(player: interpreter.Interpreter) -> None:
+def test_previews_are_images(interpreter: Interpreter) -> None:
     """The readout of a state on its way, and of one that has not begun, is within the levels."""
-    assert player.program("sample").previewable
-    readout = player.graphs[player.program("sample").readout]
+    assert interpreter.program("sample").previewable
+    readout = interpreter.graphs[interpreter.program("sample").readout]
     (image,) = readout([np.array([[[-9.0, 0.0, 9.0]]], np.float32)])
     assert image.dtype == np.uint8
     assert image.tolist() == [[[0, 8, 16]]]
@@ -244,9 +242,9 @@ def test_previews_are_images(player: interpreter.Interpreter) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_guidance_1_is_sample_and_more_is_not(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    sampler: int, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    model, labels = players[dataset.name], {"label": np.arange(8) % 2}
+    model, labels = interpreters[dataset.name], {"label": np.arange(8) % 2}
     walk = {"steps": 5, "sampler": sampler}
     plain = play(model, "sample", labels, walk)
     levels = 1 if dataset.spec.num_levels else 1e-3
@@ -255,9 +253,9 @@ def test_guidance_1_is_sample_and_more_is_not(
         assert (np.abs(guided - plain).max() <= levels) == is_plain
 
 
-def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.Interpreter]) -> None:
+def test_no_guidance_is_the_model_without_labels(interpreters: dict[str, Interpreter]) -> None:
     """The same noise as a latent, decoded with and without a label."""
-    model = players["moons"]
+    model = interpreters["moons"]
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, (2,))
     walk = {"steps": 7, "sampler": DPMPP2M}
     for guidance, label in ((0, 2), (1, 1)):
@@ -268,9 +266,9 @@ def test_no_guidance_is_the_model_without_labels(players: dict[str, interpreter.
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_decoding_the_noise_of_a_sample_is_that_sample(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    sampler: int, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    model, shape, labels = players[dataset.name], dataset.spec.tensor.shape, np.arange(8) % 2
+    model, shape, labels = interpreters[dataset.name], dataset.spec.tensor.shape, np.arange(8) % 2
     latent = noise.normal(np.full(8, 5, np.uint64), np.arange(8), np.zeros(8, int), 0, shape).reshape(8, -1)
     walk = {"steps": 6, "sampler": sampler}
     made = play(model, "sample", {"label": labels}, walk)
@@ -280,14 +278,16 @@ def test_decoding_the_noise_of_a_sample_is_that_sample(
 
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 def test_inpainting_keeps_what_is_known(
-    rounds: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    rounds: int, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     """To the bit, and looks at nothing else of the given row."""
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:8]
     known, labels = loading.first_half(rows), np.zeros(8, int)
     walk = {"steps": 5, "rounds": rounds}
     made, other = (
-        play(players[dataset.name], "sample:inpaint", {name: given, "known": known, "label": labels}, walk)
+        play(
+            interpreters[dataset.name], "sample:inpaint", {name: given, "known": known, "label": labels}, walk
+        )
         for given in (rows, rows * known)
     )
     np.testing.assert_array_equal(made[known == 1], rows[known == 1])
@@ -297,7 +297,7 @@ def test_inpainting_keeps_what_is_known(
 
 def test_what_is_known_steers_the_rest_the_more_the_more_rounds() -> None:
     """Of two coordinates with correlation 0.9, the other has mean 1.9 given the one, not 1."""
-    model = toys.player(toys.Normal([1.0, 1.0], [[1.0, 0.9], [0.9, 1.0]]))
+    model = toys.interpreter(toys.Normal([1.0, 1.0], [[1.0, 0.9], [0.9, 1.0]]))
     given = np.tile(np.array([[2.0, -9.0]], np.float32), (2000, 1))
     known = np.tile(np.array([[1, 0]], np.uint8), (2000, 1))
     once, often = (
@@ -327,12 +327,12 @@ def test_every_level_takes_its_rounds(steps: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_an_edit_goes_as_far_as_its_strength(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    sampler: int, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     """From the row itself to a sample that knows nothing of it."""
     name, rows, labels = dataset.spec.tensor.name, dataset.test.rows[:8], np.zeros(8, int)
     walk = {"steps": 8, "sampler": sampler}
-    model = players[dataset.name]
+    model = interpreters[dataset.name]
     edits = [
         play(model, "sample:edit", {name: rows, "label": labels}, {**walk, "strength": strength})
         for strength in (0.01, 0.3, 0.6, 1)
@@ -346,7 +346,7 @@ def test_an_edit_goes_as_far_as_its_strength(
 
 def test_latents_of_a_normal_distribution_are_its_rows_standardised() -> None:
     """Its ODE has a closed form: x / sqrt(variance + sigma^2) stays."""
-    model = toys.player(toys.Normal([0.0, 0.0], [[0.25, 0.0], [0.0, 0.25]]))
+    model = toys.interpreter(toys.Normal([0.0, 0.0], [[0.25, 0.0], [0.0, 0.25]]))
     rows = np.linspace(-1, 1, 16, dtype=np.float32).reshape(8, 2)
     latent = rows * np.sqrt((0.25 + SIGMA_MAX**2) / (0.25 + SIGMA_MIN**2), dtype=np.float32) / SIGMA_MAX
     walk = {"steps": 200, "sampler": HEUN}
@@ -356,12 +356,12 @@ def test_latents_of_a_normal_distribution_are_its_rows_standardised() -> None:
 
 @pytest.mark.parametrize("sampler", TEXTBOOK)
 def test_a_round_trip_is_encode_then_decode(
-    sampler: int, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    sampler: int, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     """In the same steps, and nearer to the row with more of them."""
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:8]
     labels: dict[str, NDArray[np.generic]] = {"label": np.zeros(8, int)}
-    model, errors = players[dataset.name], []
+    model, errors = interpreters[dataset.name], []
     for steps in (10, 41):
         walk = {"steps": steps, "sampler": sampler}
         latent = play(model, "encode", {name: rows, **labels}, walk).astype(np.float32)
@@ -373,16 +373,14 @@ def test_a_round_trip_is_encode_then_decode(
     assert errors[1] < {DDIM: 1.0, HEUN: 0.1, DPMPP2M: 0.1}[sampler]
 
 
-def test_walks_up_and_down_of_all_lengths_share_a_batch(players: dict[str, interpreter.Interpreter]) -> None:
-    model = players["moons"]
+def test_walks_up_and_down_of_all_lengths_share_a_batch(interpreters: dict[str, Interpreter]) -> None:
+    model = interpreters["moons"]
     program, given = model.program("reconstruct"), np.ones((2, 2), np.float32)
     parts = [
-        interpreter.request(
-            program, 0, [0, 1], {"steps": steps, "sampler": sampler}, {"point": given * steps / 9}
-        )
+        make_rows(program, 0, [0, 1], {"steps": steps, "sampler": sampler}, {"point": given * steps / 9})
         for steps in (2, 7, 12)
         for sampler in TEXTBOOK
     ]
-    together = model.run("reconstruct", interpreter.join(parts))["point"]
+    together = model.run("reconstruct", concatenate_rows(parts))["point"]
     alone = np.concatenate([model.run("reconstruct", part)["point"] for part in parts])
     np.testing.assert_allclose(together, alone, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.diffusion import FAMILY, ode_likelihood
 from export.families.diffusion.denoiser import Denoiser, Perceptron
@@ -24,12 +24,12 @@ GRID = 60
 
 
 def score(
-    player: interpreter.Interpreter, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
+    interpreter: Interpreter, name: str, rows: NDArray[np.generic], parameters: Mapping[str, float]
 ) -> tuple[NDArray[np.float64], ...]:
     """What a program says of rows."""
-    inputs = {player.manifest.data_spec.tensor.name: rows}
-    asked = interpreter.request(player.program(name), 3, range(len(rows)), parameters, inputs)
-    return tuple(array.astype(np.float64) for array in player.run(name, asked).values())
+    inputs = {interpreter.manifest.data_spec.tensor.name: rows}
+    asked = make_rows(interpreter.program(name), 3, range(len(rows)), parameters, inputs)
+    return tuple(array.astype(np.float64) for array in interpreter.run(name, asked).values())
 
 
 def plane(limit: float) -> NDArray[np.float32]:
@@ -43,31 +43,29 @@ def pair() -> toys.Pair:
 
 
 @pytest.fixture(scope="module")
-def player(pair: toys.Pair) -> interpreter.Interpreter:
-    return toys.player(pair)
+def interpreter(pair: toys.Pair) -> Interpreter:
+    return toys.interpreter(pair)
 
 
-def test_the_ode_of_an_exact_denoiser_is_the_density(
-    pair: toys.Pair, player: interpreter.Interpreter
-) -> None:
+def test_the_ode_of_an_exact_denoiser_is_the_density(pair: toys.Pair, interpreter: Interpreter) -> None:
     """Nearer with more steps, as far as there is density."""
     rows = plane(2)
     rows = rows[pair.log_density(rows) > -6]
     errors = [
-        np.abs(score(player, "score:ode", rows, {"steps": steps})[0] - pair.log_density(rows)).max()
+        np.abs(score(interpreter, "score:ode", rows, {"steps": steps})[0] - pair.log_density(rows)).max()
         for steps in (20, 160)
     ]
     assert errors[1] < 2e-3 < errors[0]
 
 
-def test_the_density_of_the_ode_integrates_to_one(player: interpreter.Interpreter) -> None:
-    (logs,) = score(player, "score:ode", plane(3), {"steps": 40})
+def test_the_density_of_the_ode_integrates_to_one(interpreter: Interpreter) -> None:
+    (logs,) = score(interpreter, "score:ode", plane(3), {"steps": 40})
     assert np.exp(logs).sum() * (6 / GRID) ** 2 == pytest.approx(1, abs=2e-3)
 
 
-def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: interpreter.Interpreter) -> None:
+def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, interpreter: Interpreter) -> None:
     rows = np.tile(plane(1)[:: GRID + 1], (20, 1))
-    bound, error = score(player, "score", rows, {"draws": 50})
+    bound, error = score(interpreter, "score", rows, {"draws": 50})
     gap = pair.log_density(rows) - bound
     assert abs(gap.mean()) < 3 * gap.std() / math.sqrt(len(gap))
     assert error.mean() == pytest.approx(gap.std(), rel=0.2)
@@ -75,7 +73,7 @@ def test_the_bound_of_an_exact_denoiser_is_tight(pair: toys.Pair, player: interp
 
 def test_the_bound_of_a_wrong_denoiser_is_below_its_density() -> None:
     """A denoiser that pulls too hard is of no density; the bound is below that of the data all the same."""
-    model, rows = toys.player(toys.Hasty()), toys.Pair().sample(1000)
+    model, rows = toys.interpreter(toys.Hasty()), toys.Pair().sample(1000)
     bound, _ = score(model, "score", rows, {"draws": 30})
     gap = toys.Pair().log_density(rows) - bound
     assert gap.mean() > 0.1
@@ -92,12 +90,12 @@ def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: loading.
     torch.testing.assert_close(Step(denoiser).prior(rows), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_more_draws_lower_the_error_and_not_the_bound(player: interpreter.Interpreter) -> None:
+def test_more_draws_lower_the_error_and_not_the_bound(interpreter: Interpreter) -> None:
     rows = np.zeros((500, 2), np.float32)
-    few, many = (score(player, "score", rows, {"draws": draws}) for draws in (4, 64))
+    few, many = (score(interpreter, "score", rows, {"draws": draws}) for draws in (4, 64))
     assert few[0].mean() == pytest.approx(many[0].mean(), abs=4 * few[0].std() / math.sqrt(500))
     assert many[0].std() < few[0].std() / 3
-    assert score(player, "score", rows[:1], {"draws": 1})[1] == 0
+    assert score(interpreter, "score", rows[:1], {"draws": 1})[1] == 0
 
 
 class Enumerated(torch.nn.Module):
@@ -128,7 +126,7 @@ def test_scores_of_integers_are_of_their_probability() -> None:
     images = denoiser.scale(torch.from_numpy(pixels))
     exact = Enumerated(images, torch.tensor(shares).float(), denoiser.data_std)
     denoiser.network = exact  # type: ignore[assignment]
-    model = writer.player(value, FAMILY.programs(denoiser.eval(), dataset))
+    model = eager_interpreter(value, FAMILY.programs(denoiser.eval(), dataset))
 
     for name, parameters in (("score", {"draws": 100}), ("score:ode", {"steps": 100})):
         many = score(model, name, np.tile(pixels, (40, 1, 1)), parameters)[0].reshape(40, 9)
@@ -196,9 +194,11 @@ def test_slopes_along_directions_are_the_jacobians(digits: loading.Dataset) -> N
     assert float(variance.sqrt()) == pytest.approx(weight * abs(slopes[0] - slopes[1]) / 2, rel=0.02)
 
 
-def test_scores_say_what_they_are(digits: loading.Dataset, player: interpreter.Interpreter) -> None:
+def test_scores_say_what_they_are(digits: loading.Dataset, interpreter: Interpreter) -> None:
     points = {
-        program.variant: program.score for program in player.manifest.programs if program.HasField("score")
+        program.variant: program.score
+        for program in interpreter.manifest.programs
+        if program.HasField("score")
     }
     assert points[""].kind == manifest_pb2.Score.KIND_LOWER_BOUND
     assert points["ode"].kind == manifest_pb2.Score.KIND_ESTIMATE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, Tensors, concatenate_rows, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.ebm import FAMILY, family
@@ -46,24 +46,24 @@ def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
 
 
 @pytest.fixture(scope="module")
-def players(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, interpreter.Interpreter]:
+def interpreters(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, Interpreter]:
     return {
-        each.name: writer.player(each.spec, FAMILY.programs(randomised(each), each))
+        each.name: eager_interpreter(each.spec, FAMILY.programs(randomised(each), each))
         for each in (digits, moons)
     }
 
 
 def play(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
     program: str,
     inputs: Mapping[str, np.ndarray] | None = None,
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> interpreter.Tensors:
+) -> Tensors:
     """Four rows of a request, or as many as the inputs have."""
     count = len(next(iter((inputs or {}).values()), range(4)))
-    return player.run(
-        program, interpreter.request(player.program(program), seed, range(count), parameters, inputs)
+    return interpreter.run(
+        program, make_rows(interpreter.program(program), seed, range(count), parameters, inputs)
     )
 
 
@@ -308,27 +308,27 @@ def test_annealing_and_quadrature_agree(moons: loading.Dataset) -> None:
 
 
 def test_the_score_is_minus_the_energy_minus_log_z(
-    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    player, known = players[dataset.name], normaliser(randomised(dataset))
+    interpreter, known = interpreters[dataset.name], normaliser(randomised(dataset))
     given = {dataset.spec.tensor.name: dataset.test.rows[:5]}
-    energy, score = play(player, "energy", given)["energy"], play(player, "score", given)
+    energy, score = play(interpreter, "energy", given)["energy"], play(interpreter, "score", given)
     np.testing.assert_allclose(score["log_density"], -energy - known.log_z, rtol=1e-5)
     np.testing.assert_allclose(score["standard_error"], known.standard_error, rtol=1e-5)
-    assert f"{known.log_z:.3f}" in player.program("score").doc
-    semantics = player.program("score").score
+    assert f"{known.log_z:.3f}" in interpreter.program("score").doc
+    semantics = interpreter.program("score").score
     assert semantics.kind == manifest_pb2.Score.KIND_ESTIMATE
-    assert player.program("energy").score.kind == manifest_pb2.Score.KIND_UNNORMALIZED
+    assert interpreter.program("energy").score.kind == manifest_pb2.Score.KIND_UNNORMALIZED
     assert semantics.dimensions == dataset.test.rows[0].size
 
 
 def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
-    digits: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    digits: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    player, known, rows = players["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
-    weighed = play(player, "score", {"image": rows})
+    interpreter, known, rows = interpreters["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
+    weighed = play(interpreter, "score", {"image": rows})
     forwards, backwards = (
-        family._log_normaliser(player, rows, weighed, "log Z", way) for way in ("", "_reverse")
+        family._log_normaliser(interpreter, rows, weighed, "log Z", way) for way in ("", "_reverse")
     )
     assert known.standard_error != pytest.approx(known.reverse_standard_error, rel=0.01)
     for figure, value, error in (
@@ -340,10 +340,12 @@ def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
 
 
 def test_a_drawn_blur_is_the_documented_noise(
-    digits: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    digits: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    model, player, given = randomised(digits), players["digits"], {"image": digits.test.rows[:3]}
-    still, drawn = (play(player, "score", given, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW))
+    model, interpreter, given = randomised(digits), interpreters["digits"], {"image": digits.test.rows[:3]}
+    still, drawn = (
+        play(interpreter, "score", given, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW)
+    )
     normal = noise.normal(np.full(3, 8, np.uint64), np.arange(3), np.zeros(3, int), 0, [64])
     x = model.coordinates(torch.from_numpy(given["image"]))
     change = model.energy(x)[0] - model.energy(x + SMOOTHING * torch.from_numpy(normal))[0]
@@ -352,24 +354,24 @@ def test_a_drawn_blur_is_the_documented_noise(
 
 @pytest.mark.parametrize("program", ["sample", "sample:langevin"])
 def test_known_coordinates_stay(
-    program: str, dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    program: str, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:4]
     known = loading.first_half(rows)
-    walked = play(players[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
+    walked = play(interpreters[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
     np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
     assert (walked[known == 0] != rows[known == 0]).any()
 
 
 def test_a_chain_starts_where_it_is_told_to(
-    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     """One step of no size from the given row leaves it there; from noise it is a draw of the base."""
-    player, name, rows = players[dataset.name], dataset.spec.tensor.name, dataset.test.rows[:4]
+    interpreter, name, rows = interpreters[dataset.name], dataset.spec.tensor.name, dataset.test.rows[:4]
     still = {"steps": 1, "step_size": 1e-6}
-    given = play(player, "sample", {name: rows}, {**still, "start": GIVEN})
-    ignored = play(player, "sample", {name: rows}, still)
-    free = play(player, "sample", None, still)
+    given = play(interpreter, "sample", {name: rows}, {**still, "start": GIVEN})
+    ignored = play(interpreter, "sample", {name: rows}, still)
+    free = play(interpreter, "sample", None, still)
     np.testing.assert_array_equal(ignored[name], free[name])
     assert (
         np.abs(given[name].astype(float) - rows).mean()
@@ -378,25 +380,25 @@ def test_a_chain_starts_where_it_is_told_to(
 
 
 def test_without_noise_a_chain_descends(
-    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     parameters = {"noise_scale": 0, "step_size": 1e-3}
     energies = [
-        play(players[dataset.name], "sample:langevin", None, {**parameters, "steps": steps})["energy"]
+        play(interpreters[dataset.name], "sample:langevin", None, {**parameters, "steps": steps})["energy"]
         for steps in (1, 10, 40)
     ]
     assert (np.diff(energies, axis=0) < 0).all()
 
 
 def test_rows_of_every_age_and_size_mix(
-    dataset: loading.Dataset, players: dict[str, interpreter.Interpreter]
+    dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    player = players[dataset.name]
-    program = player.program("sample")
+    interpreter = interpreters[dataset.name]
+    program = interpreter.program("sample")
     settings: list[dict[str, float]] = [{"steps": 3}, {"steps": 9, "step_size": 1e-3}, {"steps": 1}]
-    parts = [interpreter.request(program, seed, range(2), each) for seed, each in enumerate(settings)]
-    together = player.run("sample", interpreter.join(parts))
-    apart = [player.run("sample", part) for part in parts]
+    parts = [make_rows(program, seed, range(2), each) for seed, each in enumerate(settings)]
+    together = interpreter.run("sample", concatenate_rows(parts))
+    apart = [interpreter.run("sample", part) for part in parts]
     for name, values in together.items():
         expected = np.concatenate([each[name] for each in apart])
         tolerance = 1 if values.dtype == np.uint8 else 1e-4

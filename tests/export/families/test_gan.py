@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.gan import (
@@ -47,21 +47,21 @@ def network(digits: loading.Dataset) -> GAN:
 
 
 @pytest.fixture(scope="module")
-def player(network: GAN, digits: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(digits.spec, FAMILY.programs(network, digits))
+def interpreter(network: GAN, digits: loading.Dataset) -> Interpreter:
+    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
 
 
 def play(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
     operation: str,
     seed: int = 0,
     truncation: float = 1,
     **inputs: np.ndarray,
 ) -> np.ndarray:
     """As many images as the inputs have rows."""
-    program, count = player.program(operation), len(next(iter(inputs.values())))
-    rows = interpreter.request(program, seed, range(count), {"truncation": truncation}, inputs)
-    return player.run(operation, rows)["image"]
+    program, count = interpreter.program(operation), len(next(iter(inputs.values())))
+    rows = make_rows(program, seed, range(count), {"truncation": truncation}, inputs)
+    return interpreter.run(operation, rows)["image"]
 
 
 def test_the_losses_are_those_computed_by_hand() -> None:
@@ -213,45 +213,47 @@ def test_squared_mmd_is_nothing_between_equals_and_notices_labels_that_are_swapp
 
 
 def test_a_seed_draws_the_documented_latents_and_decode_makes_the_same_of_them(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
 ) -> None:
     rows = np.arange(4)
     drawn = noise.normal(np.full(4, 9, np.uint64), rows, np.zeros(4, np.int64), 0, (DIMENSIONS,))
-    sampled = play(player, "sample", seed=9, label=rows)
-    np.testing.assert_array_equal(sampled, play(player, "decode", seed=1, label=rows, latent=drawn))
+    sampled = play(interpreter, "sample", seed=9, label=rows)
+    np.testing.assert_array_equal(sampled, play(interpreter, "decode", seed=1, label=rows, latent=drawn))
     assert len(np.unique(sampled, axis=0)) == 4
 
 
-def test_decode_makes_what_sample_makes_of_the_same_latent(player: interpreter.Interpreter) -> None:
+def test_decode_makes_what_sample_makes_of_the_same_latent(interpreter: Interpreter) -> None:
     """Whatever the class: without a label both draw the same one."""
-    decoded = play(player, "decode", seed=3, latent=LATENTS)
-    np.testing.assert_array_equal(decoded, play(player, "sample", seed=3, latent=LATENTS))
+    decoded = play(interpreter, "decode", seed=3, latent=LATENTS)
+    np.testing.assert_array_equal(decoded, play(interpreter, "sample", seed=3, latent=LATENTS))
 
 
-def test_elements_of_a_latent_that_are_left_out_are_drawn(player: interpreter.Interpreter) -> None:
+def test_elements_of_a_latent_that_are_left_out_are_drawn(interpreter: Interpreter) -> None:
     labels, holes = np.zeros(4, np.int64), LATENTS.copy()
     holes[:, ::2] = DRAWN
-    some = [play(player, "sample", seed=seed, label=labels, latent=holes) for seed in (1, 1, 2)]
+    some = [play(interpreter, "sample", seed=seed, label=labels, latent=holes) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(some[0], some[1])
     assert (some[0] != some[2]).any()
     nothing = np.full_like(LATENTS, DRAWN)
     np.testing.assert_array_equal(
-        play(player, "sample", seed=1, label=labels, latent=nothing),
-        play(player, "sample", seed=1, label=labels),
+        play(interpreter, "sample", seed=1, label=labels, latent=nothing),
+        play(interpreter, "sample", seed=1, label=labels),
     )
 
 
-def test_truncation_shrinks_latents_towards_zero(player: interpreter.Interpreter) -> None:
+def test_truncation_shrinks_latents_towards_zero(interpreter: Interpreter) -> None:
     labels = np.zeros(4, np.int64)
-    half = play(player, "sample", label=labels, latent=LATENTS, truncation=0.5)
-    np.testing.assert_array_equal(half, play(player, "decode", label=labels, latent=LATENTS / 2))
-    none = play(player, "sample", seed=3, label=labels, truncation=0)
-    np.testing.assert_array_equal(none, play(player, "decode", label=labels, latent=np.zeros_like(LATENTS)))
+    half = play(interpreter, "sample", label=labels, latent=LATENTS, truncation=0.5)
+    np.testing.assert_array_equal(half, play(interpreter, "decode", label=labels, latent=LATENTS / 2))
+    none = play(interpreter, "sample", seed=3, label=labels, truncation=0)
+    np.testing.assert_array_equal(
+        none, play(interpreter, "decode", label=labels, latent=np.zeros_like(LATENTS))
+    )
 
 
-def test_the_label_changes_what_a_latent_becomes(player: interpreter.Interpreter) -> None:
+def test_the_label_changes_what_a_latent_becomes(interpreter: Interpreter) -> None:
     latents = np.repeat(LATENTS[:1], 10, axis=0)
-    made = play(player, "decode", label=np.arange(10), latent=latents)
+    made = play(interpreter, "decode", label=np.arange(10), latent=latents)
     assert len(np.unique(made, axis=0)) == 10
 
 
@@ -259,26 +261,26 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dat
     """By inversion of a uniform number, on a data set of which nine tenths are of class 3."""
     labels = np.where(np.arange(len(digits.train)) % 10 == 0, 7, 3)
     skewed = dataclasses.replace(digits, train=loading.Part(digits.train.rows, labels))
-    player = writer.player(digits.spec, FAMILY.programs(untrained(skewed), skewed))
+    interpreter = eager_interpreter(digits.spec, FAMILY.programs(untrained(skewed), skewed))
     latents = np.repeat(LATENTS[:1], 200, axis=0)
-    drawn = play(player, "decode", seed=4, latent=latents)
+    drawn = play(interpreter, "decode", seed=4, latent=latents)
     uniform = noise.uniform(np.full(200, 4, np.uint64), np.arange(200), np.zeros(200, np.int64), 1, ())
     expected = np.where(uniform < (labels == 3).mean(), 3, 7)
-    np.testing.assert_array_equal(drawn, play(player, "decode", label=expected, latent=latents))
+    np.testing.assert_array_equal(drawn, play(interpreter, "decode", label=expected, latent=latents))
     assert 10 <= (expected == 7).sum() <= 30
 
 
 def test_points_are_numbers_and_have_classes() -> None:
     moons = loading.moons()
-    player = writer.player(moons.spec, FAMILY.programs(untrained(moons), moons))
-    rows = interpreter.request(
-        player.program("decode"),
+    interpreter = eager_interpreter(moons.spec, FAMILY.programs(untrained(moons), moons))
+    rows = make_rows(
+        interpreter.program("decode"),
         0,
         range(2),
         {},
         {"latent": np.ones((2, LATENT_DIMENSIONS["vector"]), np.float32), "label": np.arange(2)},
     )
-    points = player.run("decode", rows)["point"]
+    points = interpreter.run("decode", rows)["point"]
     assert points.dtype == np.float32
     assert points.shape == (2, 2)
     assert (points[0] != points[1]).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families import FAMILIES, diffusion, ebm, realnvp, vae
 from export.families.base import Preset
@@ -72,12 +72,10 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
 def nats(family: str, network: Network, dataset: loading.Dataset) -> np.ndarray:
     """What the program score says of some rows with their labels."""
     rows, labels = (part.numpy() for part in some(dataset))
-    player = writer.player(dataset.spec, FAMILIES[family].load().programs(network, dataset))
-    program = player.program("score")
-    asked = interpreter.request(
-        program, 0, range(ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels}
-    )
-    answer: np.ndarray = player.run("score", asked)[program.score.nats_output]
+    interpreter = eager_interpreter(dataset.spec, FAMILIES[family].load().programs(network, dataset))
+    program = interpreter.program("score")
+    asked = make_rows(program, 0, range(ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels})
+    answer: np.ndarray = interpreter.run("score", asked)[program.score.nats_output]
     return answer
 
 
@@ -141,13 +139,13 @@ def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.
     torch.testing.assert_close(divergence, expected, rtol=1e-3, atol=1e-3)
 
 
-def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> interpreter.Tensors:
+def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> Tensors:
     """What a program of the VAE gives for some rows with seed 9; keywords are parameters or inputs."""
-    player = writer.player(dataset.spec, vae.FAMILY.programs(network, dataset))
+    interpreter = eager_interpreter(dataset.spec, vae.FAMILY.programs(network, dataset))
     inputs = {name: value for name, value in settings.items() if isinstance(value, np.ndarray)}
     parameters = {name: value for name, value in settings.items() if name not in inputs}
-    return player.run(
-        program, interpreter.request(player.program(program), 9, range(ROWS), parameters, inputs)
+    return interpreter.run(
+        program, make_rows(interpreter.program(program), 9, range(ROWS), parameters, inputs)
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import chorales, loading, text
 from export.evaluation.ngram import WittenBell
 from export.families.base import Preset
@@ -39,8 +39,8 @@ def untrained(given: loading.Dataset, preset: Preset = TINY) -> LSTM:
     return network.eval().requires_grad_(False)
 
 
-def player_of(given: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(given.spec, FAMILY.programs(untrained(given), given))
+def interpreter_of(given: loading.Dataset) -> Interpreter:
+    return eager_interpreter(given.spec, FAMILY.programs(untrained(given), given))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def abc() -> loading.Dataset:
 
 
 @pytest.fixture(scope="module")
-def abc_player(abc: loading.Dataset) -> interpreter.Interpreter:
-    return player_of(abc)
+def abc_interpreter(abc: loading.Dataset) -> Interpreter:
+    return interpreter_of(abc)
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +62,20 @@ def words() -> loading.Dataset:
 
 
 @pytest.fixture(scope="module")
-def player(words: loading.Dataset) -> interpreter.Interpreter:
-    return player_of(words)
+def interpreter(words: loading.Dataset) -> Interpreter:
+    return interpreter_of(words)
 
 
-def sample(player: interpreter.Interpreter, count: int, seed: int = 0, **given: Any) -> interpreter.Tensors:
+def sample(interpreter: Interpreter, count: int, seed: int = 0, **given: Any) -> Tensors:
     inputs = {"prompt": given.pop("prompt")} if "prompt" in given else {}
-    return player.run(
-        "sample", interpreter.request(player.program("sample"), seed, range(count), given, inputs)
+    return interpreter.run(
+        "sample", make_rows(interpreter.program("sample"), seed, range(count), given, inputs)
     )
 
 
-def score(player: interpreter.Interpreter, rows: Tokens) -> interpreter.Tensors:
-    request = interpreter.request(player.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
-    return player.run("score", request)
+def score(interpreter: Interpreter, rows: Tokens) -> Tensors:
+    request = make_rows(interpreter.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
+    return interpreter.run("score", request)
 
 
 def padded(rows: list[list[int]], context: int) -> Tokens:
@@ -107,45 +107,43 @@ def test_the_step_is_torchs_cell(words: loading.Dataset) -> None:
 
 @pytest.mark.parametrize("position", [0, 7, 23])
 def test_a_token_changes_its_own_mass_and_later_ones_only(
-    position: int, player: interpreter.Interpreter, words: loading.Dataset
+    position: int, interpreter: Interpreter, words: loading.Dataset
 ) -> None:
     other = words.test.rows.copy()
     other[:, position] = other[:, position] % 20 + 1
-    masses, changed = (score(player, rows)["log_mass_by_token"] for rows in (words.test.rows, other))
+    masses, changed = (score(interpreter, rows)["log_mass_by_token"] for rows in (words.test.rows, other))
     np.testing.assert_array_equal(masses[:, :position], changed[:, :position])
     assert (masses[:, position : position + 2] != changed[:, position : position + 2]).all()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_masses_of_all_sequences_of_a_length_sum_to_one(
-    length: int, abc_player: interpreter.Interpreter
-) -> None:
-    answer = score(abc_player, every(length))
+def test_masses_of_all_sequences_of_a_length_sum_to_one(length: int, abc_interpreter: Interpreter) -> None:
+    answer = score(abc_interpreter, every(length))
     assert np.exp(answer["log_mass"].astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
     assert (answer["length"] == length).all()
     assert answer["log_mass"].std() > 0.1
 
 
 def test_the_score_is_the_sum_over_its_tokens_and_ends_at_the_first_empty_one(
-    player: interpreter.Interpreter, words: loading.Dataset
+    interpreter: Interpreter, words: loading.Dataset
 ) -> None:
     rows = words.test.rows[:3].copy()
     rows[0, 5:] = 0
     rows[1, 5] = 0
     rows[2] = 0
-    answer = score(player, rows)
-    whole = score(player, words.test.rows[:2])["log_mass_by_token"][:, :5]
+    answer = score(interpreter, rows)
+    whole = score(interpreter, words.test.rows[:2])["log_mass_by_token"][:, :5]
     assert answer["length"].tolist() == [5, 5, 0]
     np.testing.assert_allclose(answer["log_mass_by_token"][:2, :5], whole, rtol=1e-6)
     assert (answer["log_mass_by_token"][:, 5:] == 0).all()
     np.testing.assert_allclose(answer["log_mass"], answer["log_mass_by_token"].sum(1), rtol=1e-5)
 
 
-def test_samples_follow_the_masses(abc_player: interpreter.Interpreter) -> None:
+def test_samples_follow_the_masses(abc_interpreter: Interpreter) -> None:
     """Frequencies of all 27 sequences among 4096 samples: a chi-square test at five standard deviations."""
-    drawn = sample(abc_player, 4096)["sequence"]
+    drawn = sample(abc_interpreter, 4096)["sequence"]
     seen = np.bincount((drawn.astype(int) - 1) @ [9, 3, 1], minlength=27)
-    expected = 4096 * np.exp(score(abc_player, every(3))["log_mass"])
+    expected = 4096 * np.exp(score(abc_interpreter, every(3))["log_mass"])
     statistic = ((seen - expected) ** 2 / expected)[expected > 5].sum()
     freedom = (expected > 5).sum() - 1
     assert freedom > 10
@@ -153,20 +151,20 @@ def test_samples_follow_the_masses(abc_player: interpreter.Interpreter) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}])
-def test_the_masses_of_a_sample_are_its_score(
-    player: interpreter.Interpreter, settings: dict[str, Any]
-) -> None:
+def test_the_masses_of_a_sample_are_its_score(interpreter: Interpreter, settings: dict[str, Any]) -> None:
     """Under the model itself, whatever the settings were."""
-    drawn = sample(player, 5, **settings)
-    scored = score(player, drawn["sequence"])
+    drawn = sample(interpreter, 5, **settings)
+    scored = score(interpreter, drawn["sequence"])
     np.testing.assert_allclose(drawn["log_mass_by_token"], scored["log_mass_by_token"], atol=1e-6)
     assert (drawn["length"] == 24).all()
 
 
 def test_a_temperature_of_zero_takes_the_likeliest_token(
-    player: interpreter.Interpreter, words: loading.Dataset
+    interpreter: Interpreter, words: loading.Dataset
 ) -> None:
-    cold, single = (sample(player, 3, 4, **given)["sequence"] for given in ({"temperature": 0}, {"top_k": 1}))
+    cold, single = (
+        sample(interpreter, 3, 4, **given)["sequence"] for given in ({"temperature": 0}, {"top_k": 1})
+    )
     assert (cold == cold[0]).all()
     np.testing.assert_array_equal(cold, single)
     tokens, network = torch.from_numpy(cold[:1]).long(), untrained(words)
@@ -209,21 +207,21 @@ def test_draws_are_from_the_likeliest_tokens(settings: dict[str, Any], expected:
     assert shares(**settings) == pytest.approx(expected, abs=2e-4)
 
 
-def test_a_prompt_is_kept_and_may_be_given_in_parts(player: interpreter.Interpreter) -> None:
+def test_a_prompt_is_kept_and_may_be_given_in_parts(interpreter: Interpreter) -> None:
     """A sample's own beginning, given as a prompt to the same seed, is continued to the same sample."""
-    whole = sample(player, 4, 9)
+    whole = sample(interpreter, 4, 9)
     for length in (1, 10, 24):
         prompt = np.where(np.arange(24) < length, whole["sequence"], 0).astype(np.uint8)
-        again = sample(player, 4, 9, prompt=prompt)
+        again = sample(interpreter, 4, 9, prompt=prompt)
         np.testing.assert_array_equal(again["sequence"], whole["sequence"])
         np.testing.assert_allclose(again["log_mass_by_token"], whole["log_mass_by_token"], atol=1e-6)
 
 
 def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_one(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
 ) -> None:
     prompt = padded([[], [5], [3, 4, 0, 7], [2] * 22, [2] * 24], 24)
-    drawn = sample(player, 5, tokens=4, prompt=prompt)
+    drawn = sample(interpreter, 5, tokens=4, prompt=prompt)
     assert drawn["length"].tolist() == [4, 5, 6, 24, 24]
     assert drawn["sequence"][1:3, :2].tolist() == [[5, drawn["sequence"][1, 1]], [3, 4]]
     for row, length in zip(drawn["sequence"], drawn["length"], strict=True):
@@ -231,12 +229,12 @@ def test_tokens_count_those_that_are_drawn_and_a_prompt_ends_at_its_first_empty_
         assert (row[length:] == 0).all()
 
 
-def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: interpreter.Interpreter) -> None:
-    free = sample(player, 30, 2)["sequence"]
+def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(interpreter: Interpreter) -> None:
+    free = sample(interpreter, 30, 2)["sequence"]
     stop = int(free[0, 3])
     prompt = padded([[stop], *(list[int]() for _ in range(29))], 24)
-    drawn = sample(player, 30, 2, stop=stop)
-    assert sample(player, 30, 2, stop=stop, prompt=prompt)["length"][0] > 1
+    drawn = sample(interpreter, 30, 2, stop=stop)
+    assert sample(interpreter, 30, 2, stop=stop, prompt=prompt)["length"][0] > 1
     for row, length, whole in zip(drawn["sequence"], drawn["length"], free, strict=True):
         where = np.flatnonzero(whole == stop)
         assert length == (where[0] + 1 if len(where) else 24)
@@ -244,13 +242,11 @@ def test_a_stop_ends_a_row_when_it_is_drawn_and_not_when_it_is_given(player: int
 
 
 def test_features_are_of_the_whole_sequence_and_of_nothing_after_it(
-    player: interpreter.Interpreter, words: loading.Dataset
+    interpreter: Interpreter, words: loading.Dataset
 ) -> None:
     def features(rows: Tokens) -> NDArray[np.float32]:
-        request = interpreter.request(
-            player.program("encode"), 0, range(len(rows)), inputs={"sequence": rows}
-        )
-        return player.run("encode", request)["features"]
+        request = make_rows(interpreter.program("encode"), 0, range(len(rows)), inputs={"sequence": rows})
+        return interpreter.run("encode", request)["features"]
 
     network, rows = untrained(words), words.test.rows.copy()
     shorter = np.where(np.arange(24) < 10, rows, 0).astype(np.uint8)
@@ -325,10 +321,10 @@ def test_an_n_gram_is_witten_and_bells() -> None:
 
 
 def test_quality_compares_with_the_n_gram_on_the_same_rows(
-    player: interpreter.Interpreter, words: loading.Dataset
+    interpreter: Interpreter, words: loading.Dataset
 ) -> None:
-    ours, rival, gain = FAMILY.quality(player, words, STARTER)
-    nats = score(player, words.test.rows)["log_mass"]
+    ours, rival, gain = FAMILY.quality(interpreter, words, STARTER)
+    nats = score(interpreter, words.test.rows)["log_mass"]
     assert ours.value == pytest.approx(-nats.sum() / (4 * 24) / np.log(2), rel=1e-5)
     assert (ours.unit, rival.unit) == ("bits/char", "bits/char")
     assert gain.value == pytest.approx(rival.value - ours.value, rel=1e-4)

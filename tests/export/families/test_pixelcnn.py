@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.pixelcnn import FAMILY, PixelCNN
@@ -34,8 +34,8 @@ def network(digits: loading.Dataset) -> PixelCNN:
 
 
 @pytest.fixture(scope="module")
-def player(network: PixelCNN, digits: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(digits.spec, FAMILY.programs(network, digits))
+def interpreter(network: PixelCNN, digits: loading.Dataset) -> Interpreter:
+    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def bits() -> loading.Dataset:
 
 
 @pytest.fixture(scope="module")
-def bit_player(bits: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(bits.spec, FAMILY.programs(untrained(bits), bits))
+def bit_interpreter(bits: loading.Dataset) -> Interpreter:
+    return eager_interpreter(bits.spec, FAMILY.programs(untrained(bits), bits))
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +59,17 @@ def every_bit_image() -> Images:
 
 
 def play(
-    player: interpreter.Interpreter, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
-) -> interpreter.Tensors:
-    return player.run(
-        operation, interpreter.request(player.program(operation), seed, range(count), {}, inputs)
+    interpreter: Interpreter, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
+) -> Tensors:
+    return interpreter.run(
+        operation, make_rows(interpreter.program(operation), seed, range(count), {}, inputs)
     )
 
 
-def score(player: interpreter.Interpreter, images: Images, label: int | None = None) -> interpreter.Tensors:
+def score(interpreter: Interpreter, images: Images, label: int | None = None) -> Tensors:
     if label is None:
-        return play(player, "score", len(images), image=images)
-    return play(player, "score", len(images), image=images, label=np.full(len(images), label))
+        return play(interpreter, "score", len(images), image=images)
+    return play(interpreter, "score", len(images), image=images, label=np.full(len(images), label))
 
 
 def logits(network: PixelCNN, image: torch.Tensor) -> torch.Tensor:
@@ -94,44 +94,46 @@ def test_logits_depend_on_earlier_pixels_only_and_on_all_of_them(
 
 @pytest.mark.parametrize("label", [0, 1, None])
 def test_masses_of_all_images_sum_to_one(
-    label: int | None, bit_player: interpreter.Interpreter, every_bit_image: Images
+    label: int | None, bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
-    log_mass = score(bit_player, every_bit_image, label)["log_mass"].astype(np.float64)
+    log_mass = score(bit_interpreter, every_bit_image, label)["log_mass"].astype(np.float64)
     assert np.exp(log_mass).sum() == pytest.approx(1, abs=1e-5)
     assert log_mass.std() > 0.1
 
 
 def test_without_a_label_the_score_is_of_the_mixture(
-    bit_player: interpreter.Interpreter, every_bit_image: Images
+    bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
-    a, b, mixed = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1, None))
+    a, b, mixed = (
+        np.exp(score(bit_interpreter, every_bit_image, label)["log_mass"]) for label in (0, 1, None)
+    )
     assert not np.allclose(a, b, rtol=0.1)
     np.testing.assert_allclose(mixed, 0.25 * a + 0.75 * b, rtol=1e-4)
 
 
 @pytest.mark.parametrize("label", [1, None])
 def test_the_map_is_each_pixels_conditional_mass(
-    label: int | None, bit_player: interpreter.Interpreter, every_bit_image: Images
+    label: int | None, bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
     """Against quotients of sums over all images that share a beginning."""
     chosen = 0b101100111
-    answer = score(bit_player, every_bit_image, label)
+    answer = score(bit_interpreter, every_bit_image, label)
     masses = np.exp(answer["log_mass"].astype(np.float64))
     beginnings = [masses[chosen >> left << left :][: 1 << left].sum() for left in range(9, -1, -1)]
     expected = np.log(np.array(beginnings[1:]) / beginnings[:-1])
     np.testing.assert_allclose(answer["log_mass_by_pixel"][chosen].ravel(), expected, atol=1e-4)
 
 
-def test_the_map_adds_up_to_the_score(player: interpreter.Interpreter, digits: loading.Dataset) -> None:
-    answer = score(player, digits.test.rows[:5])
+def test_the_map_adds_up_to_the_score(interpreter: Interpreter, digits: loading.Dataset) -> None:
+    answer = score(interpreter, digits.test.rows[:5])
     np.testing.assert_allclose(answer["log_mass_by_pixel"].sum((1, 2)), answer["log_mass"], rtol=1e-5)
 
 
-def test_samples_follow_the_masses(bit_player: interpreter.Interpreter, every_bit_image: Images) -> None:
+def test_samples_follow_the_masses(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
     """Frequencies of all 512 images among 4096 samples: a chi-square test at five standard deviations."""
     count = 4096
-    drawn = play(bit_player, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
-    expected = count * np.exp(score(bit_player, every_bit_image)["log_mass"])
+    drawn = play(bit_interpreter, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
+    expected = count * np.exp(score(bit_interpreter, every_bit_image)["log_mass"])
     seen = np.bincount(drawn, minlength=512)
     common = expected > 5
     statistic = ((seen - expected)[common] ** 2 / expected[common]).sum()
@@ -141,13 +143,13 @@ def test_samples_follow_the_masses(bit_player: interpreter.Interpreter, every_bi
 
 
 def test_a_step_inverts_the_conditional_that_the_score_reports(
-    network: PixelCNN, player: interpreter.Interpreter, digits: loading.Dataset
+    network: PixelCNN, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     """For every pixel of an image: uniforms at the ends of its level's interval give it, above it more."""
     image = torch.tensor(digits.test.rows[4:5]).long()
     label = torch.tensor([digits.test.labels[4]])
     step = next(program.step for program in FAMILY.programs(network, digits) if program.step is not None)
-    conditionals = np.exp(score(player, digits.test.rows[4:5], int(label))["log_mass_by_pixel"].ravel())
+    conditionals = np.exp(score(interpreter, digits.test.rows[4:5], int(label))["log_mass_by_pixel"].ravel())
     reached = logits_of(network, image, label).softmax(-1).cumsum(-1)
     for pixel in range(64):
         level = int(image.view(-1)[pixel])
@@ -177,54 +179,58 @@ def draw_pixel(
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_known_pixels_come_back_unchanged(
-    seed: int, player: interpreter.Interpreter, digits: loading.Dataset
+    seed: int, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:6]
     known = (np.random.default_rng(seed).random(images.shape) < 0.5).astype(np.uint8)
-    drawn = play(player, "sample", 6, seed, image=images, known=known)["image"]
+    drawn = play(interpreter, "sample", 6, seed, image=images, known=known)["image"]
     np.testing.assert_array_equal(drawn[known == 1], images[known == 1])
     assert (drawn[known == 0] != images[known == 0]).any()
 
 
 def test_values_of_pixels_that_are_not_known_count_for_nothing(
-    player: interpreter.Interpreter, digits: loading.Dataset
+    interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
     known[:, :3] = 1
-    given = play(player, "sample", 4, 5, image=images, known=known)["image"]
-    bare = play(player, "sample", 4, 5, image=images * known, known=known)["image"]
+    given = play(interpreter, "sample", 4, 5, image=images, known=known)["image"]
+    bare = play(interpreter, "sample", 4, 5, image=images * known, known=known)["image"]
     np.testing.assert_array_equal(given, bare)
 
 
 def test_completions_follow_the_conditional_masses(
-    bit_player: interpreter.Interpreter, every_bit_image: Images
+    bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
     """Two rows given, no label: the last row's frequencies, the class drawn from what the rows say of it."""
     count, beginning = 4096, 0b101100
     images = np.repeat(every_bit_image[[beginning << 3]], count, 0)
     known = np.ones_like(images)
     known[:, 2] = 0
-    drawn = play(bit_player, "sample", count, image=images, known=known)["image"][:, 2] @ np.array([4, 2, 1])
-    masses = np.exp(score(bit_player, every_bit_image[beginning << 3 :][:8])["log_mass"])
+    drawn = play(bit_interpreter, "sample", count, image=images, known=known)["image"][:, 2] @ np.array(
+        [4, 2, 1]
+    )
+    masses = np.exp(score(bit_interpreter, every_bit_image[beginning << 3 :][:8])["log_mass"])
     expected = masses / masses.sum()
     spread = np.sqrt(expected * (1 - expected) / count)
     assert (np.abs(np.bincount(drawn, minlength=8) / count - expected) < 4.5 * spread).all()
 
 
-def test_classes_are_bayes_rule(bit_player: interpreter.Interpreter, every_bit_image: Images) -> None:
-    given_a, given_b = (np.exp(score(bit_player, every_bit_image, label)["log_mass"]) for label in (0, 1))
+def test_classes_are_bayes_rule(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
+    given_a, given_b = (
+        np.exp(score(bit_interpreter, every_bit_image, label)["log_mass"]) for label in (0, 1)
+    )
     joint = np.stack([0.25 * given_a, 0.75 * given_b], axis=1)
-    given = play(bit_player, "classify", 512, image=every_bit_image)["probabilities"]
+    given = play(bit_interpreter, "classify", 512, image=every_bit_image)["probabilities"]
     np.testing.assert_allclose(given, joint / joint.sum(1, keepdims=True), atol=1e-5)
 
 
 def test_a_temperature_of_zero_takes_the_likeliest_levels(
-    player: interpreter.Interpreter, network: PixelCNN
+    interpreter: Interpreter, network: PixelCNN
 ) -> None:
     labels = {"label": np.full(3, 2)}
-    rows = interpreter.request(player.program("sample"), 1, range(3), {"temperature": 0}, labels)
-    images = torch.tensor(player.run("sample", rows)["image"]).long()
+    rows = make_rows(interpreter.program("sample"), 1, range(3), {"temperature": 0}, labels)
+    images = torch.tensor(interpreter.run("sample", rows)["image"]).long()
     assert (images == images[0]).all()
     likeliest = logits_of(network, images[:1], torch.tensor([2])).argmax(-1)
     assert torch.equal(likeliest, images[0].flatten())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from export import pipeline
-from export.artifacts import interpreter, reader, verify, writer
+from export.artifacts import reader, verify
+from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, EmpiricalCdf, RealNVP, masks
@@ -33,21 +34,21 @@ def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
     return flow.eval().requires_grad_(False)
 
 
-def player(dataset: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(dataset.spec, FAMILY.programs(randomised(dataset), dataset))
+def interpreter(dataset: loading.Dataset) -> Interpreter:
+    return eager_interpreter(dataset.spec, FAMILY.programs(randomised(dataset), dataset))
 
 
 def play(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
     operation: str,
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> interpreter.Tensors:
+) -> Tensors:
     """Six rows of a request, or as many as the inputs have."""
     count = len(next(iter(inputs.values()), range(6)))
-    return player.run(
-        operation, interpreter.request(player.program(operation), seed, range(count), parameters, inputs)
+    return interpreter.run(
+        operation, make_rows(interpreter.program(operation), seed, range(count), parameters, inputs)
     )
 
 
@@ -142,7 +143,7 @@ def normal(latent: Tensor) -> Tensor:
 
 def test_a_round_trip_reports_how_far_it_is_off(dataset: loading.Dataset) -> None:
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:20]
-    answer = play(player(dataset), "reconstruct", {name: rows})
+    answer = play(interpreter(dataset), "reconstruct", {name: rows})
     assert answer["largest_error"].max() < 1e-3
     if dataset.spec.kind == "image":
         np.testing.assert_array_equal(answer[name], rows)
@@ -151,7 +152,7 @@ def test_a_round_trip_reports_how_far_it_is_off(dataset: loading.Dataset) -> Non
 
 
 def test_drawn_dequantisations_decode_to_the_same_image(digits: loading.Dataset) -> None:
-    model, images = player(digits), digits.test.rows[:5]
+    model, images = interpreter(digits), digits.test.rows[:5]
     middle = play(model, "encode", {"image": images}, seed=1)["latent"]
     drawn, other = (
         play(model, "encode", {"image": images}, {"dequantisation": DRAW}, seed)["latent"] for seed in (1, 2)
@@ -163,7 +164,7 @@ def test_drawn_dequantisations_decode_to_the_same_image(digits: loading.Dataset)
 
 
 def test_the_temperature_is_the_spread_of_the_latents(dataset: loading.Dataset) -> None:
-    model, name = player(dataset), dataset.spec.tensor.name
+    model, name = interpreter(dataset), dataset.spec.tensor.name
     drawn = noise.normal(
         np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.spec.tensor.shape)]
     )
@@ -176,7 +177,7 @@ def test_the_temperature_is_the_spread_of_the_latents(dataset: loading.Dataset) 
 def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
     digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
-    point, image = (player(dataset).program("score").score for dataset in (moons, digits))
+    point, image = (interpreter(dataset).program("score").score for dataset in (moons, digits))
     assert (point.kind, point.dimensions, point.draws_parameter) == (manifest_pb2.Score.KIND_EXACT, 2, "")
     assert (image.kind, image.dimensions, image.draws_parameter) == (
         manifest_pb2.Score.KIND_LOWER_BOUND,
@@ -191,7 +192,7 @@ def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
 def test_the_bound_is_of_exactly_so_many_draws(draws: int, digits: loading.Dataset) -> None:
     """Directly from the documented noise, without steps and masks."""
     images = digits.test.rows[:3]
-    answer = play(player(digits), "score", {"image": images}, {"draws": draws}, seed=6)
+    answer = play(interpreter(digits), "score", {"image": images}, {"draws": draws}, seed=6)
     steps = [np.full(3, step) for step in range(-(-draws // DRAWS_PER_STEP))]
     uniform = [
         noise.uniform(np.full(3, 6, np.uint64), np.arange(3), step, 0, (DRAWS_PER_STEP, 64)) for step in steps

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.artifacts import interpreter, writer
+from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.vae import CHAINS, FAMILY, LATENT_DIMENSIONS, VAE, InpaintInit, InpaintStep
@@ -32,17 +32,15 @@ def network(digits: loading.Dataset) -> VAE:
 
 
 @pytest.fixture(scope="module")
-def player(network: VAE, digits: loading.Dataset) -> interpreter.Interpreter:
-    return writer.player(digits.spec, FAMILY.programs(network, digits))
+def interpreter(network: VAE, digits: loading.Dataset) -> Interpreter:
+    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
 
 
-def score(
-    player: interpreter.Interpreter, images: np.ndarray, draws: int, seed: int = 0
-) -> interpreter.Tensors:
-    rows = interpreter.request(
-        player.program("score"), seed, range(len(images)), {"draws": draws}, {"image": images}
+def score(interpreter: Interpreter, images: np.ndarray, draws: int, seed: int = 0) -> Tensors:
+    rows = make_rows(
+        interpreter.program("score"), seed, range(len(images)), {"draws": draws}, {"image": images}
     )
-    return player.run("score", rows)
+    return interpreter.run("score", rows)
 
 
 def test_pixel_mass_sums_to_one() -> None:
@@ -81,23 +79,23 @@ def test_the_mean_is_the_mean_of_the_mass() -> None:
 
 @pytest.mark.parametrize("draws", [1, 7, 10, 25])
 def test_the_score_is_the_bound_of_exactly_so_many_draws(
-    draws: int, network: VAE, player: interpreter.Interpreter, digits: loading.Dataset
+    draws: int, network: VAE, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
     weights = log_weights(network, images, draws, seed=6)
-    answer = score(player, images, draws, seed=6)
+    answer = score(interpreter, images, draws, seed=6)
     expected = weights.logsumexp(1) - np.log(draws)
     np.testing.assert_allclose(answer["log_likelihood"], expected.numpy(), rtol=1e-5)
 
 
 def test_the_standard_error_is_the_delta_method(
-    network: VAE, player: interpreter.Interpreter, digits: loading.Dataset
+    network: VAE, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images, draws = digits.test.rows[:3], 40
     weights = log_weights(network, images, draws, seed=6).double()
     scaled = (weights - weights.amax(1, keepdim=True)).exp()
     expected = scaled.std(1) / scaled.mean(1) / np.sqrt(draws)
-    answer = score(player, images, draws, seed=6)["standard_error"]
+    answer = score(interpreter, images, draws, seed=6)["standard_error"]
     np.testing.assert_allclose(answer, expected.numpy(), rtol=1e-3)
 
 
@@ -200,56 +198,56 @@ def conditional(vae: VAE, image: Tensor, known: Tensor) -> Tensor:
 @pytest.mark.parametrize("chain", range(len(CHAINS)))
 @pytest.mark.parametrize("pixels", [0, 1])
 def test_inpainting_keeps_what_is_known_and_draws_the_rest(
-    chain: int, pixels: int, player: interpreter.Interpreter, digits: loading.Dataset
+    chain: int, pixels: int, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = (np.random.default_rng(0).random(images.shape) < 0.5).astype(np.uint8)
     settings = {"steps": 3, "chain": chain, "pixels": pixels}
-    first, second = (inpaint(player, images, known, settings, seed) for seed in (1, 2))
+    first, second = (inpaint(interpreter, images, known, settings, seed) for seed in (1, 2))
     for drawn in (first, second):
         assert (drawn[known == 1] == images[known == 1]).all()
     assert (first != second)[known == 0].any()
 
 
 def test_missing_pixels_of_the_given_image_are_not_read(
-    player: interpreter.Interpreter, digits: loading.Dataset
+    interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
     known[:, :4] = 1
     others = np.where(known == 1, images, 16 - images)
-    left, right = (inpaint(player, given, known, {"steps": 3}, seed=1) for given in (images, others))
+    left, right = (inpaint(interpreter, given, known, {"steps": 3}, seed=1) for given in (images, others))
     np.testing.assert_array_equal(left, right)
 
 
 def inpaint(
-    player: interpreter.Interpreter,
+    interpreter: Interpreter,
     images: np.ndarray,
     known: np.ndarray,
     settings: dict[str, int],
     seed: int,
 ) -> np.ndarray:
     given = {"image": images, "known": known}
-    rows = interpreter.request(player.program("sample:inpaint"), seed, range(len(images)), settings, given)
-    image: np.ndarray = player.run("sample:inpaint", rows)["image"]
+    rows = make_rows(interpreter.program("sample:inpaint"), seed, range(len(images)), settings, given)
+    image: np.ndarray = interpreter.run("sample:inpaint", rows)["image"]
     return image
 
 
-def test_a_temperature_of_zero_forgets_the_noise(player: interpreter.Interpreter) -> None:
-    rows = interpreter.request(player.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
-    images = player.run("sample", rows)["image"]
+def test_a_temperature_of_zero_forgets_the_noise(interpreter: Interpreter) -> None:
+    rows = make_rows(interpreter.program("sample"), 1, range(4), {"temperature": 0, "pixels": 0})
+    images = interpreter.run("sample", rows)["image"]
     assert (images == images[0]).all()
 
 
 def test_reconstructing_the_mean_is_decoding_the_encoded_mean(
-    player: interpreter.Interpreter, digits: loading.Dataset
+    interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:3]
-    encoded = player.run(
-        "encode", interpreter.request(player.program("encode"), 0, range(3), {}, {"image": images})
+    encoded = interpreter.run(
+        "encode", make_rows(interpreter.program("encode"), 0, range(3), {}, {"image": images})
     )
-    decoded = player.run(
-        "decode", interpreter.request(player.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
+    decoded = interpreter.run(
+        "decode", make_rows(interpreter.program("decode"), 0, range(3), {}, {"latent": encoded["mean"]})
     )
-    again = interpreter.request(player.program("reconstruct"), 9, range(3), {}, {"image": images})
-    np.testing.assert_array_equal(player.run("reconstruct", again)["image"], decoded["image"])
+    again = make_rows(interpreter.program("reconstruct"), 9, range(3), {}, {"image": images})
+    np.testing.assert_array_equal(interpreter.run("reconstruct", again)["image"], decoded["image"])

@@ -198,7 +198,8 @@ def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
     )
     fine, broken = (
         request(
-            steps=2, inputs=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)})
+            steps=2,
+            inputs=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}),
         )
         for start in (0.0, number)
     )
