@@ -68,7 +68,9 @@ def _make(name: str, directory: Path, preset: str, formats: tuple[str, ...]) -> 
         return
     entry = KNOWN[FAMILIES[name]]
     family = _unmeasured(entry.load(), preset)
-    pipeline.untrained(pipeline.TrainingJob(family, loading.load(entry.data[0]), directory, preset, formats))
+    pipeline.export_untrained(
+        pipeline.TrainingJob(family, loading.load(entry.data[0]), directory, preset, formats)
+    )
 
 
 def _unmeasured(family: "Family", preset: str) -> "Family":

@@ -30,7 +30,7 @@ from export.artifacts import writer
 from export.artifacts.golden import Example
 from export.artifacts.reader import ArtifactError, sha256
 from export.graphs import graph
-from export.graphs.formats import USUAL
+from export.graphs.formats import DEFAULT_FORMATS
 from export.graphs.graph import GraphError
 from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
 from samovar.v1 import manifest_pb2
@@ -80,7 +80,7 @@ def module(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
     return made
 
 
-def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = USUAL) -> Path:
+def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = DEFAULT_FORMATS) -> Path:
     """Export the MODEL of a file and verify it; returns the artifact's directory.
 
     OwnFileError, GraphError or ArtifactError, and nothing is left behind, when the file,
@@ -180,7 +180,7 @@ def _is_same(filename: str, path: Path) -> bool:
 
 def _completed(model: Model, path: Path, name: str) -> writer.Model:
     for entry in graph.collect(model.programs):
-        graph.examine(entry)
+        graph.check_module(entry)
     return writer.Model(
         name=name or model.name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-"),
         family=model.family,

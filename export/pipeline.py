@@ -25,10 +25,10 @@ from export.training import trainer
 from export.training.checkpoint import Checkpoint
 from samovar.v1 import manifest_pb2
 
-PICTURE = "samples.png"
-CURVE = "training.json"
+SAMPLES_IMAGE = "samples.png"
+CURVE_FILE = "training.json"
 _NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "sampled_rows", "kinds")
-_UNTRAINED = trainer.Outcome(seconds=0, best=trainer.Point(0, math.nan, math.nan), curve=())
+_UNTRAINED = trainer.TrainingResult(seconds=0, best=trainer.CurvePoint(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -40,7 +40,7 @@ class TrainingJob:
     data: Dataset
     models: Path
     preset: str = "starter"
-    formats: tuple[str, ...] = formats.USUAL
+    formats: tuple[str, ...] = formats.DEFAULT_FORMATS
     name: str | None = None
     version: str | None = None
     steps: int | None = None
@@ -56,14 +56,14 @@ class TrainingJob:
         return self.name or f"{self.data.name}-{self.family.name}"
 
     @property
-    def suited(self) -> Preset:
+    def suited_preset(self) -> Preset:
         """The preset that suits the data."""
         return self.family.presets[self.preset].suiting(self.data.spec)
 
     @property
-    def training(self) -> trainer.Settings:
+    def training_settings(self) -> trainer.Settings:
         """The preset's settings with those that were given."""
-        preset = self.suited.training
+        preset = self.suited_preset.training
         return dataclasses.replace(
             preset,
             steps=self.steps or preset.steps,
@@ -74,21 +74,21 @@ class TrainingJob:
         )
 
 
-def make(recipe: TrainingJob) -> Path:
+def run(recipe: TrainingJob) -> Path:
     """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be.
 
     A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
     TrainingError when its loss is no number; then nothing is left behind.
     """
-    writer.destination(recipe.models, recipe.model_name, recipe.version)
+    writer.resolve_destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.suited)
+    network = recipe.family.network(recipe.data, recipe.suited_preset)
     checkpoint = Checkpoint(recipe.models / recipe.model_name, _identity(recipe, network))
     if recipe.fresh:
         checkpoint.remove()
-    outcome = trainer.fit(network, recipe.data, recipe.training, checkpoint=checkpoint)
+    outcome = trainer.fit(network, recipe.data, recipe.training_settings, checkpoint=checkpoint)
     model = _measured(recipe, _model(recipe, outcome, network))
-    model = dataclasses.replace(model, pictures={**model.pictures, CURVE: _curve(outcome)})
+    model = dataclasses.replace(model, attachments={**model.attachments, CURVE_FILE: _curve(outcome)})
     print("  writing and verifying the graphs ...", flush=True)
     path = writer.write(model, recipe.models, recipe.version, recipe.formats)
     checkpoint.remove()
@@ -98,27 +98,29 @@ def make(recipe: TrainingJob) -> Path:
 def _identity(recipe: TrainingJob, network: trainer.Network) -> dict[str, str]:
     """All that the trained weights depend on."""
     shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
-    size = {name: value for name, value in vars(recipe.suited).items() if name not in _NOT_OF_THE_NETWORK}
+    size = {
+        name: value for name, value in vars(recipe.suited_preset).items() if name not in _NOT_OF_THE_NETWORK
+    }
     known = {
         "family": recipe.family.name,
         "data": recipe.data.sha256,
         "torch": torch.__version__,
         "network": sha256(repr(shapes).encode())[:12],
         **size,
-        **dataclasses.asdict(recipe.training),
+        **dataclasses.asdict(recipe.training_settings),
     }
     return {name: str(value) for name, value in known.items()}
 
 
-def _curve(outcome: trainer.Outcome) -> bytes:
+def _curve(outcome: trainer.TrainingResult) -> bytes:
     points = [dataclasses.asdict(point) for point in outcome.curve]
     return (json.dumps({"curve": points, "best_step": outcome.best.step}, indent=1) + "\n").encode()
 
 
-def untrained(recipe: TrainingJob) -> Path:
+def export_untrained(recipe: TrainingJob) -> Path:
     """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.suited)
+    network = recipe.family.network(recipe.data, recipe.suited_preset)
     network.requires_grad_(False)
     for weights in network.parameters():
         # Layers that begin as zeros would hide what goes wrong before them.
@@ -127,7 +129,7 @@ def untrained(recipe: TrainingJob) -> Path:
     return writer.write(model, recipe.models, recipe.version, recipe.formats)
 
 
-def _model(recipe: TrainingJob, outcome: trainer.Outcome, network: trainer.Network) -> writer.Model:
+def _model(recipe: TrainingJob, outcome: trainer.TrainingResult, network: trainer.Network) -> writer.Model:
     return writer.Model(
         name=recipe.model_name,
         family=recipe.family.name,
@@ -142,12 +144,12 @@ def _model(recipe: TrainingJob, outcome: trainer.Outcome, network: trainer.Netwo
 
 def _measured(recipe: TrainingJob, model: writer.Model) -> writer.Model:
     interpreter, family = eager_interpreter(model.data_spec, model.programs), recipe.family
-    figures = family.quality(interpreter, recipe.data, recipe.suited)
+    figures = family.quality(interpreter, recipe.data, recipe.suited_preset)
     for figure in figures:
         print(f"  {formatting.line(figure)}")
     caption = "\n".join(map(formatting.line, figures))
     picture = draw(model.name, caption, family.panels(interpreter, recipe.data), model.data_spec.num_levels)
-    return dataclasses.replace(model, quality=tuple(figures), pictures={PICTURE: picture})
+    return dataclasses.replace(model, quality=tuple(figures), attachments={SAMPLES_IMAGE: picture})
 
 
 def _evaluating(program: Program) -> Program:
@@ -156,12 +158,12 @@ def _evaluating(program: Program) -> Program:
     return program
 
 
-def _provenance(recipe: TrainingJob, outcome: trainer.Outcome) -> manifest_pb2.Provenance:
+def _provenance(recipe: TrainingJob, outcome: trainer.TrainingResult) -> manifest_pb2.Provenance:
     settings = {
         "preset": recipe.preset,
         "best_step": outcome.best.step,
         "threads": torch.get_num_threads(),
-        **dataclasses.asdict(recipe.training),
+        **dataclasses.asdict(recipe.training_settings),
     }
     return manifest_pb2.Provenance(
         created=timestamp_pb2.Timestamp(seconds=int(time.time())),

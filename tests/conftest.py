@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import samovar
-from export.graphs.formats import FORMATS, USUAL
+from export.graphs.formats import DEFAULT_FORMATS, FORMATS
 from tests.support import artifact_cache
 from tests.support.datasets import PAIRS
 from tests.support.live_server import RunningServer, serving
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of every family on each of its other data sets, in the usual formats: moons-gan/1, say."""
     others = (pair for pair in PAIRS if not pair.is_usual)
-    return artifact_cache.link(others, USUAL, tmp_path_factory.mktemp("others"))
+    return artifact_cache.link(others, DEFAULT_FORMATS, tmp_path_factory.mktemp("others"))
 
 
 @pytest.fixture(scope="session")

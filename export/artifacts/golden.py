@@ -49,8 +49,8 @@ def record(eager: Interpreter, example: Example) -> manifest_pb2.GoldenRows:
         first_row=example.first_row,
         rows=example.rows,
         parameters=example.parameters,
-        inputs={name: manifest.golden_tensor(array) for name, array in example.inputs.items()},
-        outputs={name: manifest.golden_tensor(array) for name, array in outputs.items()},
+        inputs={name: manifest.golden_tensor_to_proto(array) for name, array in example.inputs.items()},
+        outputs={name: manifest.golden_tensor_to_proto(array) for name, array in outputs.items()},
         tolerance={name: _tolerance(array, value, name) for name, array in outputs.items()},
     )
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from export.artifacts import manifest
 from export.graphs import graph
-from export.graphs.graph import Call
+from export.graphs.graph import GraphFunction
 from export.graphs.program import DataSpec, Program, ProgramError, program_name
 from samovar import noise
 from samovar.tensors import DTYPES
@@ -62,7 +62,7 @@ class Interpreter:
     """The programs of a manifest with the graphs to run them, by graph name."""
 
     manifest: manifest_pb2.Manifest
-    graphs: Mapping[str, Call]
+    graphs: Mapping[str, GraphFunction]
 
     def program(self, name: str) -> manifest_pb2.Program:
         """The program `sample` or `sample:inpaint`, say; KeyError when the model lacks it."""
@@ -134,11 +134,11 @@ def eager_interpreter(data_spec: DataSpec, programs: Sequence[Program]) -> Inter
     _reject_duplicate_programs(programs)
     graphs = graph.collect(programs)
     described = manifest_pb2.Manifest(
-        data_spec=manifest.value_message(data_spec),
-        graphs=map(manifest.graph_message, graphs),
-        programs=(manifest.program_message(program, graphs) for program in programs),
+        data_spec=manifest.data_spec_to_proto(data_spec),
+        graphs=map(manifest.graph_to_proto, graphs),
+        programs=(manifest.program_to_proto(program, graphs) for program in programs),
     )
-    return Interpreter(described, {entry.name: graph.eager(entry.module) for entry in graphs})
+    return Interpreter(described, {entry.name: graph.eager_function(entry.module) for entry in graphs})
 
 
 def _reject_duplicate_programs(programs: Sequence[Program]) -> None:

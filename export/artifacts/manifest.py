@@ -35,18 +35,18 @@ _SCORES = {
 }
 
 
-def value_message(value: DataSpec) -> manifest_pb2.DataSpec:
+def data_spec_to_proto(value: DataSpec) -> manifest_pb2.DataSpec:
     """What one row of data is."""
     return manifest_pb2.DataSpec(
         kind=_KINDS[value.kind],
-        tensor=tensor_message(value.tensor),
+        tensor=tensor_to_proto(value.tensor),
         num_levels=value.num_levels,
         vocabulary=value.vocabulary,
         class_labels=value.class_labels,
     )
 
 
-def tensor_message(spec: TensorSpec) -> manifest_pb2.TensorSpec:
+def tensor_to_proto(spec: TensorSpec) -> manifest_pb2.TensorSpec:
     """One tensor of a row."""
     return manifest_pb2.TensorSpec(
         name=spec.name,
@@ -58,16 +58,16 @@ def tensor_message(spec: TensorSpec) -> manifest_pb2.TensorSpec:
     )
 
 
-def graph_message(graph: Graph) -> manifest_pb2.Graph:
+def graph_to_proto(graph: Graph) -> manifest_pb2.Graph:
     """A graph, without its files."""
     return manifest_pb2.Graph(
         name=graph.name,
-        inputs=map(tensor_message, graph.inputs),
-        outputs=map(tensor_message, graph.outputs),
+        inputs=map(tensor_to_proto, graph.inputs),
+        outputs=map(tensor_to_proto, graph.outputs),
     )
 
 
-def program_message(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.Program:
+def program_to_proto(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.Program:
     """A program whose modules are among the graphs."""
     names = {id(graph.module): graph.name for graph in graphs}
     roles = {role: names[id(module)] for role, module, _ in program.modules}
@@ -78,18 +78,18 @@ def program_message(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.P
         init=roles.get("init", ""),
         step=roles.get("step", ""),
         readout=roles["readout"],
-        state=map(tensor_message, program.state),
+        state=map(tensor_to_proto, program.state),
         steps=_steps_message(program.steps) if program.steps else None,
         parameters=map(_parameter_message, program.parameters),
         inputs=map(_input_message, program.inputs),
         noise=map(_noise_message, program.noise),
-        outputs=map(tensor_message, program.outputs),
+        outputs=map(tensor_to_proto, program.outputs),
         score=_score_message(program.score) if program.score else None,
         previewable=program.previewable,
     )
 
 
-def golden_tensor(array: NDArray[np.generic]) -> manifest_pb2.GoldenTensor:
+def golden_tensor_to_proto(array: NDArray[np.generic]) -> manifest_pb2.GoldenTensor:
     """An array inside a manifest."""
     packed = pack(array)
     return manifest_pb2.GoldenTensor(dtype=packed.dtype, shape=array.shape, data=packed.data)
@@ -118,13 +118,13 @@ def _parameter_message(parameter: Parameter) -> manifest_pb2.Parameter:
 
 def _input_message(given: Input) -> manifest_pb2.Input:
     return manifest_pb2.Input(
-        tensor=tensor_message(given.tensor), optional=given.optional, default_value=given.default
+        tensor=tensor_to_proto(given.tensor), optional=given.optional, default_value=given.default
     )
 
 
 def _noise_message(noise: Noise) -> manifest_pb2.Noise:
     return manifest_pb2.Noise(
-        tensor=tensor_message(noise.spec),
+        tensor=tensor_to_proto(noise.spec),
         distribution=_DISTRIBUTIONS[noise.distribution],
         stream=noise.stream,
     )

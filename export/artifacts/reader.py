@@ -48,7 +48,7 @@ def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> Inter
     return Interpreter(manifest, graphs)
 
 
-def is_sealed(directory: Path) -> bool:
+def checksum_matches(directory: Path) -> bool:
     """Whether the manifest is the one that its checksum was made for."""
     path = directory / CHECKSUM
     return path.is_file() and path.read_text().split()[:1] == [sha256((directory / MANIFEST).read_bytes())]
@@ -59,7 +59,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def seal(text: str, directory: Path) -> None:
+def write_manifest(text: str, directory: Path) -> None:
     """The manifest, and beside it the digest by which a server knows that nobody edited it."""
     (directory / MANIFEST).write_text(text)
     (directory / CHECKSUM).write_text(f"{sha256(text.encode())}  {MANIFEST}\n")

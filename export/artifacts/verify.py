@@ -58,13 +58,13 @@ class CheckResult:
 class Report:
     """What was compared, and one line for everything that is wrong."""
 
-    findings: tuple[CheckResult, ...]
+    results: tuple[CheckResult, ...]
     problems: tuple[str, ...]
 
     @property
     def failures(self) -> list[str]:
         """Every problem and every comparison that failed."""
-        return [*self.problems, *(str(finding) for finding in self.findings if not finding.ok)]
+        return [*self.problems, *(str(finding) for finding in self.results if not finding.ok)]
 
 
 def verify(directory: Path) -> Report:
@@ -74,7 +74,7 @@ def verify(directory: Path) -> Report:
     if problems:
         return Report((), tuple(problems))
     findings: list[CheckResult] = []
-    for format in formats(manifest):
+    for format in common_formats(manifest):
         try:
             interpreter = reader.load(directory, manifest, format)
         except GraphError as error:
@@ -89,13 +89,13 @@ def verify(directory: Path) -> Report:
     return Report(tuple(findings), tuple(problems))
 
 
-def formats(manifest: manifest_pb2.Manifest) -> list[str]:
+def common_formats(manifest: manifest_pb2.Manifest) -> list[str]:
     """The formats that every graph has, in the order of the first graph's files."""
     offered = [[file.format for file in graph.files] for graph in manifest.graphs]
     return [format for format in offered[0] if all(format in names for names in offered)] if offered else []
 
 
-def table(report: Report) -> str:
+def format_report(report: Report) -> str:
     """The findings for a terminal."""
     header = ("program", "format", "check", "max difference", "tolerance", "")
     lines = [header] + [
@@ -107,7 +107,7 @@ def table(report: Report) -> str:
             f"{f.tolerance:.2g}",
             "ok" if f.ok else "FAILED",
         )
-        for f in report.findings
+        for f in report.results
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -117,7 +117,7 @@ def table(report: Report) -> str:
 
 
 def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator[str]:
-    if not reader.is_sealed(directory):
+    if not reader.checksum_matches(directory):
         yield f"{reader.MANIFEST}: it is not what {reader.CHECKSUM} was made for: it was changed after export"
     for graph in manifest.graphs:
         for file in graph.files:
@@ -131,7 +131,7 @@ def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator
 
 
 def _manifest_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
-    if not formats(manifest):
+    if not common_formats(manifest):
         yield "expected graphs, and a format that all of them have"
     for program in manifest.programs:
         answers = [entry.outputs for entry in manifest.golden_rows if _name(entry) == _name(program)]

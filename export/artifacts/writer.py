@@ -18,10 +18,10 @@ from google.protobuf import json_format
 from export.artifacts import golden, manifest
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import eager_interpreter
-from export.artifacts.reader import VERSION, ArtifactError, seal, sha256, versions
+from export.artifacts.reader import VERSION, ArtifactError, sha256, versions, write_manifest
 from export.artifacts.verify import verify
 from export.graphs import graph
-from export.graphs.formats import USUAL
+from export.graphs.formats import DEFAULT_FORMATS
 from export.graphs.program import DataSpec, Program
 from samovar.v1 import manifest_pb2
 
@@ -43,20 +43,22 @@ class Model:
     examples: tuple[Example, ...]
     provenance: manifest_pb2.Provenance = field(default_factory=manifest_pb2.Provenance)
     quality: tuple[manifest_pb2.Quality, ...] = ()
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
     unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
 
-def write(model: Model, models: Path, version: str | None = None, formats: Sequence[str] = USUAL) -> Path:
+def write(
+    model: Model, models: Path, version: str | None = None, formats: Sequence[str] = DEFAULT_FORMATS
+) -> Path:
     """Write models/<name>/<version>/ and verify it; returns the directory.
 
     Without a version, the next free one. ArtifactError when it exists already or
     what was written does not compute what the modules do; nothing is left behind.
     """
-    target = destination(models, model.name, version)
+    target = resolve_destination(models, model.name, version)
     with _staging(target) as directory:
-        seal(_write_files(model, target.name, formats, directory), directory)
-        for name, picture in model.pictures.items():
+        write_manifest(_write_files(model, target.name, formats, directory), directory)
+        for name, picture in model.attachments.items():
             (directory / name).write_bytes(picture)
         report = verify(directory)
         if report.failures:
@@ -64,7 +66,7 @@ def write(model: Model, models: Path, version: str | None = None, formats: Seque
     return target
 
 
-def destination(models: Path, name: str, version: str | None = None) -> Path:
+def resolve_destination(models: Path, name: str, version: str | None = None) -> Path:
     """Where an artifact would be written; ArtifactError when it cannot be."""
     if not _NAME.fullmatch(name):
         raise ArtifactError(f"expected a name of lower-case letters, digits and single hyphens, got {name!r}")

@@ -33,7 +33,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=formats.CHOICES,
         default="both",
-        help=f"graph files; both: {' and '.join(formats.USUAL)} (%(default)s)",
+        help=f"graph files; both: {' and '.join(formats.DEFAULT_FORMATS)} (%(default)s)",
     )
 
 

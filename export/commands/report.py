@@ -42,7 +42,7 @@ def _report(options: argparse.Namespace) -> int:
     from export.datasets import loading
     from export.report import pages
 
-    library = pages.DatasetIndex([loading.folder(directory) for directory in options.data_dir])
+    library = pages.DatasetIndex([loading.load_folder(directory) for directory in options.data_dir])
     directories = pages.artifacts(options.models, options.names)
     written = pages.write(directories, options.output, library, options.models)
     print(f"Wrote {len(written)} page(s); open {options.output / pages.INDEX}")

@@ -53,7 +53,7 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = pipeline.make(
+    path = pipeline.run(
         pipeline.TrainingJob(
             family=FAMILIES[options.family].load(),
             data=loading.load(data_name, options.data_dir),

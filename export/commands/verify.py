@@ -24,10 +24,10 @@ def add(commands: "Commands") -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from export.artifacts.verify import table, verify
+    from export.artifacts.verify import format_report, verify
 
     report = verify(options.path)
-    print(table(report))
+    print(format_report(report))
     for failure in report.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if report.failures else 0

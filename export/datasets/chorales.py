@@ -33,7 +33,7 @@ _REST = -1
 Frames = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
-def chorales() -> Corpus:
+def load_chorales() -> Corpus:
     """The chorales with four voices, each once; those to learn also transposed. Takes a minute at first.
 
     ModuleNotFoundError when music21 is not there.
@@ -47,13 +47,13 @@ def chorales() -> Corpus:
     learned = [piece for piece, fold in zip(pieces, folds, strict=True) if fold not in held]
     return Corpus(
         vocabulary=VOCABULARY,
-        train=rows([again for piece in learned for again in transposed(piece, ranges(learned))]),
-        validation=rows(held[VALIDATION_FOLD]),
-        test=rows(held[TEST_FOLD]),
+        train=tokenize([again for piece in learned for again in transpose(piece, voice_ranges(learned))]),
+        validation=tokenize(held[VALIDATION_FOLD]),
+        test=tokenize(held[TEST_FOLD]),
     )
 
 
-def rows(pieces: list[Frames]) -> Tokens:
+def tokenize(pieces: list[Frames]) -> Tokens:
     """Pieces as rows of tokens, uint8 [N, CONTEXT]."""
     tokens = np.zeros((len(pieces), CONTEXT), np.uint8)
     for row, (pitches, begins) in zip(tokens, pieces, strict=True):
@@ -64,18 +64,18 @@ def rows(pieces: list[Frames]) -> Tokens:
     return tokens
 
 
-def ranges(pieces: list[Frames]) -> NDArray[np.int64]:
+def voice_ranges(pieces: list[Frames]) -> NDArray[np.int64]:
     """The lowest and the highest pitch of every voice, [2, VOICES]."""
     pitches = np.concatenate([pitches for pitches, _ in pieces])
     return np.stack([np.where(pitches == _REST, HIGHEST, pitches).min(0), pitches.max(0)])
 
 
-def transposed(piece: Frames, ranges: NDArray[np.int64]) -> Iterator[Frames]:
+def transpose(piece: Frames, voice_ranges: NDArray[np.int64]) -> Iterator[Frames]:
     """The piece in every key in which all its voices stay in their ranges, its own among them."""
     pitches, begins = piece
     for shift in SHIFTS:
         moved = np.where(pitches == _REST, _REST, pitches + shift)
-        if ((pitches == _REST) | ((moved >= ranges[0]) & (moved <= ranges[1]))).all():
+        if ((pitches == _REST) | ((moved >= voice_ranges[0]) & (moved <= voice_ranges[1]))).all():
             yield moved, begins
 
 
@@ -94,7 +94,7 @@ def _parsed() -> Iterator[Frames]:
             yield _frames(score)
 
 
-def roll(tokens: Tokens) -> NDArray[np.bool_]:
+def piano_roll(tokens: Tokens) -> NDArray[np.bool_]:
     """Which pitches sound in every frame, [N, HIGHEST - LOWEST + 1, frames], the highest first."""
     voices = tokens[:, : tokens.shape[1] // VOICES * VOICES].reshape(len(tokens), -1, VOICES).astype(np.int64)
     sounding = np.zeros((len(tokens), HIGHEST - LOWEST + 1, voices.shape[1]), bool)

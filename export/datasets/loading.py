@@ -35,7 +35,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """Rows [N, *shape], uint8 for images and float32 for points, with labels int64 [N]."""
 
     rows: NDArray[Any]
@@ -44,8 +44,8 @@ class Part:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: slice | NDArray[Any]) -> "Part":
-        return Part(self.rows[index], self.labels[index])
+    def __getitem__(self, index: slice | NDArray[Any]) -> "Split":
+        return Split(self.rows[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Dataset:
 
     name: str
     spec: DataSpec
-    train: Part
-    validation: Part
-    test: Part
+    train: Split
+    validation: Split
+    test: Split
     sha256: str
 
 
@@ -68,7 +68,7 @@ def digits() -> Dataset:
     rows, labels = load_digits(return_X_y=True)
     shaped, classes = rows.astype(np.uint8).reshape(-1, 8, 8), labels.astype(np.int64)
     split = train_test_split(shaped, classes, test_size=450, stratify=classes, random_state=0)
-    learn, test = Part(split[0], split[2]), Part(split[1], split[3])
+    learn, test = Split(split[0], split[2]), Split(split[1], split[3])
     return _dataset("digits", _images(learn, 17, tuple(map(str, range(10)))), learn, test)
 
 
@@ -82,7 +82,7 @@ def moons() -> Dataset:
     learn, test = (make_moons(count, noise=0.05, random_state=seed) for count, seed in _MOONS)
     mean, spread = learn[0].mean(0), learn[0].std(0)
     parts = [
-        Part(((rows - mean) / spread).astype(np.float32), labels.astype(np.int64))
+        Split(((rows - mean) / spread).astype(np.float32), labels.astype(np.int64))
         for rows, labels in (learn, test)
     ]
     doc = "coordinates of make_moons, less {:.4f}, {:.4f}, over {:.4f}, {:.4f}".format(*mean, *spread)
@@ -92,13 +92,13 @@ def moons() -> Dataset:
 
 def text() -> Dataset:
     """The language reference of the standard library's pydoc, character by character, in rows of 512."""
-    return _sequences("text", writing.standard_library(), "characters")
+    return _sequences("text", writing.load_standard_library(), "characters")
 
 
 def chorales() -> Dataset:
     """Bach's chorales, four tokens an eighth note; DataError when music21 is not installed."""
     try:
-        corpus = music.chorales()
+        corpus = music.load_chorales()
     except ModuleNotFoundError as error:
         raise DataError(
             f"the chorales come with music21, and {error}; install it with: pip install music21"
@@ -117,7 +117,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
 def load(name: str, directory: Path | None = None) -> Dataset:
     """A data set by name, or from a folder; DataError when there is none."""
     if directory is not None:
-        return folder(directory)
+        return load_folder(directory)
     if name not in DATASETS:
         raise DataError(
             f"expected one of {', '.join(DATASETS)} as --data, or a folder as --data-dir; got {name!r}"
@@ -125,28 +125,28 @@ def load(name: str, directory: Path | None = None) -> Dataset:
     return DATASETS[name]()
 
 
-def folder(directory: Path) -> Dataset:
+def load_folder(directory: Path) -> Dataset:
     """Text in input.txt, or images in train.parquet and test.parquet: image struct<bytes, path>, label int64.
 
     Grey images become [height, width], others [height, width, channels], with 256 levels.
     """
     name = "".join(c if c.isalnum() else "-" for c in directory.resolve().name.lower()).strip("-")
     if (directory / "input.txt").is_file():
-        return _sequences(name, writing.read(directory / "input.txt"), "characters")
+        return _sequences(name, writing.read_corpus(directory / "input.txt"), "characters")
     learn, names = _parquet(directory / "train.parquet")
     test, _ = _parquet(directory / "test.parquet")
     labels = names or tuple(map(str, range(int(learn.labels.max()) + 1)))
     return _dataset(name, _images(learn, 256, labels), learn, test)
 
 
-def first_half(rows: NDArray[Any]) -> NDArray[np.uint8]:
+def first_half_mask(rows: NDArray[Any]) -> NDArray[np.uint8]:
     """A mask, uint8 like rows [N, length, ...], that is 1 in the first half: of images, the upper one."""
     known = np.zeros(rows.shape, np.uint8)
     known[:, : rows.shape[1] // 2] = 1
     return known
 
 
-def _images(part: Part, levels: int, class_labels: tuple[str, ...]) -> DataSpec:
+def _images(part: Split, levels: int, class_labels: tuple[str, ...]) -> DataSpec:
     pixels = TensorSpec(
         "image", "uint8", part.rows.shape[1:], 0, levels - 1, doc=f"brightness, integers 0..{levels - 1}"
     )
@@ -159,13 +159,13 @@ def _sequences(name: str, corpus: writing.Corpus, doc: str) -> Dataset:
         "sequence", "uint8", corpus.train.shape[1:], 0, last,
         f"{doc}, as indices 1..{last} of the vocabulary; the first 0 ends it",
     )  # fmt: skip
-    train, validation, test = (Part(rows, np.zeros(len(rows), np.int64)) for rows in parts)
+    train, validation, test = (Split(rows, np.zeros(len(rows), np.int64)) for rows in parts)
     value = DataSpec("tokens", sequence, num_levels=last + 1, vocabulary=corpus.vocabulary)
     digest = hashlib.sha256(corpus.train.tobytes()).hexdigest()
     return Dataset(name, value, train, validation, test, digest)
 
 
-def _dataset(name: str, value: DataSpec, learn: Part, test: Part) -> Dataset:
+def _dataset(name: str, value: DataSpec, learn: Split, test: Split) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     chosen, held = train_test_split(
@@ -181,7 +181,7 @@ def _dataset(name: str, value: DataSpec, learn: Part, test: Part) -> Dataset:
     )
 
 
-def _parquet(path: Path) -> tuple[Part, tuple[str, ...]]:
+def _parquet(path: Path) -> tuple[Split, tuple[str, ...]]:
     import pyarrow.parquet
 
     if not path.is_file():
@@ -193,7 +193,7 @@ def _parquet(path: Path) -> tuple[Part, tuple[str, ...]]:
     images = [_decode(cell["bytes"]) for cell in cells]
     if len({image.shape for image in images}) != 1:
         raise DataError(f"{path}: expected images of one size and mode")
-    return Part(np.stack(images), table["label"].to_numpy().astype(np.int64)), _class_names(table)
+    return Split(np.stack(images), table["label"].to_numpy().astype(np.int64)), _class_names(table)
 
 
 def _decode(encoded: bytes) -> NDArray[np.uint8]:

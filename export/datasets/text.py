@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONTEXT = 512
 # The vocabulary of the standard library's text, whatever the version of Python: printable ASCII and newline.
 CHARACTERS = ("", "\n", *map(chr, range(32, 127)))
-MOST_CHARACTERS = 255
+MAX_CHARACTERS = 255
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.1
 
 Tokens = NDArray[np.uint8]
@@ -35,7 +35,7 @@ class Corpus:
     test: Tokens
 
 
-def standard_library() -> Corpus:
+def load_standard_library() -> Corpus:
     """The language reference inside the standard library (pydoc_data.topics): about 370,000 characters.
 
     Each paragraph once, where the topics repeat each other; quotation marks and dashes become ASCII, what
@@ -47,25 +47,25 @@ def standard_library() -> Corpus:
         paragraph for topic in sorted(topics) for paragraph in re.split(r"\n{2,}", topics[topic].strip("\n"))
     )
     plain = "\n\n".join(paragraphs).translate(_PLAIN)
-    return corpus("".join(character for character in plain if character in CHARACTERS), CHARACTERS)
+    return make_corpus("".join(character for character in plain if character in CHARACTERS), CHARACTERS)
 
 
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
 
 
-def read(path: Path) -> Corpus:
+def read_corpus(path: Path) -> Corpus:
     """A file of UTF-8 text with its own characters as vocabulary; ValueError when they are too many."""
     text = path.read_bytes().decode()
     characters = sorted(set(text))
-    if len(characters) > MOST_CHARACTERS:
+    if len(characters) > MAX_CHARACTERS:
         raise ValueError(
-            f"{path}: expected at most {MOST_CHARACTERS} different characters, got {len(characters)}; "
+            f"{path}: expected at most {MAX_CHARACTERS} different characters, got {len(characters)}; "
             "replace the rare ones"
         )
-    return corpus(text, ("", *characters))
+    return make_corpus(text, ("", *characters))
 
 
-def corpus(text: str, vocabulary: tuple[str, ...]) -> Corpus:
+def make_corpus(text: str, vocabulary: tuple[str, ...]) -> Corpus:
     """The last tenth of a text to test, the beginning of what is before it to validate, the rest to learn.
 
     What is learned ends where the test begins, as it is usual: next to it, a text is most like it.
@@ -80,13 +80,13 @@ def corpus(text: str, vocabulary: tuple[str, ...]) -> Corpus:
         raise ValueError(f"expected a text of {needed} characters or more, got {len(tokens)}")
     return Corpus(
         vocabulary=vocabulary,
-        train=rows(tokens[chosen:learned]),
-        validation=rows(tokens[:chosen]),
-        test=rows(tokens[learned:]),
+        train=split_rows(tokens[chosen:learned]),
+        validation=split_rows(tokens[:chosen]),
+        test=split_rows(tokens[learned:]),
     )
 
 
-def rows(tokens: Tokens, context: int = CONTEXT) -> Tokens:
+def split_rows(tokens: Tokens, context: int = CONTEXT) -> Tokens:
     """A sequence cut into rows [N, context], the last one filled up with 0."""
     filled = np.zeros(-(-len(tokens) // context) * context, np.uint8)
     filled[: len(tokens)] = tokens
@@ -99,13 +99,13 @@ def lengths(tokens: NDArray[Any]) -> NDArray[np.int64]:
     return counts
 
 
-def written(tokens: NDArray[Any], vocabulary: tuple[str, ...]) -> list[str]:
+def to_strings(tokens: NDArray[Any], vocabulary: tuple[str, ...]) -> list[str]:
     """Rows of tokens as text."""
     return ["".join(vocabulary[token] for token in row) for row in tokens.tolist()]
 
 
 @dataclass(frozen=True)
-class Page:
+class TextPanel:
     """Titled lines of text in the picture beside an artifact."""
 
     title: str

@@ -28,7 +28,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.artifacts.interpreter import Interpreter, Rows, Tensors, make_rows
-from export.datasets.loading import Dataset, Part
+from export.datasets.loading import Dataset, Split
 from export.evaluation.figures import cells
 from export.training.trainer import Network, Settings, fit
 from samovar.v1 import manifest_pb2
@@ -175,7 +175,7 @@ class SampleEvaluator:
 
     def agreement(self, rows: Samples, labels: NDArray[np.int64]) -> manifest_pb2.Quality:
         """How often the classifier sees the label that was asked for; the floor is its test accuracy."""
-        hits, known = self._hits(Part(rows, labels)), self._hits(self.data.test)
+        hits, known = self._hits(Split(rows, labels)), self._hits(self.data.test)
         return manifest_pb2.Quality(
             name="label agreement",
             value=float(hits.mean()),
@@ -186,7 +186,7 @@ class SampleEvaluator:
             "The floor is its accuracy on test rows.",
         )
 
-    def _hits(self, part: Part) -> NDArray[np.float64]:
+    def _hits(self, part: Split) -> NDArray[np.float64]:
         with torch.no_grad():
             logits = self.classifier.logits(torch.tensor(part.rows))
         return np.asarray(logits.argmax(1).numpy() == part.labels, np.float64)

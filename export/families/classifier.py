@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, Tensors, make_rows
-from export.datasets.loading import Dataset, Part
+from export.datasets.loading import Dataset, Split
 from export.evaluation.calibration import BINS, TEMPERATURES, calibration, fit_temperature
 from export.evaluation.figures import Panel
 from export.evaluation.sample_quality import accuracy, mean, play
@@ -221,7 +221,7 @@ class ClassifierFamily:
         ]
 
 
-def _logits(served: Classifier, part: Part) -> NDArray[np.float32]:
+def _logits(served: Classifier, part: Split) -> NDArray[np.float32]:
     starts = tqdm(range(0, len(part), _CHUNK_ROWS), "  temperature", unit="chunk", dynamic_ncols=True)
     chunks = [served.logits(torch.tensor(part.rows[start : start + _CHUNK_ROWS])) for start in starts]
     return torch.cat(chunks).numpy()
@@ -235,7 +235,7 @@ def _answers(
     return play(interpreter, "classify", rows, title)
 
 
-def _cross_entropy(answers: Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
+def _cross_entropy(answers: Tensors, held_out: Split, temperature: float) -> manifest_pb2.Quality:
     scaled = answers["logits"].astype(np.float64) / temperature
     nats = np.logaddexp.reduce(scaled, 1) - scaled[np.arange(len(held_out)), held_out.labels]
     doc = (
@@ -245,7 +245,7 @@ def _cross_entropy(answers: Tensors, held_out: Part, temperature: float) -> mani
     return mean("cross-entropy", nats, "nats", doc)
 
 
-def _calibration_error(answers: Tensors, held_out: Part, temperature: float) -> manifest_pb2.Quality:
+def _calibration_error(answers: Tensors, held_out: Split, temperature: float) -> manifest_pb2.Quality:
     found = calibration(answers["probabilities"].max(1), answers["top_label"] == held_out.labels)
     return manifest_pb2.Quality(
         name=f"calibration error, temperature {temperature:g}",

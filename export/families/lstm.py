@@ -381,9 +381,9 @@ class Family:
         shown = {"test rows": real} | {title: outputs["sequence"] for title, outputs in drawn.items()}
         if vocabulary == chorales.VOCABULARY:
             ink = data.spec.num_levels - 1
-            return [Panel(title, chorales.roll(rows) * ink, columns=1) for title, rows in shown.items()]
+            return [Panel(title, chorales.piano_roll(rows) * ink, columns=1) for title, rows in shown.items()]
         return [
-            text.Page(title, tuple("\n~\n".join(text.written(rows, vocabulary)).split("\n")))
+            text.TextPanel(title, tuple("\n~\n".join(text.to_strings(rows, vocabulary)).split("\n")))
             for title, rows in shown.items()
         ]
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, Rows, make_rows
-from export.datasets.loading import DataError, Dataset, first_half
+from export.datasets.loading import DataError, Dataset, first_half_mask
 from export.evaluation.figures import Panel
 from export.evaluation.sample_quality import (
     SETS,
@@ -330,7 +330,7 @@ class Family:
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """With and without labels, parameters and known pixels."""
         images, labels = data.test.rows[:3], np.arange(3)
-        completion = {"image": images, "known": first_half(images)}
+        completion = {"image": images, "known": first_half_mask(images)}
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=5, parameters={"temperature": 0.7}, inputs={"label": labels}),
@@ -360,7 +360,7 @@ class Family:
         labels = np.repeat(np.arange(classes), each)
         order = [np.flatnonzero(data.test.labels == label)[:each] for label in range(classes)]
         real = data.test.rows[np.concatenate(order)]
-        halves = _given(interpreter, "sample", real, known=first_half(real))
+        halves = _given(interpreter, "sample", real, known=first_half_mask(real))
         return [
             Panel("test images", real, each),
             Panel("samples", interpreter.run("sample", _labelled(interpreter, labels))["image"], each),

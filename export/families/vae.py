@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, make_rows
-from export.datasets.loading import Dataset, first_half
+from export.datasets.loading import Dataset, first_half_mask
 from export.evaluation.figures import Panel
 from export.evaluation.sample_quality import SampleEvaluator, bits_per_dimension, play, sampler
 from export.families.base import Preset
@@ -260,7 +260,7 @@ class Family:
         """Requests with and without parameters, on the first rows of the test part."""
         images = data.test.rows[:3]
         latents = torch.linspace(-2, 2, 3 * LATENT_DIMENSIONS).reshape(3, -1).numpy()
-        given = {"image": images, "known": first_half(images)}
+        given = {"image": images, "known": first_half_mask(images)}
         return (
             Example("sample", seed=1),
             Example("sample", seed=2, first_row=7, parameters={"temperature": 0.7, "pixels": 0}),

@@ -9,10 +9,10 @@ SUFFIXES: Mapping[str, str] = {
     "torch_export": ".pt2",
 }
 FORMATS = tuple(SUFFIXES)
-USUAL = ("onnx", "torchscript")
+DEFAULT_FORMATS = ("onnx", "torchscript")
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     **{format: (format,) for format in FORMATS},
-    "both": USUAL,
+    "both": DEFAULT_FORMATS,
     "all": FORMATS,
 }

@@ -23,10 +23,10 @@ from torch.jit._trace import TracerWarning
 
 from export.graphs import purity
 from export.graphs.formats import SUFFIXES
-from export.graphs.program import Program, ProgramError, TensorSpec, arguments
+from export.graphs.program import Program, ProgramError, TensorSpec, argument_names
 
 Array = NDArray[Any]
-Call = Callable[[Sequence[Array]], list[Array]]
+GraphFunction = Callable[[Sequence[Array]], list[Array]]
 
 OPSET = 20
 # Two would let torch.export specialise on it, as it does on one; three is the smallest honest batch.
@@ -62,7 +62,7 @@ def collect(programs: Sequence[Program]) -> list[Graph]:
         for role, module, outputs in program.modules:
             only = program.init is None and program.step is None
             name = "_".join(filter(None, (program.operation, program.variant, "" if only else role)))
-            inputs = tuple(_bare(program.scope[argument]) for argument in arguments(module))
+            inputs = tuple(_bare(program.scope[argument]) for argument in argument_names(module))
             graph = Graph(name, module, inputs, tuple(map(_bare, outputs)))
             known = graphs.setdefault(id(module), graph)
             _refuse_disagreement(known, graph)
@@ -84,7 +84,7 @@ def _refuse_disagreement(first: Graph, second: Graph) -> None:
 
 def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Path]:
     """Write a graph, a file per format; GraphError when it is not a pure function of what it declares."""
-    examine(graph)
+    check_module(graph)
     traces, paths = _TraceCache(graph), {format: directory / graph.path(format) for format in formats}
     for format, path in paths.items():
         try:
@@ -99,7 +99,7 @@ def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Pa
     return paths
 
 
-def examine(graph: Graph) -> None:
+def check_module(graph: Graph) -> None:
     """Run a module on rows of zeros; GraphError when it is not pure or returns what it does not declare."""
     training = [
         name or type(graph.module).__name__
@@ -110,7 +110,7 @@ def examine(graph: Graph) -> None:
         raise GraphError(
             f"graph {graph.name}: {training[0]} is in training mode; call eval() before exporting"
         )
-    results, impurities = purity.in_module(graph.module, _examples(graph))
+    results, impurities = purity.run_and_detect(graph.module, _examples(graph))
     if impurities:
         raise GraphError(f"graph {graph.name}: {'; '.join(impurities)}")
     returned = list(map(_described, (results,) if isinstance(results, Tensor) else results))
@@ -136,7 +136,7 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def load(path: Path, format: str) -> Call:
+def load(path: Path, format: str) -> GraphFunction:
     """Read a graph as a function of arrays in argument order; GraphError when it is none, or not pure."""
     try:
         return _LOADERS[format](path)
@@ -146,12 +146,12 @@ def load(path: Path, format: str) -> Call:
         raise GraphError(f"{path.name}: expected a graph in {format}: {_cause(error)}") from error
 
 
-def eager(module: nn.Module) -> Call:
+def eager_function(module: nn.Module) -> GraphFunction:
     """A module as a function of arrays in argument order."""
     return _torch_call(module)
 
 
-def _torch_call(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Call:
+def _torch_call(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> GraphFunction:
     def call(arrays: Sequence[Array]) -> list[Array]:
         with torch.no_grad():
             results = function(*map(torch.tensor, arrays))
@@ -263,9 +263,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_onnx(path: Path) -> Call:
+def _load_onnx(path: Path) -> GraphFunction:
     model = onnx.load(path, load_external_data=False)
-    _refuse_impure(path, purity.in_onnx(model))
+    _refuse_impure(path, purity.onnx_impurities(model))
     if any(map(onnx.external_data_helper.uses_external_data, model.graph.initializer)):
         raise GraphError(f"{path.name}: expected its weights inside, because only its own bytes are sealed")
     options = onnxruntime.SessionOptions()
@@ -280,12 +280,12 @@ def _load_onnx(path: Path) -> Call:
     return call
 
 
-def _load_torchscript(path: Path) -> Call:
+def _load_torchscript(path: Path) -> GraphFunction:
     with _quiet():
         module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     # The graph is kept while its nodes are read: they do not keep it.
     inlined = module.inlined_graph
-    _refuse_impure(path, purity.in_torchscript(inlined))
+    _refuse_impure(path, purity.torchscript_impurities(inlined))
     return _torch_call(module)
 
 
@@ -295,10 +295,10 @@ def _refuse_impure(path: Path, impurities: Iterator[str]) -> None:
         raise GraphError(f"{path.name}: expected a pure function, but {found}")
 
 
-def _load_torch_export(path: Path) -> Call:
+def _load_torch_export(path: Path) -> GraphFunction:
     with _quiet():
         program = torch.export.load(path)
-    _refuse_impure(path, purity.in_exported(program))
+    _refuse_impure(path, purity.exported_impurities(program))
     return _torch_call(program.module())
 
 

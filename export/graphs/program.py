@@ -39,7 +39,7 @@ class TensorSpec:
     doc: str = ""
 
 
-CLOCK = (TensorSpec("step_index", "int64"), TensorSpec("num_steps", "int64"))
+STEP_COUNTERS = (TensorSpec("step_index", "int64"), TensorSpec("num_steps", "int64"))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Program:
         yield "readout", self.readout, self.outputs
 
 
-def arguments(module: nn.Module) -> tuple[str, ...]:
+def argument_names(module: nn.Module) -> tuple[str, ...]:
     """The names by which a module's arguments are bound; ProgramError for *args and **kwargs."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
@@ -214,7 +214,7 @@ def _specs(program: Program) -> list[TensorSpec]:
         *(given.tensor for given in program.inputs),
         *(parameter.spec for parameter in program.parameters),
         *(noise.spec for noise in program.noise),
-        *CLOCK,
+        *STEP_COUNTERS,
     ]
 
 
@@ -251,7 +251,7 @@ def _repeated(items: Sequence[Hashable]) -> list[Hashable]:
 
 def _binding_problems(program: Program) -> Iterator[str]:
     for role, module, _ in program.modules:
-        for name in arguments(module):
+        for name in argument_names(module):
             if name not in program.scope:
                 yield (
                     f"{role} {type(module).__name__} takes {name!r}, which is none of this program's "
@@ -260,7 +260,7 @@ def _binding_problems(program: Program) -> Iterator[str]:
 
 
 def _noise_problems(program: Program) -> Iterator[str]:
-    read = Counter(name for _, module, _ in program.modules for name in arguments(module))
+    read = Counter(name for _, module, _ in program.modules for name in argument_names(module))
     for noise in program.noise:
         if read[noise.name] > 1:
             yield (

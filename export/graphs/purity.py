@@ -21,14 +21,14 @@ _DROPOUT_RATES = ("p", "dropout_p", "dropout")
 _ONNX_RANDOM = ("Random", "Bernoulli", "Multinomial")
 
 
-def in_module(module: nn.Module, arguments: Sequence[Tensor]) -> tuple[Any, list[str]]:
+def run_and_detect(module: nn.Module, arguments: Sequence[Tensor]) -> tuple[Any, list[str]]:
     """What a module returns, and what it did that no graph may do."""
     with torch.no_grad(), ModuleTracker() as tracker, _ImpurityDetector(tracker, len(arguments[0])) as watch:
         results = module(*arguments)
     return results, list(dict.fromkeys(watch.found))
 
 
-def in_onnx(model: onnx.ModelProto) -> Iterator[str]:
+def onnx_impurities(model: onnx.ModelProto) -> Iterator[str]:
     """What the nodes of an ONNX model do that no graph may do, in subgraphs and functions too."""
     nodes = list(_onnx_nodes(model))
     constants = _onnx_constants(model, nodes)
@@ -38,17 +38,17 @@ def in_onnx(model: onnx.ModelProto) -> Iterator[str]:
             yield f"{node.op_type} {node.name!r}{_onnx_place(node)} {impurity}"
 
 
-def in_torchscript(block: Any) -> Iterator[str]:
+def torchscript_impurities(block: Any) -> Iterator[str]:
     """What the nodes of a TorchScript graph do that no graph may do, in inner blocks too."""
     for node in block.nodes():
         impurity = _impurity(_overload(node), _constants(node)) if node.kind().startswith("aten::") else None
         if impurity:
             yield f"{node.kind()}{_torchscript_place(node)} {impurity}"
         for inner in (*node.blocks(), *_attributes(node)):
-            yield from in_torchscript(inner)
+            yield from torchscript_impurities(inner)
 
 
-def in_exported(program: torch.export.ExportedProgram) -> Iterator[str]:
+def exported_impurities(program: torch.export.ExportedProgram) -> Iterator[str]:
     """What the nodes of an exported program do that no graph may do, in inner graphs too."""
     for module in program.graph_module.modules():
         if not isinstance(module, torch.fx.GraphModule):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from export.artifacts import reader, verify
-from export.datasets.loading import DATASETS, DataError, Dataset, Part
+from export.datasets.loading import DATASETS, DataError, Dataset, Split
 from export.evaluation import formatting
 from export.graphs.formats import FORMATS
 from export.graphs.program import program_name
@@ -70,7 +70,7 @@ class DatasetIndex:
     def __init__(self, others: Sequence[Dataset] = ()) -> None:
         self._known = {each.sha256: each for each in others}
 
-    def test(self, provenance: manifest_pb2.Provenance) -> Part | None:
+    def test(self, provenance: manifest_pb2.Provenance) -> Split | None:
         """The test rows of the data that a model was made of; None where it is not at hand."""
         if provenance.dataset_sha256 not in self._known and provenance.dataset in DATASETS:
             try:
@@ -117,7 +117,7 @@ def _write_page(directory: Path, out: Path, library: DatasetIndex, bar: "tqdm[Ne
     html = template.render(
         manifest=manifest,
         programs=subject.programs,
-        is_sealed=reader.is_sealed(directory),
+        is_sealed=reader.checksum_matches(directory),
         facts=_facts(directory, manifest),
         settings=_settings(manifest.provenance),
         format=format,
@@ -133,7 +133,7 @@ def _write_page(directory: Path, out: Path, library: DatasetIndex, bar: "tqdm[Ne
 
 def _format(manifest: manifest_pb2.Manifest) -> str:
     """The first format that every graph has a file in."""
-    common = verify.formats(manifest)
+    common = verify.common_formats(manifest)
     if not common:
         raise reader.ArtifactError(f"{manifest.name}: expected a format that all of its graphs have")
     return min(common, key=FORMATS.index)

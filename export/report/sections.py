@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.artifacts.interpreter import Interpreter, Tensors, make_rows
 from export.datasets import chorales, text
-from export.datasets.loading import Part, first_half
+from export.datasets.loading import Split, first_half_mask
 from export.evaluation.figures import cells
 from export.evaluation.sample_quality import standard_error
 from export.graphs.program import program_name
@@ -67,7 +67,7 @@ class LoadedArtifact:
     """An artifact that runs, and the test rows of its data where they are at hand."""
 
     interpreter: Interpreter
-    test: Part | None
+    test: Split | None
 
     @property
     def value(self) -> manifest_pb2.DataSpec:
@@ -88,7 +88,7 @@ class LoadedArtifact:
         return self.draw("sample") if usual and not required(usual) else None
 
     @cached_property
-    def shown(self) -> Part | None:
+    def shown(self) -> Split | None:
         """As many test rows as are shown, the classes in turn where there are classes."""
         return None if self.test is None else _by_class(self.test, self.value)
 
@@ -171,7 +171,7 @@ def _completions(subject: LoadedArtifact) -> Iterator[Section]:
     if subject.value.kind != IMAGE or subject.real is None:
         return
     real = subject.real[:COLUMNS]
-    known = first_half(real)
+    known = first_half_mask(real)
     for name, program in subject.programs.items():
         given = _input_like(program, subject.value.tensor)
         if any(each.tensor.name == "known" for each in program.inputs) and given:
@@ -390,12 +390,12 @@ def _is_music(value: manifest_pb2.DataSpec) -> bool:
 
 
 def _rolls(rows: Rows, title: str) -> Iterator[Markup]:
-    for number, roll in enumerate(chorales.roll(rows)):
+    for number, roll in enumerate(chorales.piano_roll(rows)):
         yield charts.roll(_sounding(roll), chorales.LOWEST, f"{title} {number + 1}")
 
 
 def _texts(rows: Rows, value: manifest_pb2.DataSpec) -> Iterator[Markup]:
-    for written in text.written(rows, tuple(value.vocabulary)):
+    for written in text.to_strings(rows, tuple(value.vocabulary)):
         yield Markup("<pre>{}</pre>").format(written)
 
 
@@ -416,7 +416,7 @@ def _has_column_a_class(subject: LoadedArtifact, name: str) -> bool:
     return value.kind == IMAGE and subject.has_labels(name) and _columns(value) == len(value.class_labels)
 
 
-def _by_class(part: Part, value: manifest_pb2.DataSpec) -> Part:
+def _by_class(part: Split, value: manifest_pb2.DataSpec) -> Split:
     """As many rows as are shown, the classes that there are in turn, as far as there are enough of each."""
     count = _DRAWN[value.kind]
     if value.kind != IMAGE or not value.class_labels:

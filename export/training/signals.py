@@ -7,24 +7,24 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupt:
+class StopRequest:
     """Whether somebody has asked to stop."""
 
-    is_asked = False
+    is_set = False
 
 
 @contextmanager
-def held_back() -> Iterator[Interrupt]:
+def defer_signals() -> Iterator[StopRequest]:
     """Within the block a first Ctrl-C or SIGTERM only sets a flag; KeyboardInterrupt follows at its end.
 
     A second one is raised at once. Signals reach the main thread only: elsewhere nothing is held back.
     """
-    interrupt = Interrupt()
+    interrupt = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if interrupt.is_asked:
+        if interrupt.is_set:
             raise KeyboardInterrupt
-        interrupt.is_asked = True
+        interrupt.is_set = True
 
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
@@ -34,5 +34,5 @@ def held_back() -> Iterator[Interrupt]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if interrupt.is_asked:
+    if interrupt.is_set:
         raise KeyboardInterrupt

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from export.datasets.loading import Dataset, Part
+from export.datasets.loading import Dataset, Split
 from export.training.checkpoint import Checkpoint, State
-from export.training.signals import held_back
+from export.training.signals import defer_signals
 
 _CHUNK_ROWS = 256
 # Of how many steps the mean loss is shown.
@@ -75,7 +75,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """Of a training curve: the mean loss of the steps since the last point, and the validation loss."""
 
     step: int
@@ -84,12 +84,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """What became of a run; `best` is where the validation loss was lowest, `seconds` are of all sessions."""
 
     seconds: float
-    best: Point
-    curve: tuple[Point, ...]
+    best: CurvePoint
+    curve: tuple[CurvePoint, ...]
 
 
 def fit(
@@ -98,7 +98,7 @@ def fit(
     settings: Settings,
     title: str = "  training",
     checkpoint: Checkpoint | None = None,
-) -> Outcome:
+) -> TrainingResult:
     """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU.
 
     With a checkpoint, a run that was interrupted goes on where it stopped and, unless `seconds`
@@ -111,8 +111,8 @@ def fit(
     if checkpoint and (saved := checkpoint.load()):
         run.load_state_dict(saved)
         print(f"  going on at step {run.steps} of {settings.steps}, from {checkpoint.path}", flush=True)
-    with held_back() as interrupt, tqdm(**_bar(title, run.progress)) as bar:
-        while run.progress < 1 and not interrupt.is_asked:
+    with defer_signals() as interrupt, tqdm(**_bar(title, run.progress)) as bar:
+        while run.progress < 1 and not interrupt.is_set:
             run.step()
             if run.evaluation_due:
                 run.evaluate()
@@ -154,8 +154,8 @@ class _Run:
         )
         self.steps, self.progress = 0, 0.0
         self._losses: list[float] = []
-        self._curve: list[Point] = []
-        self._best: Point | None = None
+        self._curve: list[CurvePoint] = []
+        self._best: CurvePoint | None = None
         self._best_weights: State = {}
 
     @property
@@ -190,13 +190,13 @@ class _Run:
         assert isinstance(average, Network)
         average.eval()
         loss = validation_loss(average, self._data.validation, self._settings)
-        point = Point(self.steps, sum(self._losses) / len(self._losses), loss)
+        point = CurvePoint(self.steps, sum(self._losses) / len(self._losses), loss)
         self._losses.clear()
         self._curve.append(point)
         if loss < (self._best.validation_loss if self._best else math.inf):
             self._best, self._best_weights = point, copy.deepcopy(average.state_dict())
 
-    def finish(self) -> Outcome:
+    def finish(self) -> TrainingResult:
         """Leave the network with the best weights."""
         if self._best is None:
             raise TrainingError(
@@ -205,7 +205,7 @@ class _Run:
             )
         self._network.load_state_dict(self._best_weights)
         self._network.to("cpu").eval().requires_grad_(False)
-        return Outcome(self._seconds, self._best, tuple(self._curve))
+        return TrainingResult(self._seconds, self._best, tuple(self._curve))
 
     def state_dict(self) -> State:
         return {
@@ -231,8 +231,8 @@ class _Run:
         self._optimizer.load_state_dict(state["optimizer"])
         self._batches.load_state_dict(state["batches"])
         self._losses = list(state["losses"])
-        self._curve = [Point(*point) for point in state["curve"]]
-        self._best = Point(*state["best"]) if state["best"] else None
+        self._curve = [CurvePoint(*point) for point in state["curve"]]
+        self._best = CurvePoint(*state["best"]) if state["best"] else None
         self._best_weights = state["best_weights"]
         _set_random_states(state["random"], self._settings.device)
 
@@ -244,7 +244,7 @@ class _Run:
 class _Batches:
     """Training rows in a new random order every epoch; the few that would not fill a batch are left out."""
 
-    def __init__(self, part: Part, settings: Settings) -> None:
+    def __init__(self, part: Split, settings: Settings) -> None:
         self._rows, self._labels = _tensors(part, settings)
         self._size = min(settings.batch_rows, len(part))
         self._order, self._start = torch.empty(0, dtype=torch.int64), 0
@@ -275,7 +275,7 @@ def _set_random_states(states: list[Tensor], device: str) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def validation_loss(network: Network, held_out: Part, settings: Settings) -> float:
+def validation_loss(network: Network, held_out: Split, settings: Settings) -> float:
     """Mean loss over held-out rows, over again when they are few, with the same random numbers every time."""
     rows, labels = _tensors(held_out, settings)
     devices = [] if settings.device == "cpu" else [torch.device(settings.device)]
@@ -289,5 +289,5 @@ def validation_loss(network: Network, held_out: Part, settings: Settings) -> flo
     return float(torch.cat(losses).mean())
 
 
-def _tensors(part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
+def _tensors(part: Split, settings: Settings) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.rows).to(settings.device), torch.from_numpy(part.labels).to(settings.device)

@@ -1,51 +1,51 @@
-"""Everything that can be refused or go wrong, as exceptions, which may travel between processes.
+"""Errors of the server, as exceptions that can be pickled between processes.
 
-Knows no status codes.
+rpc/status.py maps them to status codes.
 
 SamovarError
-├── RequestError                 the caller can do something about it
-│   ├── InvalidRequest           every violation, with what was expected and what was given
-│   ├── ModelNotFound            no such model, version or format is served
-│   ├── OperationNotSupported    the model lacks the operation; names the ones it has
-│   ├── Overloaded               too many rows wait; says when to come back
-│   └── DeadlineExceeded         the caller's deadline passed before the rows were done
-├── ServerError                  the caller can do nothing about it
-│   ├── ModelFailed              a graph raised, or rows came out non-finite
-│   └── ServerUnavailable        starting or stopping: another replica may answer
-└── ArtifactRefused              an artifact that must not be served, and why
-    └── RuntimeMissing           a format that cannot be run on this device, whatever the artifact
+├── RequestError                 the caller can act on it
+│   ├── InvalidRequest           every violation, with what was expected and given
+│   ├── ModelNotFound            the model, version or format is not served
+│   ├── UnsupportedOperation     the model lacks the operation; lists the supported ones
+│   ├── Overloaded               a limit on queued rows or buffered bytes is reached; says when to retry
+│   └── DeadlineExceeded         the deadline passed, or cannot be met
+├── ServerError                  the caller cannot act on it
+│   ├── ModelFailed              a graph raised, or rows are non-finite
+│   └── Unavailable              the server is starting or stopping; another replica may answer
+└── InvalidArtifact              an artifact that must not be served
+    └── RuntimeUnavailable       a format that this device cannot run
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How an exception is made again in another process; by itself it would be from its message alone.
+# Constructor and arguments: exceptions with several arguments need it to be unpickled.
 Reduced = tuple[type, tuple[Any, ...]]
 
 
 class SamovarError(Exception):
-    """The root."""
+    """Base class of all errors."""
 
 
 class RequestError(SamovarError):
-    """The caller can do something about it."""
+    """An error that the caller can act on."""
 
 
 class ServerError(SamovarError):
-    """The caller can do nothing about it."""
+    """An error that the caller cannot act on."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong with a request: where, and what was expected and given."""
+    """A field of a request that is invalid, with what was expected and given."""
 
     field: str
     description: str
 
 
 class InvalidRequest(RequestError):
-    """The request cannot be understood; `violations` lists everything that is wrong."""
+    """An invalid request; `violations` lists every violation."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
@@ -57,17 +57,17 @@ class InvalidRequest(RequestError):
 
 
 class ModelNotFound(RequestError):
-    """No such model, version or format is served; the message names those that are."""
+    """A model, version or format that is not served; the message lists those that are."""
 
 
 class UnsupportedOperation(RequestError):
-    """The model has no program for the operation; `supported` names those it has, `reason` says why."""
+    """An operation that the model lacks; `supported` lists those it has, `reason` explains the lack."""
 
     def __init__(self, model: str, operation: str, supported: Sequence[str], reason: str = "") -> None:
         self.model, self.operation, self.supported, self.reason = model, operation, tuple(supported), reason
         because = f": {reason}" if reason else ""
         super().__init__(
-            f"{model} has no operation {operation!r}{because}; it has {', '.join(self.supported)}"
+            f"{model} does not support {operation!r}{because}; it supports {', '.join(self.supported)}"
         )
 
     def __reduce__(self) -> Reduced:
@@ -75,10 +75,10 @@ class UnsupportedOperation(RequestError):
 
 
 class Overloaded(RequestError):
-    """Too many rows wait already; try again after `retry_after` seconds."""
+    """A limit of the server is reached; retry after `retry_delay` seconds."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
-        self.retry_delay = retry_after
+    def __init__(self, message: str, retry_delay: float) -> None:
+        self.retry_delay = retry_delay
         super().__init__(message)
 
     def __reduce__(self) -> Reduced:
@@ -86,11 +86,11 @@ class Overloaded(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The deadline passed; whatever was unfinished has been dropped."""
+    """The deadline passed or cannot be met; unfinished rows are dropped."""
 
 
 class ModelFailed(ServerError):
-    """The model's graphs raised, or rows came out non-finite; the message names those."""
+    """A graph raised, or rows are non-finite; the message names the rows."""
 
 
 class Unavailable(ServerError):
@@ -98,8 +98,8 @@ class Unavailable(ServerError):
 
 
 class InvalidArtifact(SamovarError):
-    """An artifact that must not be served; the message is one line that says why."""
+    """An artifact that must not be served; the message gives the reason in one line."""
 
 
 class RuntimeUnavailable(InvalidArtifact):
-    """A format's runtime cannot run on this device; another format may."""
+    """A format whose runtime is not available on this device; another format may be."""

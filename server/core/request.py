@@ -1,6 +1,6 @@
-"""A request for rows, its progress, and what is delivered to whoever waits for it.
+"""Requests for rows, and the events that answer them.
 
-Arrays pass through here unread: this module and the scheduler know counts only.
+Arrays pass through unread: this module knows their number of bytes at most.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,26 +9,62 @@ from typing import Any
 
 from server.core.spec import ProgramKey
 
-# A window that holds whatever there is.
+# Larger than the number of rows of any request: no limit on unread rows.
 UNBOUNDED = 1 << 32
 
 
-@dataclass(frozen=True)
-class RowInputs:
-    """What every row of a request computes: parameters, and inputs with batch axis 1 or rows."""
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Rows to compute by one program. Two requests are equal only if they are the same object.
 
+    Attributes:
+        program: the program that computes the rows.
+        rows: number of rows, at least 1.
+        steps: steps of each row.
+        seed: seed of the random numbers.
+        first_row: index of the first row; the others follow.
+        parameters: value of every parameter of the program, the same for every row.
+        inputs: arrays by name, [rows, *row shape], or [1, *row shape] when all rows share one.
+        deadline: time on the monotonic clock, in seconds, after which the result is useless; None for never.
+        preview_every: steps between previews of a row; 0 for no previews.
+        max_unread_rows: rows that may be in progress or unread by the caller (backpressure).
+        is_batch: whether interactive requests go first.
+        has_early_exit: whether a row may end before its last step.
+        buffered_bytes: bytes of the inputs and of the unread rows, held until the caller releases the request.
+    """
+
+    program: ProgramKey
+    rows: int
+    steps: int
+    seed: int = 0
+    first_row: int = 0
     parameters: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    deadline: float | None = None
+    preview_every: int = 0
+    max_unread_rows: int = UNBOUNDED
+    is_batch: bool = False
+    has_early_exit: bool = False
+    buffered_bytes: int = 0
 
     @property
-    def num_bytes(self) -> int:
-        """What the inputs hold."""
-        return sum(array.nbytes for array in self.inputs.values())
+    def indices(self) -> range:
+        """Index of every row."""
+        return range(self.first_row, self.first_row + self.rows)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Rows of a request that enter the batch: the rows at offsets `first` to `first + count - 1`."""
+
+    request: Request
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Finished rows: the index of each, and the outputs in the same order."""
+    """Finished rows: their indices, and outputs by name, [B, *row shape], in the same order."""
 
     indices: Sequence[int]
     outputs: Mapping[str, Any]
@@ -36,7 +72,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Preview:
-    """A readout of rows that are still on the way."""
+    """Readout of unfinished rows, with the number of steps that each has completed."""
 
     rows: Rows
     steps_done: Sequence[int]
@@ -44,7 +80,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where a request's time went, in seconds: waiting, then in the batch, of which in graphs."""
+    """Seconds that a request was queued, then in the batch, and of those in graphs."""
 
     queue: float
     run: float
@@ -53,79 +89,18 @@ class Timings:
 
 @dataclass(frozen=True)
 class Completed:
-    """The last event of a request that succeeded."""
+    """Last event of a request that succeeded."""
 
     timings: Timings
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that did not."""
+    """Last event of a request that failed."""
 
     error: Exception
 
 
 Event = Rows | Preview | Completed | Failed
+# Takes events of a request in order; may be called on any thread and must not block.
 Deliver = Callable[[Sequence[Event]], None]
-
-
-@dataclass(eq=False)
-class Request:
-    """Rows to compute and where to deliver them. The scheduler owns the counts, the engine the times.
-
-    At most `window` rows are on the way that the reader has not taken; inputs and those rows hold
-    `held_bytes` until the reader leaves. A batch request lets interactive ones go first. The rows that
-    are `lost` came out non-finite: they count as finished, and the request fails when the others are done.
-    """
-
-    program: ProgramKey
-    rows: int
-    steps: int
-    deliver: Deliver
-    seed: int = 0
-    first_row: int = 0
-    inputs: RowInputs = RowInputs()
-    deadline: float | None = None
-    preview_every: int = 0
-    max_unread_rows: int = UNBOUNDED
-    is_batch: bool = False
-    has_early_exit: bool = False
-    buffered_bytes: int = 0
-
-    admitted: int = 0
-    finished: int = 0
-    nonfinite_rows: tuple[int, ...] = ()
-    acknowledged: int = 0
-    is_buffered: bool = False
-    close_reason: str = ""
-    submitted_at: float = 0.0
-    started_at: float = 0.0
-    model_seconds: float = 0.0
-    deficit: int = 0
-    level: int = 0
-
-    @property
-    def row_cost(self) -> int:
-        """What a row takes of its slot's time, in steps."""
-        return max(1, self.steps)
-
-    @property
-    def is_closed(self) -> bool:
-        return bool(self.close_reason)
-
-    @property
-    def num_active(self) -> int:
-        return self.admitted - self.finished
-
-    @property
-    def num_waiting(self) -> int:
-        return self.rows - self.admitted
-
-    @property
-    def num_admissible(self) -> int:
-        """Rows that may enter now: no more are on the way than the reader has room for."""
-        return min(self.num_waiting, self.max_unread_rows - (self.admitted - self.acknowledged))
-
-    @property
-    def is_complete(self) -> bool:
-        return self.finished == self.rows

@@ -71,10 +71,12 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     words = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
     sequence = program.TensorSpec("sequence", "uint8", (24,), 0, len(words) - 1)
     rows = np.random.default_rng(0).integers(1, len(words), (4, 24)).astype(np.uint8)
-    part = loading.Part(rows, np.zeros(4, np.int64))
+    part = loading.Split(rows, np.zeros(4, np.int64))
     value = program.DataSpec("tokens", sequence, len(words), words)
     pitches = loading.Dataset("pitches", value, part, part, part, sha256="")
-    pipeline.untrained(pipeline.TrainingJob(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",)))
+    pipeline.export_untrained(
+        pipeline.TrainingJob(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",))
+    )
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     sample = program.Program(
         "sample",

@@ -25,7 +25,7 @@ PITCHES = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
 def dataset(name: str, words: tuple[str, ...]) -> loading.Dataset:
     rows = np.random.default_rng(0).integers(1, len(words), (4, CONTEXT)).astype(np.uint8)
     tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(words) - 1)
-    part = loading.Part(rows, np.zeros(4, np.int64))
+    part = loading.Split(rows, np.zeros(4, np.int64))
     return loading.Dataset(name, DataSpec("tokens", tensor, len(words), words), part, part, part, sha256="")
 
 
@@ -34,7 +34,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a writer of letters and one of pitches, both untrained."""
     models = tmp_path_factory.mktemp("writers")
     for given in (dataset("letters", LETTERS), dataset("pitches", PITCHES)):
-        pipeline.untrained(pipeline.TrainingJob(FAMILY, given, models, preset="tiny", formats=("onnx",)))
+        pipeline.export_untrained(
+            pipeline.TrainingJob(FAMILY, given, models, preset="tiny", formats=("onnx",))
+        )
     with serving(models) as running:
         yield running.address
 

@@ -55,7 +55,7 @@ def _build(pair: Pair, formats: Sequence[str], directory: Path) -> None:
     torch.set_num_threads(1)
     family = FAMILIES[pair.family].load()
     try:
-        pipeline.untrained(
+        pipeline.export_untrained(
             pipeline.TrainingJob(family, pair.dataset(), directory, preset="tiny", formats=tuple(formats))
         )
     finally:

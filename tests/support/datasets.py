@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export.datasets import chorales
-from export.datasets.loading import Dataset, Part, load
+from export.datasets.loading import Dataset, Split, load
 from export.families import FAMILIES
 from export.graphs.program import DataSpec, TensorSpec
 
@@ -43,7 +43,7 @@ each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
 
 def _pieces() -> Dataset:
     chance, shape = np.random.default_rng(0), (120, chorales.VOICES)
-    rows = chorales.rows(
+    rows = chorales.tokenize(
         [
             (chance.integers(chorales.LOWEST, chorales.HIGHEST, shape), chance.random(shape) < 0.5)
             for _ in range(30)
@@ -52,5 +52,5 @@ def _pieces() -> Dataset:
     last = len(chorales.VOCABULARY) - 1
     tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, last, "four voices in turn")
     value = DataSpec("tokens", tensor, last + 1, chorales.VOCABULARY)
-    part = Part(rows, np.zeros(len(rows), np.int64))
+    part = Split(rows, np.zeros(len(rows), np.int64))
     return Dataset("chorales", value, part, part, part, sha256="made up")

@@ -97,7 +97,7 @@ class Hasty(Pair):
 def interpreter(network: Exact) -> Interpreter:
     """The programs of a diffusion model of points with this network."""
     rows = np.array([[-1, -1], [1, 1]], np.float32)
-    part = loading.Part(rows, np.array([0, 1]))
+    part = loading.Split(rows, np.array([0, 1]))
     value = DataSpec("vector", TensorSpec("point", shape=(2,), doc="the plane"), class_labels=("a", "b"))
     dataset = loading.Dataset("toy", value, part, part, part, "")
     denoiser = Denoiser(dataset, PRESET)

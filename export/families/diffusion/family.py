@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, make_rows
-from export.datasets.loading import Dataset, Part, first_half
+from export.datasets.loading import Dataset, Split, first_half_mask
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
     SETS,
@@ -127,7 +127,7 @@ class Family:
         tensor, rows = data.spec.tensor, data.test.rows[:2]
         labels: dict[str, NDArray[np.generic]] = {"label": np.arange(2)}
         given: dict[str, NDArray[np.generic]] = {tensor.name: rows}
-        known, few = first_half(rows), {"steps": 4}
+        known, few = first_half_mask(rows), {"steps": 4}
         latent = np.linspace(-2, 2, rows.size, dtype=np.float32).reshape(2, -1)
         return (
             Example("sample", seed=1, rows=2),
@@ -171,7 +171,7 @@ class Family:
         order = np.concatenate([np.flatnonzero(data.test.labels == label)[:10] for label in range(classes)])
         images, labels = data.test.rows[order], data.test.labels[order]
         made, turned = {"label": labels}, {"image": images, "label": (labels + 1) % classes}
-        halves = {"image": images, "known": first_half(images)}
+        halves = {"image": images, "known": first_half_mask(images)}
         return [
             Panel("test images", images),
             Panel(f"samples, {sampling.DEFAULT_STEPS} steps", _play(interpreter, "sample", made, SETS)),
@@ -211,7 +211,7 @@ def _scores(
     return answers[program.score.nats_output].astype(np.float64)
 
 
-def _log_densities(interpreter: Interpreter, part: Part, space: str) -> list[manifest_pb2.Quality]:
+def _log_densities(interpreter: Interpreter, part: Split, space: str) -> list[manifest_pb2.Quality]:
     """The estimate and the bound of test points, without their labels."""
     draws = {"draws": MEASURED_DRAWS}
     by_ode, bounded = (
@@ -224,7 +224,7 @@ def _log_densities(interpreter: Interpreter, part: Part, space: str) -> list[man
     return [main, other]
 
 
-def _bits_per_dimension(interpreter: Interpreter, part: Part, data: Dataset) -> list[manifest_pb2.Quality]:
+def _bits_per_dimension(interpreter: Interpreter, part: Split, data: Dataset) -> list[manifest_pb2.Quality]:
     """The bounds and the estimate of test rows."""
     shares = np.bincount(data.train.labels, minlength=len(data.spec.class_labels)) / len(data.train)
     draws, some = {"draws": MEASURED_DRAWS}, part[:MEASURED_BY_ODE]
@@ -237,12 +237,12 @@ def _bits_per_dimension(interpreter: Interpreter, part: Part, data: Dataset) -> 
     ]
 
 
-def _bits(nats: NDArray[np.float64], part: Part, detail: str, doc: str) -> manifest_pb2.Quality:
+def _bits(nats: NDArray[np.float64], part: Split, detail: str, doc: str) -> manifest_pb2.Quality:
     whole = f"{doc} Of {len(part)} test rows of integers (no offset)."
     return mean_bits(nats, part.rows[0].size, detail, whole)
 
 
-def _similarity(interpreter: Interpreter, part: Part, judge: SampleEvaluator) -> list[manifest_pb2.Quality]:
+def _similarity(interpreter: Interpreter, part: Split, judge: SampleEvaluator) -> list[manifest_pb2.Quality]:
     """How samples compare with test rows, and whether they show the label that they were asked for."""
     labels = np.arange(len(part)) % len(interpreter.manifest.data_spec.class_labels)
     plain, guided = (
@@ -257,7 +257,7 @@ def _labelled(interpreter: Interpreter, name: str, labels: NDArray[np.int64]) ->
     return play(interpreter, name, rows, f"labelled samples, {name}")["image"]
 
 
-def _round_trip(interpreter: Interpreter, part: Part) -> manifest_pb2.Quality:
+def _round_trip(interpreter: Interpreter, part: Split) -> manifest_pb2.Quality:
     value, part = interpreter.manifest.data_spec, part[:ROUND_TRIPS]
     again = _play(interpreter, "reconstruct", {value.tensor.name: part.rows, "label": part.labels})
     errors = np.abs(again.astype(np.float64) - part.rows).reshape(len(part), -1).mean(1)

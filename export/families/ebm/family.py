@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, Tensors, make_rows
-from export.datasets.loading import Dataset, first_half
+from export.datasets.loading import Dataset, first_half_mask
 from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
 from export.evaluation.sample_quality import (
     SETS,
@@ -102,7 +102,7 @@ class Family:
     def examples(self, data: Dataset) -> tuple[Example, ...]:
         """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
         name, rows = data.spec.tensor.name, data.test.rows[:3]
-        given, known = {name: rows}, {name: rows, "known": first_half(rows)}
+        given, known = {name: rows}, {name: rows, "known": first_half_mask(rows)}
         start, few = {"start": GIVEN}, {"steps": 12}
         drawn = (Example("score", seed=6, parameters={"blur": DRAW}, inputs=given),)
         return (
@@ -150,7 +150,7 @@ class Family:
                 Heatmap("density", density(interpreter, "score", LIMIT, CELLS), LIMIT),
             ]
         images = data.test.rows[:PICTURED]
-        halves = {"image": images, "known": first_half(images)}
+        halves = {"image": images, "known": first_half_mask(images)}
         progress = np.stack([_chains(interpreter, 10, {"steps": steps})["image"] for steps in PROGRESS], 1)
         return [
             Panel("test images", images),

@@ -119,7 +119,7 @@ def replace_graph(directory: Path, content: bytes) -> None:
     file = manifest.graphs[0].files[0]
     (directory / file.path).write_bytes(content)
     file.sha256 = reader.sha256(content)
-    reader.seal(json_format.MessageToJson(manifest), directory)
+    reader.write_manifest(json_format.MessageToJson(manifest), directory)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -297,7 +297,7 @@ def test_an_impure_onnx_file_made_elsewhere_is_found(
 
 @pytest.mark.parametrize("model", [dropout(False), batch_norm(False)])
 def test_nodes_that_only_look_impure_pass(model: onnx.ModelProto) -> None:
-    assert list(purity.in_onnx(model)) == []
+    assert list(purity.onnx_impurities(model)) == []
 
 
 def test_batch_norm_that_an_exporter_took_apart_is_found_by_its_rows(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def written(tmp_path: Path) -> Path:
 def change_manifest(written: Path, change: Callable[[manifest_pb2.Manifest], None]) -> None:
     manifest = reader.read(written)
     change(manifest)
-    reader.seal(json_format.MessageToJson(manifest), written)
+    reader.write_manifest(json_format.MessageToJson(manifest), written)
 
 
 def test_versions_count_up(written: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_artifact_is_never_overwritten(written: Path) -> None:
 )
 def test_names_and_versions_that_servers_refuse_are_refused(name: str, version: str, tmp_path: Path) -> None:
     with pytest.raises(reader.ArtifactError, match="expected a"):
-        writer.destination(tmp_path, name, version)
+        writer.resolve_destination(tmp_path, name, version)
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_failure_leaves_the_other_versions(written: Path) -> None:
 def test_a_written_artifact_verifies(written: Path) -> None:
     report = verify.verify(written)
     assert report.failures == []
-    assert "decode   torchscript  golden rows" in verify.table(report)
+    assert "decode   torchscript  golden rows" in verify.format_report(report)
 
 
 def test_a_flipped_byte_is_noticed(written: Path) -> None:

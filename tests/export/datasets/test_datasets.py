@@ -71,18 +71,18 @@ def test_folders_give_their_own_dimensions(mode: str, shape: tuple[int, ...], tm
 
 def test_folders_without_class_names_number_them(tmp_path: Path) -> None:
     write_folder(tmp_path, "L", None)
-    assert loading.folder(tmp_path).spec.class_labels == ("0", "1")
+    assert loading.load_folder(tmp_path).spec.class_labels == ("0", "1")
 
 
 def test_a_folder_without_its_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(loading.DataError, match=r"holds train.parquet and test.parquet"):
-        loading.folder(tmp_path)
+        loading.load_folder(tmp_path)
 
 
 def test_a_folder_with_other_columns_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"img": [1], "label": [0]}), tmp_path / "train.parquet")
     with pytest.raises(loading.DataError, match="expected the columns image and label, got img, label"):
-        loading.folder(tmp_path)
+        loading.load_folder(tmp_path)
 
 
 def test_an_unknown_name_is_refused() -> None:

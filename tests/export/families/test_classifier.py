@@ -224,7 +224,7 @@ def test_the_default_temperature_is_fitted_on_validation_rows_only(
         return family.programs(network, dataset)[0].parameters[0].default
 
     rows = digits.validation.rows
-    believed = loading.Part(rows, network.frozen().logits(torch.from_numpy(rows)).argmax(1).numpy())
+    believed = loading.Split(rows, network.frozen().logits(torch.from_numpy(rows)).argmax(1).numpy())
     assert fitted(replace(digits, test=digits.train, train=digits.test)) == fitted(digits)
     assert fitted(replace(digits, validation=believed)) < fitted(digits)
 

@@ -222,7 +222,7 @@ def test_the_denoiser_keeps_what_is_clean(network: Denoiser) -> None:
 )
 def test_images_of_any_size_are_denoised(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8)
-    part = loading.Part(rows, np.arange(6) % 2)
+    part = loading.Split(rows, np.arange(6) % 2)
     value = DataSpec("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b"))
     denoiser = randomised(loading.Dataset("noise", value, part, part, part, ""))
     with torch.no_grad():
@@ -282,7 +282,7 @@ def test_inpainting_keeps_what_is_known(
 ) -> None:
     """To the bit, and looks at nothing else of the given row."""
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:8]
-    known, labels = loading.first_half(rows), np.zeros(8, int)
+    known, labels = loading.first_half_mask(rows), np.zeros(8, int)
     walk = {"steps": 5, "rounds": rounds}
     made, other = (
         play(

@@ -119,7 +119,7 @@ def test_scores_of_integers_are_of_their_probability() -> None:
     """All nine images of two pixels with three levels: the bound is below, and sums to less than one."""
     pixels = np.array([[[a, b]] for a in range(3) for b in range(3)], np.uint8)
     shares = np.array([4, 1, 1, 1, 6, 2, 1, 1, 3]) / 20
-    part = loading.Part(np.repeat(pixels, (20 * shares).astype(int), 0), np.zeros(20, np.int64))
+    part = loading.Split(np.repeat(pixels, (20 * shares).astype(int), 0), np.zeros(20, np.int64))
     value = DataSpec("image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",))
     dataset = loading.Dataset("pairs", value, part, part, part, "")
     denoiser = Denoiser(dataset, toys.PRESET)

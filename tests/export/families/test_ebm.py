@@ -357,7 +357,7 @@ def test_known_coordinates_stay(
     program: str, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:4]
-    known = loading.first_half(rows)
+    known = loading.first_half_mask(rows)
     walked = play(interpreters[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
     np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
     assert (walked[known == 0] != rows[known == 0]).any()

@@ -9,7 +9,7 @@ from export import pipeline
 from export.artifacts import reader, verify
 from export.datasets import loading
 from export.families import FAMILIES
-from export.graphs.formats import FORMATS, USUAL
+from export.graphs.formats import DEFAULT_FORMATS, FORMATS
 from export.graphs.program import OPERATIONS, program_name
 from samovar.v1 import manifest_pb2
 from tests.support.datasets import Pair, each_pair
@@ -51,12 +51,14 @@ def test_every_operation_is_offered_or_refused_with_a_reason(pair: Pair) -> None
 def test_every_format_reproduces_the_modules_in_any_company(pair: Pair, written: Path) -> None:
     report = verify.verify(written)
     assert report.failures == []
-    assert {finding.format for finding in report.findings} == set(FORMATS if pair.is_usual else USUAL)
-    assert {finding.program for finding in report.findings} == set(FAMILIES[pair.family].operations)
+    assert {finding.format for finding in report.results} == set(
+        FORMATS if pair.is_usual else DEFAULT_FORMATS
+    )
+    assert {finding.program for finding in report.results} == set(FAMILIES[pair.family].operations)
 
 
 def test_rows_are_bitwise_independent_in_onnx(pair: Pair, written: Path) -> None:
-    findings = [f for f in verify.verify(written).findings if f.check == "independence"]
+    findings = [f for f in verify.verify(written).results if f.check == "independence"]
     assert [f.difference for f in findings if f.format == "onnx"] == [0.0] * len(
         FAMILIES[pair.family].operations
     )
@@ -97,7 +99,7 @@ def test_training_measuring_and_writing_go_through(
     order = pipeline.TrainingJob(
         FAMILIES[pair.family].load(), dataset, tmp_path, preset="tiny", formats=("torchscript",)
     )
-    manifest = reader.read(pipeline.make(order))
+    manifest = reader.read(pipeline.run(order))
     assert manifest.quality
-    assert (tmp_path / manifest.name / "1" / pipeline.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / manifest.name / "1" / pipeline.SAMPLES_IMAGE).read_bytes().startswith(b"\x89PNG")
     assert manifest.provenance.settings["steps"] == "1"

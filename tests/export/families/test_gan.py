@@ -174,7 +174,7 @@ def test_rectifiers_leak_a_fifth(network: GAN) -> None:
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3), (15, 9)])
 def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
-    part = loading.Part(rows, np.arange(20) % 3)
+    part = loading.Split(rows, np.arange(20) % 3)
     value = DataSpec("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b", "c"))
     gan = FAMILY.network(loading.Dataset("noise", value, part, part, part, ""), TINY)
     objectives = gan.objectives(torch.tensor(rows), torch.tensor(part.labels))
@@ -260,7 +260,7 @@ def test_the_label_changes_what_a_latent_becomes(interpreter: Interpreter) -> No
 def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dataset) -> None:
     """By inversion of a uniform number, on a data set of which nine tenths are of class 3."""
     labels = np.where(np.arange(len(digits.train)) % 10 == 0, 7, 3)
-    skewed = dataclasses.replace(digits, train=loading.Part(digits.train.rows, labels))
+    skewed = dataclasses.replace(digits, train=loading.Split(digits.train.rows, labels))
     interpreter = eager_interpreter(digits.spec, FAMILY.programs(untrained(skewed), skewed))
     latents = np.repeat(LATENTS[:1], 200, axis=0)
     drawn = play(interpreter, "decode", seed=4, latent=latents)

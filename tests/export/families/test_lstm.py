@@ -24,7 +24,7 @@ Tokens = NDArray[np.uint8]
 
 
 def dataset(vocabulary: tuple[str, ...], rows: Tokens) -> loading.Dataset:
-    part = loading.Part(rows, np.zeros(len(rows), np.int64))
+    part = loading.Split(rows, np.zeros(len(rows), np.int64))
     tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, len(vocabulary) - 1)
     value = DataSpec("tokens", tensor, len(vocabulary), vocabulary)
     return loading.Dataset("few", value, part, part, part, sha256="")
@@ -259,7 +259,7 @@ def test_features_are_of_the_whole_sequence_and_of_nothing_after_it(
 
 def test_it_learns_what_there_is_to_learn() -> None:
     """A text that repeats three letters has no surprises but where a row begins."""
-    corpus = text.rows(np.tile(np.array([1, 2, 3], np.uint8), 2000))
+    corpus = text.split_rows(np.tile(np.array([1, 2, 3], np.uint8), 2000))
     given = dataset(("", "a", "b", "c"), corpus)
     preset = Preset(width=16, depth=1, training=Settings(60, 8, 2e-2, ema_decay=0.8, evaluations=2))
     network = FAMILY.network(given, preset)
@@ -336,7 +336,7 @@ def test_text_of_the_standard_library_is_characters_in_three_parts() -> None:
     assert given.spec.vocabulary == text.CHARACTERS
     assert len(given.spec.vocabulary) == 97
     parts = [given.validation, given.train, given.test]
-    whole = "".join("".join(text.written(part.rows, text.CHARACTERS)) for part in parts)
+    whole = "".join("".join(text.to_strings(part.rows, text.CHARACTERS)) for part in parts)
     assert len(whole) > 200_000
     assert set(whole) <= set(text.CHARACTERS)
     assert text.lengths(given.test.rows).sum() / len(whole) == pytest.approx(0.1, abs=0.001)
@@ -349,7 +349,7 @@ def test_a_folder_with_text_has_its_own_vocabulary(tmp_path: Any) -> None:
     (tmp_path / "input.txt").write_text(written, encoding="utf-8")
     given = loading.load("digits", tmp_path)
     assert given.spec.vocabulary == ("", *sorted(set(written)))
-    (first,) = text.written(given.test.rows[:1], given.spec.vocabulary)
+    (first,) = text.to_strings(given.test.rows[:1], given.spec.vocabulary)
     assert first == written[int(len(written) * 0.9) :][: text.CONTEXT]
 
 
@@ -373,7 +373,7 @@ PIECE = (
 
 
 def test_a_piece_is_a_token_for_each_voice_and_frame() -> None:
-    (row,) = chorales.rows([PIECE])
+    (row,) = chorales.tokenize([PIECE])
     words = [chorales.VOCABULARY[token] for token in row[:13]]
     assert words == ["67", "62", "59", "43", "hold", "hold", "rest", "55", "69", "62", "59", "hold", "end"]
     assert (row[13:] == 0).all()
@@ -381,14 +381,14 @@ def test_a_piece_is_a_token_for_each_voice_and_frame() -> None:
 
 def test_pieces_are_moved_within_the_ranges_of_the_voices() -> None:
     ranges = np.array([[66, 60, 58, 42], [72, 64, 60, 60]])
-    moved = list(chorales.transposed(PIECE, ranges))
+    moved = list(chorales.transpose(PIECE, ranges))
     assert [pitches[0, 0] - 67 for pitches, _ in moved] == [-1, 0, 1]
     assert all(pitches[1, 2] == -1 for pitches, _ in moved)
-    np.testing.assert_array_equal(chorales.ranges([PIECE]), [[67, 62, 59, 43], [69, 62, 59, 55]])
+    np.testing.assert_array_equal(chorales.voice_ranges([PIECE]), [[67, 62, 59, 43], [69, 62, 59, 55]])
 
 
 def test_a_roll_shows_what_sounds() -> None:
-    roll = chorales.roll(chorales.rows([PIECE]))[0]
+    roll = chorales.piano_roll(chorales.tokenize([PIECE]))[0]
     sounding = [sorted(84 - np.flatnonzero(roll[:, frame])) for frame in range(4)]
     assert sounding == [[43, 59, 62, 67], [55, 62, 67], [55, 59, 62, 69], []]
 

@@ -41,7 +41,7 @@ def interpreter(network: PixelCNN, digits: loading.Dataset) -> Interpreter:
 @pytest.fixture(scope="module")
 def bits() -> loading.Dataset:
     """Binary 3x3 images of two classes, one three times as frequent."""
-    part = loading.Part(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
+    part = loading.Split(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
     image = TensorSpec("image", "uint8", (3, 3), 0, 1)
     value = DataSpec("image", image, num_levels=2, class_labels=("a", "b"))
     return loading.Dataset("bits", value, part, part, part, sha256="")

@@ -221,15 +221,15 @@ def test_bounds_rise_to_the_exact_mass() -> None:
 def pairs() -> loading.Dataset:
     """Images of two pixels with three levels."""
     rows = np.random.default_rng(0).integers(0, 3, (40, 1, 2), np.uint8)
-    part = loading.Part(rows, np.zeros(40, np.int64))
+    part = loading.Split(rows, np.zeros(40, np.int64))
     value = DataSpec("image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",))
     return loading.Dataset("pairs", value, part, part, part, "")
 
 
 def test_points_are_trained_measured_and_served_too(moons: loading.Dataset, tmp_path: Path) -> None:
     order = pipeline.TrainingJob(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
-    written = pipeline.make(order)
+    written = pipeline.run(order)
     manifest = reader.read(written)
     assert [quality.name for quality in manifest.quality] == ["negative log-density", "C2ST"]
-    assert (written / pipeline.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (written / pipeline.SAMPLES_IMAGE).read_bytes().startswith(b"\x89PNG")
     assert verify.verify(written).failures == []

@@ -52,7 +52,9 @@ def test_a_file_computes_what_its_module_does(
         np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32),
         np.arange(batch) % 2,
     ]
-    for got, expected in zip(graph.load(path, format)(arrays), graph.eager(mix.module)(arrays), strict=True):
+    for got, expected in zip(
+        graph.load(path, format)(arrays), graph.eager_function(mix.module)(arrays), strict=True
+    ):
         assert got.dtype == expected.dtype
         np.testing.assert_allclose(got, expected, atol=1e-6)
 

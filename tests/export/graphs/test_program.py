@@ -16,7 +16,7 @@ from export.graphs.program import (
     Score,
     Steps,
     TensorSpec,
-    arguments,
+    argument_names,
 )
 
 
@@ -58,7 +58,7 @@ PROGRAM = Program(
 
 
 def test_arguments_are_the_names_of_forward() -> None:
-    assert arguments(Walk()) == ("position", "kick", "scale", "step_index")
+    assert argument_names(Walk()) == ("position", "kick", "scale", "step_index")
 
 
 def test_scope_gives_modules_typed_scalars_for_parameters() -> None:

@@ -78,7 +78,7 @@ def shelf(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SHARED:
         (shelf / name).symlink_to(models / name)
     family, digits = FAMILIES["mlp"].load(), loading.load("digits")
-    pipeline.make(
+    pipeline.run(
         pipeline.TrainingJob(family, digits, shelf, preset="tiny", steps=20, formats=("torchscript",))
     )
     custom_model.write(EXAMPLES / "galaxy.py", shelf, formats=("torchscript",))
@@ -264,7 +264,7 @@ def test_test_rows_are_shown_class_by_class(classes: int, missing: int) -> None:
         kind=manifest_pb2.DataSpec.KIND_IMAGE, class_labels=[str(label) for label in range(classes)]
     )
     labels = np.repeat(np.delete(np.arange(classes), missing), 40)
-    part = sections._by_class(loading.Part(labels.reshape(-1, 1, 1), labels), value)
+    part = sections._by_class(loading.Split(labels.reshape(-1, 1, 1), labels), value)
     assert len(part) == min(100, 40 * (classes - 1))
     np.testing.assert_array_equal(part.rows[:, 0, 0], part.labels)
     turn = [label for label in range(classes) if label != missing]
@@ -313,7 +313,7 @@ def test_a_piano_roll_has_a_bar_for_every_note() -> None:
     words = ["60", "rest", "rest", "48", "hold", "hold", "hold", "hold", "62", "hold", "hold", "hold", "end"]
     tokens = np.zeros((1, chorales.CONTEXT), np.uint8)
     tokens[0, : len(words)] = [chorales.VOCABULARY.index(word) for word in words]
-    sounding = chorales.roll(tokens)[0][:, :3]
+    sounding = chorales.piano_roll(tokens)[0][:, :3]
     assert list(_bars(sounding)) == [(62, 2, 1), (60, 0, 2), (48, 0, 3)]
     drawn = charts.roll(sounding, chorales.LOWEST, "A <piece>")
     assert 'aria-label="A &lt;piece&gt;"' in drawn

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from export import pipeline
 from export.artifacts import reader
-from export.datasets.loading import Dataset, Part
+from export.datasets.loading import Dataset, Split
 from export.families import mlp
 from export.families.base import Preset
 from export.families.classifier import Classifier
 from export.graphs.program import DataSpec, Program, TensorSpec
 from export.training import checkpoint, trainer
 from export.training.checkpoint import Checkpoint, CheckpointError
-from export.training.signals import held_back
+from export.training.signals import defer_signals
 from export.training.trainer import Settings
 
 SETTINGS = Settings(steps=23, batch_rows=8, evaluations=5)
@@ -45,14 +45,14 @@ class Net(trainer.Network):
 @pytest.fixture
 def points() -> Dataset:
     rows = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
-    part = Part(rows, np.zeros(60, np.int64))
+    part = Split(rows, np.zeros(60, np.int64))
     value = DataSpec("vector", TensorSpec("point", shape=(2,)))
     return Dataset("points", value, part[:20], part[20:40], part[40:], "no digest")
 
 
 def fit(
     points: Dataset, directory: Path, breaks_at: int = 0, every: float = 0
-) -> tuple[trainer.Outcome, dict[str, Tensor]]:
+) -> tuple[trainer.TrainingResult, dict[str, Tensor]]:
     torch.manual_seed(1)
     net = Net(breaks_at)
     outcome = trainer.fit(net, points, SETTINGS, checkpoint=Checkpoint(directory, {"run": "1"}, every))
@@ -160,10 +160,10 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
 
 
 def signalled(seen: list[bool], *numbers: int) -> None:
-    with held_back() as interrupt:
+    with defer_signals() as interrupt:
         for number in numbers:
             os.kill(os.getpid(), number)
-            seen.append(interrupt.is_asked)
+            seen.append(interrupt.is_set)
 
 
 def test_a_signal_waits_for_the_end_of_the_block() -> None:
@@ -194,12 +194,12 @@ def tiny(digits: Dataset, tmp_path: Path) -> pipeline.TrainingJob:
 
 
 def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: pipeline.TrainingJob) -> None:
-    written = pipeline.make(tiny)
+    written = pipeline.run(tiny)
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
 def test_the_seed_is_recorded(tiny: pipeline.TrainingJob) -> None:
-    assert reader.read(pipeline.make(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
+    assert reader.read(pipeline.run(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
 def test_an_interrupted_recipe_says_where_it_goes_on(
@@ -207,11 +207,11 @@ def test_an_interrupted_recipe_says_where_it_goes_on(
 ) -> None:
     interrupted = dataclasses.replace(tiny, family=Stopping())
     with pytest.raises(KeyboardInterrupt):
-        pipeline.make(interrupted)
+        pipeline.run(interrupted)
     assert [path.name for path in (tiny.models / "digits-mlp").iterdir()] == [checkpoint.DIRECTORY]
     with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
-        pipeline.make(dataclasses.replace(tiny, seed=1))
-    pipeline.make(tiny)
+        pipeline.run(dataclasses.replace(tiny, seed=1))
+    pipeline.run(tiny)
     assert "going on at step 4 of 4" in capsys.readouterr().out
 
 
@@ -229,21 +229,21 @@ def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.Tra
     exploding = dataclasses.replace(tiny, family=Exploding())
     for learning_rate in (None, 1e-4):
         with pytest.raises(trainer.TrainingError, match="no validation loss was a finite number"):
-            pipeline.make(dataclasses.replace(exploding, learning_rate=learning_rate))
+            pipeline.run(dataclasses.replace(exploding, learning_rate=learning_rate))
         assert list(tiny.models.iterdir()) == []
-    manifest = reader.read(pipeline.make(dataclasses.replace(tiny, learning_rate=1e-4)))
+    manifest = reader.read(pipeline.run(dataclasses.replace(tiny, learning_rate=1e-4)))
     assert manifest.provenance.settings["learning_rate"] == "0.0001"
 
 
 def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: pipeline.TrainingJob) -> None:
-    written = pipeline.make(tiny)
+    written = pipeline.run(tiny)
     with pytest.raises(trainer.TrainingError):
-        pipeline.make(dataclasses.replace(tiny, family=Exploding()))
+        pipeline.run(dataclasses.replace(tiny, family=Exploding()))
     assert [path.name for path in written.parent.iterdir()] == ["1"]
 
 
 def test_a_fresh_start_forgets(tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pipeline.make(dataclasses.replace(tiny, family=Stopping()))
-    pipeline.make(dataclasses.replace(tiny, seed=1, fresh=True))
+        pipeline.run(dataclasses.replace(tiny, family=Stopping()))
+    pipeline.run(dataclasses.replace(tiny, seed=1, fresh=True))
     assert "going on" not in capsys.readouterr().out
