@@ -69,7 +69,7 @@ def _make(name: str, directory: Path, preset: str, formats: tuple[str, ...]) -> 
     entry = KNOWN[FAMILIES[name]]
     family = _unmeasured(entry.load(), preset)
     pipeline.export_untrained(
-        pipeline.TrainingJob(family, loading.load(entry.data[0]), directory, preset, formats)
+        pipeline.TrainingJob(family, loading.load(entry.datasets[0]), directory, preset, formats)
     )
 
 
@@ -77,5 +77,5 @@ def _unmeasured(family: "Family", preset: str) -> "Family":
     """The family, but with as few rows to estimate its normaliser from as can be: nobody reads it here."""
     brief = copy.copy(family)
     kept = family.presets[preset]
-    brief.presets = {preset: dataclasses.replace(kept, measured_rows=16)}
+    brief.presets = {preset: dataclasses.replace(kept, evaluation_rows=16)}
     return brief

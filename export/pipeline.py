@@ -27,7 +27,7 @@ from samovar.v1 import manifest_pb2
 
 SAMPLES_IMAGE = "samples.png"
 CURVE_FILE = "training.json"
-_NOT_OF_THE_NETWORK = ("training", "judge", "measured_rows", "sampled_rows", "kinds")
+_NOT_OF_THE_NETWORK = ("training", "evaluator", "evaluation_rows", "evaluation_samples", "by_kind")
 _UNTRAINED = trainer.TrainingResult(seconds=0, best=trainer.CurvePoint(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -58,7 +58,7 @@ class TrainingJob:
     @property
     def suited_preset(self) -> Preset:
         """The preset that suits the data."""
-        return self.family.presets[self.preset].suiting(self.data.spec)
+        return self.family.presets[self.preset].for_data(self.data.spec)
 
     @property
     def training_settings(self) -> trainer.Settings:
@@ -82,7 +82,7 @@ def run(recipe: TrainingJob) -> Path:
     """
     writer.resolve_destination(recipe.models, recipe.model_name, recipe.version)
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.suited_preset)
+    network = recipe.family.build_network(recipe.data, recipe.suited_preset)
     checkpoint = Checkpoint(recipe.models / recipe.model_name, _identity(recipe, network))
     if recipe.fresh:
         checkpoint.remove()
@@ -120,7 +120,7 @@ def _curve(outcome: trainer.TrainingResult) -> bytes:
 def export_untrained(recipe: TrainingJob) -> Path:
     """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
     torch.manual_seed(recipe.seed)
-    network = recipe.family.network(recipe.data, recipe.suited_preset)
+    network = recipe.family.build_network(recipe.data, recipe.suited_preset)
     network.requires_grad_(False)
     for weights in network.parameters():
         # Layers that begin as zeros would hide what goes wrong before them.
@@ -135,8 +135,8 @@ def _model(recipe: TrainingJob, outcome: trainer.TrainingResult, network: traine
         family=recipe.family.name,
         description=recipe.family.description,
         data_spec=recipe.data.spec,
-        programs=tuple(map(_evaluating, recipe.family.programs(network, recipe.data))),
-        examples=recipe.family.examples(recipe.data),
+        programs=tuple(map(_evaluating, recipe.family.build_programs(network, recipe.data))),
+        examples=recipe.family.build_examples(recipe.data),
         provenance=_provenance(recipe, outcome),
         unsupported_operations=recipe.family.unsupported_operations,
     )
@@ -144,11 +144,13 @@ def _model(recipe: TrainingJob, outcome: trainer.TrainingResult, network: traine
 
 def _measured(recipe: TrainingJob, model: writer.Model) -> writer.Model:
     interpreter, family = eager_interpreter(model.data_spec, model.programs), recipe.family
-    figures = family.quality(interpreter, recipe.data, recipe.suited_preset)
+    figures = family.measure_quality(interpreter, recipe.data, recipe.suited_preset)
     for figure in figures:
         print(f"  {formatting.line(figure)}")
     caption = "\n".join(map(formatting.line, figures))
-    picture = draw(model.name, caption, family.panels(interpreter, recipe.data), model.data_spec.num_levels)
+    picture = draw(
+        model.name, caption, family.build_panels(interpreter, recipe.data), model.data_spec.num_levels
+    )
     return dataclasses.replace(model, quality=tuple(figures), attachments={SAMPLES_IMAGE: picture})
 
 

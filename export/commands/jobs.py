@@ -66,7 +66,7 @@ def jobs(names: Sequence[str] = ()) -> list[Job]:
     known = {
         f"{data}-{family}": Job(f"{data}-{family}", family, data, _NEEDS.get(data, ""))
         for family, entry in FAMILIES.items()
-        for data in entry.data
+        for data in entry.datasets
     }
     for name in names:
         if name not in known:

@@ -34,10 +34,10 @@ def _list(options: argparse.Namespace) -> int:
     print("families, with minutes on one core for the starter preset")
     minutes = {(job.family, job.data): job.seconds / 60 for job in jobs.jobs()}
     for name, entry in FAMILIES.items():
-        suits = ", ".join(f"{data} ({minutes[name, data]:.1f} min)" for data in entry.data)
+        suits = ", ".join(f"{data} ({minutes[name, data]:.1f} min)" for data in entry.datasets)
         print(f"  {name:<10} {entry.summary}\n  {'':<10} {', '.join(entry.operations)}\n  {'':<10} {suits}")
     print("\ndata sets, for train FAMILY --data NAME")
-    for name in dict.fromkeys(data for entry in FAMILIES.values() for data in entry.data):
+    for name in dict.fromkeys(data for entry in FAMILIES.values() for data in entry.datasets):
         print(f"  {name:<10} {_DATA.get(name, '')}".rstrip())
     print(f"  --data-dir {_FOLDER}")
     return 0

@@ -43,7 +43,7 @@ def add(commands: "Commands") -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    data_name = options.data or FAMILIES[options.family].data[0]
+    data_name = options.data or FAMILIES[options.family].datasets[0]
     if options.data_dir is None:
         _check_suits(options.family, data_name)
     import torch
@@ -75,7 +75,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check_suits(family: str, data: str) -> None:
-    suited = FAMILIES[family].data
+    suited = FAMILIES[family].datasets
     if data not in suited:
         raise ValueError(
             f"expected one of {', '.join(suited)} as --data for {family}, or a folder as --data-dir; "

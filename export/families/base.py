@@ -1,4 +1,4 @@
-"""What a family must provide. The exporter works with nothing else."""
+"""Interface between the exporter and a model family."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,37 +15,49 @@ from samovar.v1 import manifest_pb2
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of network and the training that suits it: `width` channels or units, `depth` layers.
+    """Network size, training settings and size of the evaluation.
 
-    `judge` trains the classifier that samples are measured by, on `measured_rows` test rows; where
-    a sample costs much, fewer `sampled_rows` are drawn, or none.
-    `kinds` holds what suits other kinds of value than images better.
+    Attributes:
+        width: channels of a convolution or units of a layer.
+        depth: number of layers or blocks.
+        training: settings of the training loop.
+        dropout: dropout probability.
+        evaluator: training settings of the classifier whose features compare samples with test rows.
+        evaluation_rows: test rows on which quality is measured.
+        evaluation_samples: samples to compare with test rows; None for `evaluation_rows`, 0 for no
+            comparison. Set it where sampling is slow.
+        by_kind: presets that replace this one, by the kind of the data (`DataSpec.kind`).
     """
 
     width: int
     depth: int
     training: Settings
     dropout: float = 0.0
-    judge: Settings = field(default_factory=lambda: Settings(steps=500, validation_rows=1))
-    measured_rows: int = 450
-    sampled_rows: int | None = None
-    kinds: Mapping[str, "Preset"] = field(default_factory=dict)
+    evaluator: Settings = field(default_factory=lambda: Settings(steps=500, validation_rows=1))
+    evaluation_rows: int = 450
+    evaluation_samples: int | None = None
+    by_kind: Mapping[str, "Preset"] = field(default_factory=dict)
 
     @property
-    def samples(self) -> int:
-        """How many samples are compared with as many test rows; with 0, none are."""
-        return self.measured_rows if self.sampled_rows is None else self.sampled_rows
+    def num_samples(self) -> int:
+        """Number of samples to compare with as many test rows; 0 for no comparison."""
+        return self.evaluation_rows if self.evaluation_samples is None else self.evaluation_samples
 
-    def suiting(self, value: DataSpec) -> "Preset":
-        """This preset, or the one that it has for the value's kind."""
-        return self.kinds.get(value.kind, self)
+    def for_data(self, data_spec: DataSpec) -> "Preset":
+        """Return the preset for the kind of the data: one of `by_kind`, or this preset."""
+        return self.by_kind.get(data_spec.kind, self)
 
 
 class Family(Protocol):
-    """A kind of generative model: a network, its loss, and the programs that make it a service.
+    """Model family: a network, its loss, and the programs that serve it.
 
-    `operations` names the programs, methods included: `sample`, `sample:inpaint`. `refusals` says
-    why the model cannot truthfully have an operation, for those who ask for it.
+    Attributes:
+        name: key in `FAMILIES`.
+        description: one sentence for the manifest.
+        operations: names of the programs, variants included: `sample`, `sample:inpaint`.
+        unsupported_operations: for each operation that the model cannot have, the reason. Clients that
+            call the operation receive it.
+        presets: presets by name: `tiny`, `starter`, `medium` and `full`.
     """
 
     name: str
@@ -54,24 +66,35 @@ class Family(Protocol):
     unsupported_operations: Mapping[str, str]
     presets: Mapping[str, Preset]
 
-    def network(self, data: Dataset, preset: Preset) -> Network:
-        """An untrained network that fits the data."""
+    def build_network(self, data: Dataset, preset: Preset) -> Network:
+        """Return an untrained network for the data.
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
-        """The operations of a trained network."""
+        Raises:
+            DataError: the family cannot model data of this kind or shape.
+        """
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
-        """Requests whose answers the artifact carries: a few for every operation, some with parameters."""
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+        """Return the programs of a trained network, in the order of `operations`."""
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
-        """Figures on test rows, measured by running the programs."""
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
+        """Return the golden requests of an artifact: a few for each operation, some with parameters."""
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
-        """What the artifact's picture shows: real rows beside what the programs make."""
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
+        """Run the programs and return quality figures on test rows, the main one first."""
+
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+        """Return the panels of the artifact's picture: test rows and outputs of the programs."""
 
 
-def label_input(value: DataSpec, absence: str) -> Input:
-    """The class that a row is made or known to be of; the number of classes says that none is given."""
-    classes = len(value.class_labels)
-    doc = f"index of the class label; {classes} {absence}"
+def label_input(data_spec: DataSpec, absence: str) -> Input:
+    """Return the optional input `label`, int64 [B], which defaults to the number of classes.
+
+    Args:
+        data_spec: the data, with its class labels.
+        absence: continues "<number of classes>, the default, ..." and says what the default does.
+    """
+    classes = len(data_spec.class_labels)
+    doc = f"index of the class label; {classes}, the default, {absence}"
     return Input(TensorSpec("label", "int64", (), 0, classes, doc), optional=True, default=classes)

@@ -182,14 +182,14 @@ class ClassifierFamily:
         "decode": "features keep what tells classes apart, and not the image",
     }
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """classify, at the temperature that suits the validation rows, and encode."""
         assert isinstance(network, Classifier)
         served = network.frozen()
         temperature = fit_temperature(_logits(served, data.validation), data.validation.labels)
         return _classify(served, data.spec.tensor, round(temperature, 3)), _encode(served, data.spec.tensor)
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without parameters, on the first rows of the test part."""
         images = data.test.rows[:4]
         return (
@@ -198,9 +198,11 @@ class ClassifierFamily:
             Example("encode", rows=4, inputs={"image": images}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """Accuracy, cross-entropy, and calibration error with and without the fitted temperature."""
-        held_out = data.test[: preset.measured_rows]
+        held_out = data.test[: preset.evaluation_rows]
         fitted = _answers(interpreter, held_out.rows, "classes")
         plain = _answers(interpreter, held_out.rows, "classes at temperature 1", {"temperature": 1})
         temperature = interpreter.program("classify").parameters[0].default_value
@@ -211,7 +213,7 @@ class ClassifierFamily:
             _calibration_error(fitted, held_out, temperature),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """The test images that the classifier is least and most sure of."""
         images = data.test.rows[:LOOKED_THROUGH]
         order = _answers(interpreter, images, "pictures")["probabilities"].max(1).argsort()

@@ -50,7 +50,7 @@ class Family(ClassifierFamily):
         "(Ioffe & Szegedy 2015) folded in and its temperature fitted (Guo et al. 2017)."
     )
     presets: Mapping[str, Preset] = {
-        "tiny": Preset(width=4, depth=2, training=Settings(steps=1), measured_rows=20),
+        "tiny": Preset(width=4, depth=2, training=Settings(steps=1), evaluation_rows=20),
         "starter": Preset(width=24, depth=2, dropout=0.3, training=Settings(steps=800, validation_rows=1)),
         "medium": Preset(
             width=24,
@@ -59,7 +59,7 @@ class Family(ClassifierFamily):
             training=Settings(
                 steps=3600, batch_rows=128, learning_rate=4e-3, weight_decay=0.05, ema_decay=0.998
             ),
-            measured_rows=10_000,
+            evaluation_rows=10_000,
         ),
         "full": Preset(
             width=64,
@@ -68,11 +68,11 @@ class Family(ClassifierFamily):
             training=Settings(
                 steps=10_000, batch_rows=256, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.999
             ),
-            measured_rows=10_000,
+            evaluation_rows=10_000,
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> Classifier:
+    def build_network(self, data: Dataset, preset: Preset) -> Classifier:
         """An untrained network of `depth` stages, of which the first has `width` channels."""
         shape = data.spec.tensor.shape
         height, width, channels = shape if len(shape) == 3 else (*shape, 1)

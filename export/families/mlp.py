@@ -26,7 +26,7 @@ class Family(ClassifierFamily):
         "folded in and its temperature fitted (Guo et al. 2017)."
     )
     presets: Mapping[str, Preset] = {
-        "tiny": Preset(width=16, depth=1, training=Settings(steps=1), measured_rows=20),
+        "tiny": Preset(width=16, depth=1, training=Settings(steps=1), evaluation_rows=20),
         "starter": Preset(width=512, depth=2, dropout=0.3, training=Settings(steps=1500, validation_rows=1)),
         "medium": Preset(
             width=1024,
@@ -35,18 +35,18 @@ class Family(ClassifierFamily):
             training=Settings(
                 steps=10_000, batch_rows=128, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.999
             ),
-            measured_rows=10_000,
+            evaluation_rows=10_000,
         ),
         "full": Preset(
             width=1024,
             depth=4,
             dropout=0.3,
             training=Settings(steps=30_000, batch_rows=256, learning_rate=1e-3, ema_decay=0.999),
-            measured_rows=10_000,
+            evaluation_rows=10_000,
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> Classifier:
+    def build_network(self, data: Dataset, preset: Preset) -> Classifier:
         """An untrained perceptron of `depth` hidden layers of `width` units."""
         widths = [math.prod(data.spec.tensor.shape)] + [preset.width] * preset.depth
         units = [Unit(nn.Linear(a, b), preset.dropout) for a, b in pairwise(widths)]

@@ -360,7 +360,7 @@ POINTS = Preset(
     width=64,
     depth=12,
     training=Settings(steps=8000, batch_rows=256),
-    measured_rows=10_000,
+    evaluation_rows=10_000,
 )
 
 
@@ -376,40 +376,43 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=16, depth=2, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=16, depth=2, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(
             width=192,
             depth=12,
             dropout=0.25,
             training=Settings(steps=1600),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "medium": Preset(
             width=384,
             depth=8,
             dropout=0.05,
             training=Settings(steps=4000, learning_rate=1e-3),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "full": Preset(
             width=1024,
             depth=16,
             dropout=0.2,
             training=Settings(steps=30_000, batch_rows=128, learning_rate=5e-4),
-            kinds={
+            by_kind={
                 "vector": Preset(
-                    width=128, depth=16, training=Settings(steps=40_000, batch_rows=512), measured_rows=10_000
+                    width=128,
+                    depth=16,
+                    training=Settings(steps=40_000, batch_rows=512),
+                    evaluation_rows=10_000,
                 )
             },
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> RealNVP:
+    def build_network(self, data: Dataset, preset: Preset) -> RealNVP:
         """An untrained flow, beginning as the identity."""
         return RealNVP(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, reconstruct, encode, decode and score."""
         assert isinstance(network, RealNVP)
         value, points = data.spec, data.spec.kind == "vector"
@@ -421,7 +424,7 @@ class Family:
             _score_point(network, value) if points else _score_image(network, value),
         )
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without parameters, on the first rows of the test part."""
         value, points = data.spec, data.spec.kind == "vector"
         rows = {value.tensor.name: data.test.rows[:3]}
@@ -438,9 +441,11 @@ class Family:
             *(() if points else drawn),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
-        draw, count = sampler(interpreter), preset.measured_rows
+        draw, count = sampler(interpreter), preset.evaluation_rows
         rows = data.test.rows[:count]
         if data.spec.kind == "vector":
             return [
@@ -451,9 +456,9 @@ class Family:
             bits_per_dimension(_scores(interpreter, rows, {"draws": draws}), rows[0].size, draws)
             for draws in (MEASURED_DRAWS, 1)
         ]
-        return [*bounds, *SampleEvaluator.train(data, preset.judge).similarity(draw, count)]
+        return [*bounds, *SampleEvaluator.train(data, preset.evaluator).similarity(draw, count)]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or samples nearer to the mode."""
         if data.spec.kind == "vector":
             return [

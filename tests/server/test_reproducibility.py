@@ -75,7 +75,7 @@ def _brief(family: str, operation: str) -> Mapping[str, float | str]:
 
 CASES = [
     *(
-        Case(f"{entry.data[0]}-{name}", operation, _brief(name, operation))
+        Case(f"{entry.datasets[0]}-{name}", operation, _brief(name, operation))
         for name, entry in FAMILIES.items()
         for operation in entry.operations
     ),

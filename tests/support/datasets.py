@@ -29,14 +29,14 @@ class Pair:
     @property
     def is_usual(self) -> bool:
         """Whether the data set is the family's first."""
-        return self.data == FAMILIES[self.family].data[0]
+        return self.data == FAMILIES[self.family].datasets[0]
 
     def dataset(self) -> Dataset:
         """The data set; of chorales a few that are made up, because to read Bach's takes a minute."""
         return _pieces() if self.data == "chorales" else load(self.data)
 
 
-PAIRS = tuple(Pair(family, data) for family, entry in FAMILIES.items() for data in entry.data)
+PAIRS = tuple(Pair(family, data) for family, entry in FAMILIES.items() for data in entry.datasets)
 
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
 

@@ -103,4 +103,4 @@ def interpreter(network: Exact) -> Interpreter:
     denoiser = Denoiser(dataset, PRESET)
     denoiser.network = network
     network.spread = denoiser.data_std
-    return eager_interpreter(value, FAMILY.programs(denoiser.eval(), dataset))
+    return eager_interpreter(value, FAMILY.build_programs(denoiser.eval(), dataset))

@@ -46,7 +46,7 @@ POINTS = Preset(
         weight_decay=0,
         ema_decay=0.999,
     ),
-    measured_rows=10_000,
+    evaluation_rows=10_000,
 )
 
 
@@ -75,41 +75,41 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=8, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=8, depth=1, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(
             width=32,
             depth=1,
             training=Settings(steps=1000, batch_rows=128),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "medium": Preset(
             width=24,
             depth=1,
             training=Settings(steps=2500, seconds=1200),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "full": Preset(
             width=96,
             depth=2,
             dropout=0.1,
             training=Settings(steps=20_000, batch_rows=256, learning_rate=5e-4),
-            kinds={
+            by_kind={
                 "vector": Preset(
                     width=256,
                     depth=4,
                     training=Settings(steps=40_000, batch_rows=512, weight_decay=0, ema_decay=0.999),
-                    measured_rows=10_000,
+                    evaluation_rows=10_000,
                 )
             },
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> Denoiser:
+    def build_network(self, data: Dataset, preset: Preset) -> Denoiser:
         """An untrained denoiser, preconditioned by the spread of the training rows."""
         return Denoiser(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """Samples in four ways, latents, and two scores."""
         assert isinstance(network, Denoiser)
         made = sampling.programs(network, data.spec)
@@ -122,7 +122,7 @@ class Family:
             ode_likelihood.program(network, data.spec),
         )
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """A few short requests to each program, and the default one to sample."""
         tensor, rows = data.spec.tensor, data.test.rows[:2]
         labels: dict[str, NDArray[np.generic]] = {"label": np.arange(2)}
@@ -144,9 +144,11 @@ class Family:
             Example("score:ode", 8, 0, 2, {"steps": 13}, {**given, **labels}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """The density of test rows, and how samples compare with them."""
-        part = data.test[: preset.measured_rows]
+        part = data.test[: preset.evaluation_rows]
         if data.spec.kind == "vector":
             return [
                 *_log_densities(interpreter, part, data.spec.tensor.doc),
@@ -155,11 +157,11 @@ class Family:
             ]
         return [
             *_bits_per_dimension(interpreter, part, data),
-            *_similarity(interpreter, part, SampleEvaluator.train(data, preset.judge)),
+            *_similarity(interpreter, part, SampleEvaluator.train(data, preset.evaluator)),
             _round_trip(interpreter, part),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples; of points their density, of images what becomes of given ones."""
         if data.spec.kind == "vector":
             return [

@@ -172,7 +172,7 @@ class EnergyModel(Network):
         self.shape, self.levels = data.spec.tensor.shape, data.spec.num_levels
         self.dimensions = math.prod(self.shape)
         self.smoothing = SMOOTHING if self.levels else 0.0
-        self.chains = preset.measured_rows
+        self.chains = preset.evaluation_rows
         self.base = self._base(data)
         self.tilt = (
             Tilt.of_images(self.shape, preset) if self.levels else Tilt.of_points(self.dimensions, preset)

@@ -39,7 +39,7 @@ POINTS = Preset(
     width=128,
     depth=3,
     training=Settings(steps=7500, batch_rows=256, weight_decay=0, ema_decay=0.999),
-    measured_rows=10_000,
+    evaluation_rows=10_000,
 )
 
 
@@ -60,46 +60,46 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=16, depth=1, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(
             width=32,
             depth=2,
             training=Settings(steps=2400, weight_decay=0.1),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "medium": Preset(
             width=24,
             depth=3,
             training=Settings(steps=6000, seconds=900, learning_rate=1e-3),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "full": Preset(
             width=64,
             depth=3,
             training=Settings(steps=40_000, batch_rows=128, learning_rate=1e-3, ema_decay=0.999),
-            measured_rows=1000,
-            kinds={
+            evaluation_rows=1000,
+            by_kind={
                 "vector": Preset(
                     width=256,
                     depth=3,
                     training=Settings(steps=40_000, batch_rows=512, weight_decay=0, ema_decay=0.999),
-                    measured_rows=10_000,
+                    evaluation_rows=10_000,
                 )
             },
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> EnergyModel:
+    def build_network(self, data: Dataset, preset: Preset) -> EnergyModel:
         """An untrained model, beginning as its base."""
         return EnergyModel(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample by MALA and by unadjusted Langevin steps, energy and score; log Z is estimated here."""
         assert isinstance(network, EnergyModel)
         return *mcmc.programs(network, data.spec), *scoring.programs(network, data.spec)
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
         name, rows = data.spec.tensor.name, data.test.rows[:3]
         given, known = {name: rows}, {name: rows, "known": first_half_mask(rows)}
@@ -116,16 +116,18 @@ class Family:
             *(drawn if data.spec.kind == "image" else ()),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """The density of test rows, the estimates of log Z, and how samples compare with test rows."""
-        rows = data.test.rows[: preset.measured_rows]
+        rows = data.test.rows[: preset.evaluation_rows]
         if data.spec.kind == "vector":
             weighed = _scores(interpreter, rows)
             doc = f"Estimate, with Z by quadrature. In {data.spec.tensor.doc}."
             return [
                 negative_log_density(weighed["log_density"], doc),
                 _log_normaliser(interpreter, rows, weighed, "log Z"),
-                two_sample_test(data, _sampler(interpreter), min(CHAINS, preset.measured_rows)),
+                two_sample_test(data, _sampler(interpreter), min(CHAINS, preset.evaluation_rows)),
                 _acceptance(interpreter),
             ]
         weighed = _scores(interpreter, rows, {"blur": DRAW})
@@ -135,13 +137,13 @@ class Family:
             negative_log_density(weighed["log_density"], doc),
             _log_normaliser(interpreter, rows, still, "log Z, forwards"),
             _log_normaliser(interpreter, rows, still, "log Z, backwards", "_reverse"),
-            *SampleEvaluator.train(data, preset.judge).similarity(
-                _sampler(interpreter), preset.measured_rows
+            *SampleEvaluator.train(data, preset.evaluator).similarity(
+                _sampler(interpreter), preset.evaluation_rows
             ),
             _acceptance(interpreter),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, with the density of points, or the progress of chains and inpainting."""
         if data.spec.kind == "vector":
             return [

@@ -301,7 +301,7 @@ POINTS = Preset(
     width=128,
     depth=3,
     training=_settings(steps=4000, batch_rows=256, learning_rate=2e-3, ema_decay=0.995),
-    measured_rows=10_000,
+    evaluation_rows=10_000,
 )
 
 
@@ -323,47 +323,47 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=16, depth=1, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(
             width=256,
             depth=3,
             training=_settings(steps=3200, batch_rows=128, learning_rate=5e-4),
-            kinds={"vector": POINTS},
+            by_kind={"vector": POINTS},
         ),
         "medium": Preset(
             width=256,
             depth=2,
             training=_settings(steps=10_000, batch_rows=64, learning_rate=5e-4),
-            measured_rows=5000,
-            kinds={"vector": POINTS},
+            evaluation_rows=5000,
+            by_kind={"vector": POINTS},
         ),
         "full": Preset(
             width=1024,
             depth=3,
             training=_settings(steps=60_000, batch_rows=256, learning_rate=2e-4),
-            measured_rows=10_000,
-            kinds={
+            evaluation_rows=10_000,
+            by_kind={
                 "vector": Preset(
                     width=256,
                     depth=3,
                     training=_settings(steps=40_000, batch_rows=512, learning_rate=1e-3),
-                    measured_rows=10_000,
+                    evaluation_rows=10_000,
                 )
             },
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> GAN:
+    def build_network(self, data: Dataset, preset: Preset) -> GAN:
         """An untrained generator and its discriminator."""
         return GAN(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample and decode."""
         assert isinstance(network, GAN)
         return _sample(network.generator, data.spec), _decode(network.generator, data.spec)
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without latents, labels and truncation."""
         labels = np.arange(3) % len(data.spec.class_labels)
         latents = np.linspace(-2, 2, 3 * LATENT_DIMENSIONS[data.spec.kind], dtype=np.float32).reshape(3, -1)
@@ -375,12 +375,14 @@ class Family:
             Example("decode", inputs={"latent": latents, "label": labels}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """How samples compare with test rows, and whether images show the label that they were asked for."""
-        draw, count = sampler(interpreter), preset.measured_rows
+        draw, count = sampler(interpreter), preset.evaluation_rows
         if data.spec.kind == "vector":
             return [two_sample_test(data, draw, count)]
-        judge = SampleEvaluator.train(data, preset.judge)
+        judge = SampleEvaluator.train(data, preset.evaluator)
         labels = np.arange(count) % len(data.spec.class_labels)
         rows = make_rows(interpreter.program("sample"), SETS, range(count), inputs={"label": labels})
         labelled = play(interpreter, "sample", rows, "labelled samples")[data.spec.tensor.name]
@@ -390,7 +392,7 @@ class Family:
             judge.agreement(labelled, labels),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows, samples of every class, and what lies between latents."""
         if data.spec.kind == "vector":
             return _point_panels(interpreter, data)

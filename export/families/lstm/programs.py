@@ -297,7 +297,7 @@ class Family:
         "classify": "the sequences have no classes",
     }
     presets: Mapping[str, Preset] = {
-        "tiny": Preset(width=16, depth=2, training=Settings(steps=1, batch_rows=4), measured_rows=4),
+        "tiny": Preset(width=16, depth=2, training=Settings(steps=1, batch_rows=4), evaluation_rows=4),
         "starter": Preset(
             width=224,
             depth=1,
@@ -327,7 +327,7 @@ class Family:
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> LSTM:
+    def build_network(self, data: Dataset, preset: Preset) -> LSTM:
         """An untrained network; DataError when the rows are not sequences."""
         if data.spec.kind != "tokens":
             raise DataError(
@@ -336,13 +336,13 @@ class Family:
             )
         return LSTM(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, score and encode."""
         assert isinstance(network, LSTM)
         sequence = data.spec.tensor
         return _sample(network, sequence), _score(network, sequence), _encode(network, sequence)
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """From nothing and from prompts, with every parameter; scores and features of short sequences."""
         rows = data.test.rows[:3].copy()
         for row, length in zip(rows, (20, 9, 1), strict=True):
@@ -357,9 +357,11 @@ class Family:
             Example("encode", inputs={"sequence": rows}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """Exact log-masses of test rows beside those of an n-gram model of the same training rows."""
-        rows = data.test.rows[: preset.measured_rows]
+        rows = data.test.rows[: preset.evaluation_rows]
         given = make_rows(interpreter.program("score"), 0, range(len(rows)), inputs={"sequence": rows})
         scores = play(interpreter, "score", given, "log-mass of test rows")
         nats, lengths = scores["log_mass"].astype(np.float64), scores["length"]
@@ -369,7 +371,7 @@ class Family:
             return [*_figures(nats, rival, frames, "nats/frame", 1), _rate(nats, lengths, "nats/token", 1)]
         return _figures(nats, rival, lengths, "bits/char", math.log(2))
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
         """Test rows beside samples, as text or as the pitches that sound."""
         real, vocabulary = data.test.rows[:PICTURED], data.spec.vocabulary
         drawn = {

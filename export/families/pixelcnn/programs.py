@@ -284,7 +284,7 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=8, depth=2, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=8, depth=2, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(
             width=32,
@@ -303,7 +303,7 @@ class Family:
             width=32,
             depth=6,
             training=Settings(steps=7500, batch_rows=16, learning_rate=4e-3, evaluations=5),
-            sampled_rows=0,
+            evaluation_samples=0,
         ),
         "full": Preset(
             width=96,
@@ -313,7 +313,7 @@ class Family:
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> PixelCNN:
+    def build_network(self, data: Dataset, preset: Preset) -> PixelCNN:
         """An untrained network; DataError when the images are not grey."""
         if data.spec.kind != "image" or len(data.spec.tensor.shape) != 2:
             raise DataError(
@@ -322,12 +322,12 @@ class Family:
             )
         return PixelCNN(data, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, score and classify."""
         assert isinstance(network, PixelCNN)
         return _sample(network, data.spec), _score(network, data.spec), _classify(network, data.spec)
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """With and without labels, parameters and known pixels."""
         images, labels = data.test.rows[:3], np.arange(3)
         completion = {"image": images, "known": first_half_mask(images)}
@@ -340,9 +340,11 @@ class Family:
             Example("classify", inputs={"image": images}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """Bits per dimension, accuracy, and how samples compare with test rows."""
-        test = data.test[: preset.measured_rows]
+        test = data.test[: preset.evaluation_rows]
         scores, classes = (
             play(interpreter, operation, _given(interpreter, operation, test.rows), operation)
             for operation in ("score", "classify")
@@ -350,10 +352,10 @@ class Family:
         return [
             exact_bits_per_dimension(scores["log_mass"], test.rows[0].size),
             accuracy(classes["probabilities"].argmax(1) == test.labels),
-            *(_sample_quality(interpreter, data, preset) if preset.samples else ()),
+            *(_sample_quality(interpreter, data, preset) if preset.num_samples else ()),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, samples, and completions of the test rows' upper halves, a line for each class."""
         classes = min(10, len(data.spec.class_labels))
         each = PICTURED if data.test.rows[0].size <= QUICK_PIXELS else PICTURED_OF_MORE
@@ -371,10 +373,10 @@ class Family:
 
 
 def _sample_quality(interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
-    judge = SampleEvaluator.train(data, preset.judge)
-    labels = np.arange(preset.samples) % len(data.spec.class_labels)
+    judge = SampleEvaluator.train(data, preset.evaluator)
+    labels = np.arange(preset.num_samples) % len(data.spec.class_labels)
     labelled = play(interpreter, "sample", _labelled(interpreter, labels), "labelled samples")["image"]
-    return [*judge.similarity(sampler(interpreter), preset.samples), judge.agreement(labelled, labels)]
+    return [*judge.similarity(sampler(interpreter), preset.num_samples), judge.agreement(labelled, labels)]
 
 
 def _labelled(interpreter: Interpreter, labels: NDArray[np.int64]) -> Rows:

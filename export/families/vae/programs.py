@@ -223,7 +223,7 @@ class Family:
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
-            width=16, depth=1, training=Settings(steps=1), judge=Settings(steps=1), measured_rows=20
+            width=16, depth=1, training=Settings(steps=1), evaluator=Settings(steps=1), evaluation_rows=20
         ),
         "starter": Preset(width=384, depth=2, dropout=0.1, training=Settings(steps=1300)),
         "medium": Preset(
@@ -239,11 +239,11 @@ class Family:
         ),
     }
 
-    def network(self, data: Dataset, preset: Preset) -> VAE:
+    def build_network(self, data: Dataset, preset: Preset) -> VAE:
         """An untrained autoencoder with LATENT_DIMENSIONS latents."""
         return VAE(data.spec.tensor.shape, data.spec.num_levels, LATENT_DIMENSIONS, preset)
 
-    def programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
         """sample, and by inpainting; reconstruct, encode, decode and score."""
         assert isinstance(network, VAE)
         image = data.spec.tensor
@@ -256,7 +256,7 @@ class Family:
             _score(network, image, f"integers 0..{network.levels - 1}"),
         )
 
-    def examples(self, data: Dataset) -> tuple[Example, ...]:
+    def build_examples(self, data: Dataset) -> tuple[Example, ...]:
         """Requests with and without parameters, on the first rows of the test part."""
         images = data.test.rows[:3]
         latents = torch.linspace(-2, 2, 3 * LATENT_DIMENSIONS).reshape(3, -1).numpy()
@@ -275,16 +275,18 @@ class Family:
             Example("score", seed=5, first_row=2, rows=2, inputs={"image": images[:2]}),
         )
 
-    def quality(self, interpreter: Interpreter, data: Dataset, preset: Preset) -> list[manifest_pb2.Quality]:
+    def measure_quality(
+        self, interpreter: Interpreter, data: Dataset, preset: Preset
+    ) -> list[manifest_pb2.Quality]:
         """Bits per dimension of the bound, and how samples compare with test rows."""
-        images = data.test.rows[: preset.measured_rows]
-        judge = SampleEvaluator.train(data, preset.judge)
+        images = data.test.rows[: preset.evaluation_rows]
+        judge = SampleEvaluator.train(data, preset.evaluator)
         return [
             *(_bits_per_dimension(interpreter, images, draws) for draws in (MEASURED_DRAWS, 1)),
-            *judge.similarity(sampler(interpreter), preset.measured_rows),
+            *judge.similarity(sampler(interpreter), preset.evaluation_rows),
         ]
 
-    def panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
+    def build_panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
         """Test rows, their reconstructions, and samples."""
         real, sample, reconstruct = (
             data.test.rows[:PICTURED],

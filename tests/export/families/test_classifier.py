@@ -32,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> mlp.Family | cnn.Family:
 def network(family: mlp.Family | cnn.Family, digits: loading.Dataset) -> Classifier:
     """Untrained, but with running statistics that have seen rows."""
     torch.manual_seed(0)
-    classifier = family.network(digits, family.presets["tiny"])
+    classifier = family.build_network(digits, family.presets["tiny"])
     for _ in range(20):
         classifier.loss(
             torch.from_numpy(digits.train.rows[:256]), torch.from_numpy(digits.train.labels[:256])
@@ -42,7 +42,7 @@ def network(family: mlp.Family | cnn.Family, digits: loading.Dataset) -> Classif
 
 @pytest.fixture
 def interpreter(family: ClassifierFamily, network: Classifier, digits: loading.Dataset) -> Interpreter:
-    return eager_interpreter(digits.spec, family.programs(network, digits))
+    return eager_interpreter(digits.spec, family.build_programs(network, digits))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_training_divides_by_the_biased_variance_and_remembers_the_unbiased_one(
 def test_kernels_are_3x3_and_strides_halve_every_stage_after_the_first(
     preset: str, digits: loading.Dataset
 ) -> None:
-    network = cnn.FAMILY.network(digits, cnn.FAMILY.presets[preset])
+    network = cnn.FAMILY.build_network(digits, cnn.FAMILY.presets[preset])
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert {(each.kernel_size, each.padding) for each in convolutions} == {((3, 3), (1, 1))}
     stages = [each for each in convolutions if each.in_channels != each.out_channels]
@@ -221,7 +221,7 @@ def test_the_default_temperature_is_fitted_on_validation_rows_only(
     family: ClassifierFamily, network: Classifier, digits: loading.Dataset
 ) -> None:
     def fitted(dataset: loading.Dataset) -> float:
-        return family.programs(network, dataset)[0].parameters[0].default
+        return family.build_programs(network, dataset)[0].parameters[0].default
 
     rows = digits.validation.rows
     believed = loading.Split(rows, network.frozen().logits(torch.from_numpy(rows)).argmax(1).numpy())
@@ -261,7 +261,7 @@ def test_images_of_any_size_are_classified(
 ) -> None:
     images = TensorSpec("image", "uint8", shape, 0, 255)
     dataset = replace(digits, spec=DataSpec("image", images, 256, class_labels=("cat", "dog")))
-    network = family.network(dataset, family.presets["tiny"])
+    network = family.build_network(dataset, family.presets["tiny"])
     assert network.logits(torch.zeros((2, *shape), dtype=torch.uint8)).shape == (2, 2)
 
 
@@ -270,12 +270,12 @@ def test_accuracy_is_learned_and_its_error_binomial(
 ) -> None:
     """A few batches are far from the starter's accuracy, and far from a guess."""
     settings = Settings(steps=80, learning_rate=1e-2, ema_decay=0.8, evaluations=2)
-    preset = Preset(width=16, depth=1, training=settings, measured_rows=300)
+    preset = Preset(width=16, depth=1, training=settings, evaluation_rows=300)
     torch.manual_seed(0)
-    classifier = family.network(digits, preset)
+    classifier = family.build_network(digits, preset)
     fit(classifier, digits, settings)
-    interpreter = eager_interpreter(digits.spec, family.programs(classifier, digits))
-    accuracy, cross_entropy, plain, fitted = family.quality(interpreter, digits, preset)
+    interpreter = eager_interpreter(digits.spec, family.build_programs(classifier, digits))
+    accuracy, cross_entropy, plain, fitted = family.measure_quality(interpreter, digits, preset)
     assert accuracy.value > 0.6
     expected = np.sqrt(accuracy.value * (1 - accuracy.value) / 300)
     assert accuracy.standard_error == pytest.approx(expected, rel=0.01)

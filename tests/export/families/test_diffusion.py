@@ -27,7 +27,7 @@ SPREAD = 0.75
 
 def randomised(dataset: loading.Dataset) -> Denoiser:
     torch.manual_seed(0)
-    denoiser = FAMILY.network(dataset, Preset(width=8, depth=1, training=Settings(steps=1)))
+    denoiser = FAMILY.build_network(dataset, Preset(width=8, depth=1, training=Settings(steps=1)))
     with torch.no_grad():
         for weights in denoiser.parameters():
             weights.add_(0.05 * torch.randn_like(weights))
@@ -41,7 +41,7 @@ def network(digits: loading.Dataset) -> Denoiser:
 
 @pytest.fixture(scope="module")
 def interpreter(network: Denoiser, digits: loading.Dataset) -> Interpreter:
-    programs = FAMILY.programs(network, digits)
+    programs = FAMILY.build_programs(network, digits)
     return eager_interpreter(digits.spec, programs)
 
 
@@ -49,7 +49,7 @@ def interpreter(network: Denoiser, digits: loading.Dataset) -> Interpreter:
 def interpreters(interpreter: Interpreter, moons: loading.Dataset) -> dict[str, Interpreter]:
     return {
         "digits": interpreter,
-        "moons": eager_interpreter(moons.spec, FAMILY.programs(randomised(moons), moons)),
+        "moons": eager_interpreter(moons.spec, FAMILY.build_programs(randomised(moons), moons)),
     }
 
 

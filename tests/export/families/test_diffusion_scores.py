@@ -82,7 +82,7 @@ def test_the_bound_of_a_wrong_denoiser_is_below_its_density() -> None:
 
 def test_what_is_left_of_a_row_has_its_divergence_in_closed_form(moons: loading.Dataset) -> None:
     """KL of N(x, SIGMA_MAX^2) from N(0, SIGMA_MAX^2 + s^2), coordinate by coordinate."""
-    denoiser = FAMILY.network(moons, toys.PRESET)
+    denoiser = FAMILY.build_network(moons, toys.PRESET)
     rows = 30 * torch.randn(20, 2)
     variance = SIGMA_MAX**2 + denoiser.data_std**2
     shares = (SIGMA_MAX**2 + rows.square()) / variance
@@ -126,7 +126,7 @@ def test_scores_of_integers_are_of_their_probability() -> None:
     images = denoiser.scale(torch.from_numpy(pixels))
     exact = Enumerated(images, torch.tensor(shares).float(), denoiser.data_std)
     denoiser.network = exact  # type: ignore[assignment]
-    model = eager_interpreter(value, FAMILY.programs(denoiser.eval(), dataset))
+    model = eager_interpreter(value, FAMILY.build_programs(denoiser.eval(), dataset))
 
     for name, parameters in (("score", {"draws": 100}), ("score:ode", {"steps": 100})):
         many = score(model, name, np.tile(pixels, (40, 1, 1)), parameters)[0].reshape(40, 9)
@@ -137,7 +137,7 @@ def test_scores_of_integers_are_of_their_probability() -> None:
 
 def test_the_ode_claims_no_standard_error_for_its_one_draw_of_noise(digits: loading.Dataset) -> None:
     """That of the divergence is an output, but it is not the score's."""
-    by_ode = ode_likelihood.program(FAMILY.network(digits, toys.PRESET), digits.spec)
+    by_ode = ode_likelihood.program(FAMILY.build_network(digits, toys.PRESET), digits.spec)
     assert by_ode.score is not None
     assert by_ode.score.standard_error_output is None
     assert [output.name for output in by_ode.outputs] == ["log_likelihood", "divergence_error"]

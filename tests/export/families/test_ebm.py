@@ -28,7 +28,7 @@ from export.training.trainer import Settings
 from samovar import noise
 from samovar.v1 import manifest_pb2
 
-PRESET = Preset(width=8, depth=2, training=Settings(steps=1), measured_rows=16)
+PRESET = Preset(width=8, depth=2, training=Settings(steps=1), evaluation_rows=16)
 
 
 def randomise(network: torch.nn.Module, scale: float) -> None:
@@ -40,7 +40,7 @@ def randomise(network: torch.nn.Module, scale: float) -> None:
 def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
     """A model that is far from the base with which it begins."""
     torch.manual_seed(0)
-    model = FAMILY.network(dataset, PRESET)
+    model = FAMILY.build_network(dataset, PRESET)
     randomise(model, scale)
     return model.eval().requires_grad_(False)
 
@@ -48,7 +48,7 @@ def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
 @pytest.fixture(scope="module")
 def interpreters(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, Interpreter]:
     return {
-        each.name: eager_interpreter(each.spec, FAMILY.programs(randomised(each), each))
+        each.name: eager_interpreter(each.spec, FAMILY.build_programs(randomised(each), each))
         for each in (digits, moons)
     }
 
@@ -118,7 +118,7 @@ def test_an_exported_step_descends_autograds_gradient(
     format: str, dataset: loading.Dataset, tmp_path: Path
 ) -> None:
     model = randomised(dataset)
-    program = FAMILY.programs(model, dataset)[1]
+    program = FAMILY.build_programs(model, dataset)[1]
     step = next(entry for entry in graph.collect([program]) if entry.name == "sample_langevin_step")
     step.module.eval()
     x = model.base.sample(5)
@@ -287,7 +287,7 @@ def test_annealing_finds_a_known_normaliser_from_both_sides() -> None:
 
 def test_quadrature_finds_the_normaliser_of_points(moons: loading.Dataset) -> None:
     """Of the base, 1; and of any energy, the number that makes its density integrate to 1."""
-    assert normaliser(FAMILY.network(moons, PRESET)).log_z == pytest.approx(0, abs=1e-3)
+    assert normaliser(FAMILY.build_network(moons, PRESET)).log_z == pytest.approx(0, abs=1e-3)
     model = randomised(moons, 0.3)
     known = normaliser(model)
     axis = torch.linspace(-8, 8, 251)

@@ -31,8 +31,8 @@ def written(pair: Pair, request: pytest.FixtureRequest) -> Path:
 
 def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Dataset) -> None:
     loaded = FAMILIES[pair.family].load()
-    preset = loaded.presets["tiny"].suiting(dataset.spec)
-    programs = loaded.programs(loaded.network(dataset, preset), dataset)
+    preset = loaded.presets["tiny"].for_data(dataset.spec)
+    programs = loaded.build_programs(loaded.build_network(dataset, preset), dataset)
     assert loaded.name == pair.family
     assert (
         tuple(program.name for program in programs) == loaded.operations == FAMILIES[pair.family].operations

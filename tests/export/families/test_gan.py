@@ -36,7 +36,7 @@ LATENTS = torch.randn(4, DIMENSIONS, generator=torch.Generator().manual_seed(5))
 def untrained(dataset: loading.Dataset) -> GAN:
     """A network whose discriminator tells classes apart, as a trained one does."""
     torch.manual_seed(0)
-    gan = FAMILY.network(dataset, TINY)
+    gan = FAMILY.build_network(dataset, TINY)
     nn.init.normal_(gan.discriminator.direction.weight)
     return gan
 
@@ -48,7 +48,7 @@ def network(digits: loading.Dataset) -> GAN:
 
 @pytest.fixture(scope="module")
 def interpreter(network: GAN, digits: loading.Dataset) -> Interpreter:
-    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
+    return eager_interpreter(digits.spec, FAMILY.build_programs(network, digits))
 
 
 def play(
@@ -176,7 +176,7 @@ def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
     part = loading.Split(rows, np.arange(20) % 3)
     value = DataSpec("image", TensorSpec("image", "uint8", shape, 0, 255), 256, class_labels=("a", "b", "c"))
-    gan = FAMILY.network(loading.Dataset("noise", value, part, part, part, ""), TINY)
+    gan = FAMILY.build_network(loading.Dataset("noise", value, part, part, part, ""), TINY)
     objectives = gan.objectives(torch.tensor(rows), torch.tensor(part.labels))
     assert [len(objective.loss) for objective in objectives] == [20, 20]
     assert gan.generator.value(gan.generator.draw(torch.arange(3))).shape == (3, *shape)
@@ -261,7 +261,7 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dat
     """By inversion of a uniform number, on a data set of which nine tenths are of class 3."""
     labels = np.where(np.arange(len(digits.train)) % 10 == 0, 7, 3)
     skewed = dataclasses.replace(digits, train=loading.Split(digits.train.rows, labels))
-    interpreter = eager_interpreter(digits.spec, FAMILY.programs(untrained(skewed), skewed))
+    interpreter = eager_interpreter(digits.spec, FAMILY.build_programs(untrained(skewed), skewed))
     latents = np.repeat(LATENTS[:1], 200, axis=0)
     drawn = play(interpreter, "decode", seed=4, latent=latents)
     uniform = noise.uniform(np.full(200, 4, np.uint64), np.arange(200), np.zeros(200, np.int64), 1, ())
@@ -272,7 +272,7 @@ def test_a_class_that_is_not_asked_for_is_drawn_by_frequency(digits: loading.Dat
 
 def test_points_are_numbers_and_have_classes() -> None:
     moons = loading.moons()
-    interpreter = eager_interpreter(moons.spec, FAMILY.programs(untrained(moons), moons))
+    interpreter = eager_interpreter(moons.spec, FAMILY.build_programs(untrained(moons), moons))
     rows = make_rows(
         interpreter.program("decode"),
         0,

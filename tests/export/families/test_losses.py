@@ -24,13 +24,13 @@ from tests.support import denoisers as toys
 SETTINGS = Settings(
     steps=40, batch_rows=64, learning_rate=1e-2, ema_decay=0.8, evaluations=1, validation_rows=1
 )
-SMALL = Preset(width=16, depth=2, training=SETTINGS, measured_rows=16)
+SMALL = Preset(width=16, depth=2, training=SETTINGS, evaluation_rows=16)
 ROWS = 6
 
 
 def randomised(family: str, dataset: loading.Dataset) -> Network:
     torch.manual_seed(0)
-    network = FAMILIES[family].load().network(dataset, SMALL)
+    network = FAMILIES[family].load().build_network(dataset, SMALL)
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(0.1 * torch.randn_like(weights))
@@ -52,7 +52,7 @@ def loss_after(seed: int, network: Network, dataset: loading.Dataset) -> Tensor:
     [
         (family, name)
         for family in ("vae", "diffusion", "pixelcnn", "realnvp", "ebm")
-        for name in FAMILIES[family].data
+        for name in FAMILIES[family].datasets
         # A mixture fitted to the digits is the base, from which a few steps do not get away.
         if (family, name) != ("ebm", "digits")
     ],
@@ -62,7 +62,7 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
 ) -> None:
     dataset = {"digits": digits, "moons": moons}[name]
     torch.manual_seed(0)
-    network = FAMILIES[family].load().network(dataset, SMALL)
+    network = FAMILIES[family].load().build_network(dataset, SMALL)
     held_out = dataset.test[:400]
     before = validation_loss(network.eval(), held_out, SETTINGS)
     fit(network, dataset, SETTINGS)
@@ -72,7 +72,7 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
 def nats(family: str, network: Network, dataset: loading.Dataset) -> np.ndarray:
     """What the program score says of some rows with their labels."""
     rows, labels = (part.numpy() for part in some(dataset))
-    interpreter = eager_interpreter(dataset.spec, FAMILIES[family].load().programs(network, dataset))
+    interpreter = eager_interpreter(dataset.spec, FAMILIES[family].load().build_programs(network, dataset))
     program = interpreter.program("score")
     asked = make_rows(program, 0, range(ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels})
     answer: np.ndarray = interpreter.run("score", asked)[program.score.nats_output]
@@ -141,7 +141,7 @@ def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.
 
 def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> Tensors:
     """What a program of the VAE gives for some rows with seed 9; keywords are parameters or inputs."""
-    interpreter = eager_interpreter(dataset.spec, vae.FAMILY.programs(network, dataset))
+    interpreter = eager_interpreter(dataset.spec, vae.FAMILY.build_programs(network, dataset))
     inputs = {name: value for name, value in settings.items() if isinstance(value, np.ndarray)}
     parameters = {name: value for name, value in settings.items() if name not in inputs}
     return interpreter.run(
@@ -192,7 +192,7 @@ def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: loading.Dat
 
 def test_trained_energies_are_low_where_rows_are(moons: loading.Dataset) -> None:
     torch.manual_seed(0)
-    model = ebm.FAMILY.network(moons, SMALL)
+    model = ebm.FAMILY.build_network(moons, SMALL)
     fit(model, moons, SETTINGS)
     with torch.no_grad():
         rows, drawn = torch.tensor(moons.test.rows[:400]), model.base.sample(400)
@@ -209,7 +209,7 @@ class Certain(toys.Exact):
 
 
 def certain(moons: loading.Dataset) -> Denoiser:
-    denoiser = diffusion.FAMILY.network(moons, SMALL)
+    denoiser = diffusion.FAMILY.build_network(moons, SMALL)
     denoiser.network = Certain()
     denoiser.network.spread = denoiser.data_std
     return denoiser.eval()

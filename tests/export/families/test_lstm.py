@@ -32,7 +32,7 @@ def dataset(vocabulary: tuple[str, ...], rows: Tokens) -> loading.Dataset:
 
 def untrained(given: loading.Dataset, preset: Preset = TINY) -> LSTM:
     torch.manual_seed(0)
-    network = FAMILY.network(given, preset)
+    network = FAMILY.build_network(given, preset)
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(0.5 * torch.randn_like(weights))
@@ -40,7 +40,7 @@ def untrained(given: loading.Dataset, preset: Preset = TINY) -> LSTM:
 
 
 def interpreter_of(given: loading.Dataset) -> Interpreter:
-    return eager_interpreter(given.spec, FAMILY.programs(untrained(given), given))
+    return eager_interpreter(given.spec, FAMILY.build_programs(untrained(given), given))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_it_learns_what_there_is_to_learn() -> None:
     corpus = text.split_rows(np.tile(np.array([1, 2, 3], np.uint8), 2000))
     given = dataset(("", "a", "b", "c"), corpus)
     preset = Preset(width=16, depth=1, training=Settings(60, 8, 2e-2, ema_decay=0.8, evaluations=2))
-    network = FAMILY.network(given, preset)
+    network = FAMILY.build_network(given, preset)
     fit(network, given, preset.training)
     nats = -network.log_masses(torch.from_numpy(corpus[:4]).long())
     assert nats[:, 0].mean() == pytest.approx(np.log(3), abs=0.3)
@@ -272,7 +272,7 @@ def test_it_learns_what_there_is_to_learn() -> None:
 def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
     lengths = np.array([300, 300, 20, 640] * 8)
     rows = np.where(np.arange(640) < lengths[:, None], np.arange(640) % 49 + 4, 0).astype(np.uint8)
-    network = FAMILY.network(dataset(chorales.VOCABULARY, rows), TINY)
+    network = FAMILY.build_network(dataset(chorales.VOCABULARY, rows), TINY)
     torch.manual_seed(0)
     tokens, before = network._windows(torch.from_numpy(rows).long())
     assert tokens.shape == before.shape == (32, WINDOW)
@@ -288,7 +288,7 @@ def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
 
 def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
     rows = np.tile(np.arange(1, 21, dtype=np.uint8), (16, 20))
-    tokens, before = FAMILY.network(dataset(words.spec.vocabulary, rows), TINY)._windows(
+    tokens, before = FAMILY.build_network(dataset(words.spec.vocabulary, rows), TINY)._windows(
         torch.from_numpy(rows).long()
     )
     assert (before[:, 0] == 0).all()
@@ -298,7 +298,7 @@ def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
 def test_images_are_refused(words: loading.Dataset) -> None:
     value = DataSpec("image", TensorSpec("image", "uint8", (8, 8), 0, 16), 17)
     with pytest.raises(loading.DataError, match="expected sequences of tokens, got image rows"):
-        FAMILY.network(dataclasses.replace(words, spec=value), TINY)
+        FAMILY.build_network(dataclasses.replace(words, spec=value), TINY)
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
@@ -323,7 +323,7 @@ def test_an_n_gram_is_witten_and_bells() -> None:
 def test_quality_compares_with_the_n_gram_on_the_same_rows(
     interpreter: Interpreter, words: loading.Dataset
 ) -> None:
-    ours, rival, gain = FAMILY.quality(interpreter, words, STARTER)
+    ours, rival, gain = FAMILY.measure_quality(interpreter, words, STARTER)
     nats = score(interpreter, words.test.rows)["log_mass"]
     assert ours.value == pytest.approx(-nats.sum() / (4 * 24) / np.log(2), rel=1e-5)
     assert (ours.unit, rival.unit) == ("bits/char", "bits/char")

@@ -21,7 +21,7 @@ Images = NDArray[np.uint8]
 
 def untrained(dataset: loading.Dataset) -> PixelCNN:
     torch.manual_seed(0)
-    network = FAMILY.network(dataset, TINY)
+    network = FAMILY.build_network(dataset, TINY)
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(0.3 * torch.randn_like(weights))
@@ -35,7 +35,7 @@ def network(digits: loading.Dataset) -> PixelCNN:
 
 @pytest.fixture(scope="module")
 def interpreter(network: PixelCNN, digits: loading.Dataset) -> Interpreter:
-    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
+    return eager_interpreter(digits.spec, FAMILY.build_programs(network, digits))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def bits() -> loading.Dataset:
 
 @pytest.fixture(scope="module")
 def bit_interpreter(bits: loading.Dataset) -> Interpreter:
-    return eager_interpreter(bits.spec, FAMILY.programs(untrained(bits), bits))
+    return eager_interpreter(bits.spec, FAMILY.build_programs(untrained(bits), bits))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,9 @@ def test_a_step_inverts_the_conditional_that_the_score_reports(
     """For every pixel of an image: uniforms at the ends of its level's interval give it, above it more."""
     image = torch.tensor(digits.test.rows[4:5]).long()
     label = torch.tensor([digits.test.labels[4]])
-    step = next(program.step for program in FAMILY.programs(network, digits) if program.step is not None)
+    step = next(
+        program.step for program in FAMILY.build_programs(network, digits) if program.step is not None
+    )
     conditionals = np.exp(score(interpreter, digits.test.rows[4:5], int(label))["log_mass_by_pixel"].ravel())
     reached = logits_of(network, image, label).softmax(-1).cumsum(-1)
     for pixel in range(64):
@@ -239,4 +241,4 @@ def test_a_temperature_of_zero_takes_the_likeliest_levels(
 def test_colour_is_refused(digits: loading.Dataset) -> None:
     value = dataclasses.replace(digits.spec, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
     with pytest.raises(loading.DataError, match=r"grey images \[height, width\], got .* \[8, 8, 3\]"):
-        FAMILY.network(dataclasses.replace(digits, spec=value), TINY)
+        FAMILY.build_network(dataclasses.replace(digits, spec=value), TINY)

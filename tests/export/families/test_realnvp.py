@@ -27,7 +27,7 @@ PRESET = Preset(width=16, depth=6, training=Settings(steps=1))
 def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
     """A flow that is far from the identity with which it begins."""
     torch.manual_seed(0)
-    flow = FAMILY.network(dataset, PRESET)
+    flow = FAMILY.build_network(dataset, PRESET)
     with torch.no_grad():
         for weights in flow.parameters():
             weights.add_(scale * torch.randn_like(weights))
@@ -35,7 +35,7 @@ def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
 
 
 def interpreter(dataset: loading.Dataset) -> Interpreter:
-    return eager_interpreter(dataset.spec, FAMILY.programs(randomised(dataset), dataset))
+    return eager_interpreter(dataset.spec, FAMILY.build_programs(randomised(dataset), dataset))
 
 
 def play(
@@ -133,7 +133,7 @@ def test_a_coupling_keeps_half_and_scales_the_rest_within_bounds() -> None:
 
 def test_the_untrained_flow_of_points_is_the_normal_distribution(moons: loading.Dataset) -> None:
     rows = torch.from_numpy(moons.test.rows[:5])
-    torch.testing.assert_close(FAMILY.network(moons, PRESET).eval().log_density(rows), normal(rows))
+    torch.testing.assert_close(FAMILY.build_network(moons, PRESET).eval().log_density(rows), normal(rows))
 
 
 def normal(latent: Tensor) -> Tensor:

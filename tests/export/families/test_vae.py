@@ -26,14 +26,14 @@ def randomise(network: torch.nn.Module, scale: float) -> None:
 @pytest.fixture(scope="module")
 def network(digits: loading.Dataset) -> VAE:
     torch.manual_seed(0)
-    vae = FAMILY.network(digits, Preset(width=16, depth=1, training=Settings(steps=1)))
+    vae = FAMILY.build_network(digits, Preset(width=16, depth=1, training=Settings(steps=1)))
     randomise(vae, 0.1)
     return vae.eval()
 
 
 @pytest.fixture(scope="module")
 def interpreter(network: VAE, digits: loading.Dataset) -> Interpreter:
-    return eager_interpreter(digits.spec, FAMILY.programs(network, digits))
+    return eager_interpreter(digits.spec, FAMILY.build_programs(network, digits))
 
 
 def score(interpreter: Interpreter, images: np.ndarray, draws: int, seed: int = 0) -> Tensors:

@@ -184,7 +184,7 @@ def test_a_second_signal_does_not_wait() -> None:
 class Stopping(mlp.Family):
     """Interrupted when its training is over."""
 
-    def programs(self, network: trainer.Network, data: Dataset) -> tuple[Program, ...]:
+    def build_programs(self, network: trainer.Network, data: Dataset) -> tuple[Program, ...]:
         raise KeyboardInterrupt
 
 
@@ -218,8 +218,8 @@ def test_an_interrupted_recipe_says_where_it_goes_on(
 class Exploding(mlp.Family):
     """Its loss is no number."""
 
-    def network(self, data: Dataset, preset: Preset) -> Classifier:
-        classifier = super().network(data, preset)
+    def build_network(self, data: Dataset, preset: Preset) -> Classifier:
+        classifier = super().build_network(data, preset)
         with torch.no_grad():
             classifier.head.bias.fill_(float("nan"))
         return classifier
