@@ -1,1 +1,1 @@
-"""Distributions, estimators and batch-invariant operators that families share."""
+"""Distributions, estimators and batch-invariant operators that model families share."""

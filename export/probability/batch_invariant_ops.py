@@ -1,7 +1,8 @@
-"""Numbers that do not depend on the slot in which a row lies.
+"""Operators whose result for a row does not depend on the row's position in the batch.
 
-Kernels work in SIMD packets and treat what is left over at the end otherwise: its sums are added in another
-order, its logarithms rounded by another function. Over whole packets there is nothing left over.
+Kernels process vectors of SIMD_WIDTH numbers and treat the remainder differently: they add a remainder in
+another order, and compute its logarithms by another function. These operators pad to full vectors, which
+leaves no remainder.
 """
 
 from collections.abc import Callable
@@ -9,14 +10,17 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
-PACKET = 16
+SIMD_WIDTH = 16
 
 
-def total(terms: Tensor) -> Tensor:
-    """Sum over the last axis, the same in whichever slot a row lies."""
-    return functional.pad(terms, (0, -terms.shape[-1] % PACKET)).sum(-1)
+def batch_invariant_sum(terms: Tensor) -> Tensor:
+    """Return the sum over the last axis."""
+    return functional.pad(terms, (0, -terms.shape[-1] % SIMD_WIDTH)).sum(-1)
 
 
-def by_packets(function: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
-    """A transcendental function of numbers [B], each spread over a packet of its own."""
-    return function(numbers.unsqueeze(1).expand(-1, PACKET))[:, 0]
+def batch_invariant_map(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Return an elementwise transcendental function of values [B].
+
+    Each value is repeated to a full vector of its own.
+    """
+    return function(values.unsqueeze(1).expand(-1, SIMD_WIDTH))[:, 0]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from export.probability.batch_invariant_ops import total
+from export.probability.batch_invariant_ops import batch_invariant_sum
 
 
 class EnergyFunction(Protocol):
@@ -71,7 +71,7 @@ def log_acceptance(here: ChainState, there: ChainState, step_size: Tensor) -> Te
 def _log_step(start: ChainState, end: Tensor, step_size: Tensor) -> Tensor:
     """Log-density of the step to `end`, up to what every step of that size has in common."""
     eta = step_size.unsqueeze(1)
-    return -total((end - start.x + eta * start.gradient).square()) / (4 * step_size)
+    return -batch_invariant_sum((end - start.x + eta * start.gradient).square()) / (4 * step_size)
 
 
 def adjust(

@@ -19,8 +19,8 @@ from torch.nn import functional
 from export.datasets.loading import Dataset
 from export.families.base import Preset
 from export.families.diffusion.solvers import per_row
-from export.probability.batch_invariant_ops import by_packets, total
-from export.probability.discretized_logistic import nearest, scaled
+from export.probability.batch_invariant_ops import batch_invariant_map, batch_invariant_sum
+from export.probability.discretized_logistic import scale_rows, unscale_rows
 from export.training.trainer import Network
 
 FREQUENCIES = 16
@@ -79,7 +79,7 @@ class Perceptron(nn.Module):
             share = before.sigmoid()
             point = before * share
             slopes = (slopes @ layer.weight.T) * (share * (1 + before * (1 - share))).unsqueeze(1)
-        return self.exit(point), total((slopes @ self.exit.weight.T * self.axes).flatten(1))
+        return self.exit(point), batch_invariant_sum((slopes @ self.exit.weight.T * self.axes).flatten(1))
 
 
 class Block(nn.Module):
@@ -189,11 +189,11 @@ class Denoiser(Network):
 
     def scale(self, rows: Tensor) -> Tensor:
         """Values as D takes them: integers 0..levels-1 as numbers -1..1, points as they are."""
-        return scaled(rows, self.levels)
+        return scale_rows(rows, self.levels)
 
     def value(self, row: Tensor) -> Tensor:
         """The reverse of scale: pixels as the nearest integers, uint8."""
-        return nearest(row, self.levels)
+        return unscale_rows(row, self.levels)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """Denoised rows [B, *shape] of x [B, *shape] at sigma [B] with int64 labels [B]."""
@@ -204,13 +204,13 @@ class Denoiser(Network):
 
     def estimate(self, normed: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """F of rows [B, *shape] divided by sqrt(sigma^2 + s^2)."""
-        estimate: Tensor = self.network(normed, by_packets(torch.log, sigma) / 4, label)
+        estimate: Tensor = self.network(normed, batch_invariant_map(torch.log, sigma) / 4, label)
         return estimate
 
     def divergence(self, normed: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """F of points [B, D] divided by sqrt(sigma^2 + s^2), and its divergence [B]."""
         assert isinstance(self.network, Perceptron)
-        return self.network.divergence(normed, by_packets(torch.log, sigma) / 4, label)
+        return self.network.divergence(normed, batch_invariant_map(torch.log, sigma) / 4, label)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Weighted squared error at a random noise level (Karras et al., Table 1) [B]."""

@@ -27,7 +27,7 @@ from export.families.diffusion.sampling import given, open_label
 from export.families.diffusion.solvers import SIGMA_MAX, SIGMA_MIN, per_row
 from export.families.diffusion.variational_bound import DecoderLikelihood, space
 from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
-from export.probability.batch_invariant_ops import by_packets, total
+from export.probability.batch_invariant_ops import batch_invariant_map, batch_invariant_sum
 
 STAGES, MAX_STEPS = 4, 400
 # Random directions of a step, and how far along them the slope is taken.
@@ -63,7 +63,7 @@ class InitOfImage(nn.Module):
         sigma = torch.full_like(label, self.last_level.sigma, dtype=clean.dtype)
         z = clean + self.last_level.sigma * last_noise
         y, denoised = z / self.norm, self.denoiser(z, sigma, label)
-        told = self.last_level(clean, denoised) + total(last_noise.flatten(1).square()) / 2
+        told = self.last_level(clean, denoised) + batch_invariant_sum(last_noise.flatten(1).square()) / 2
         return y, y.clone(), torch.zeros_like(y), told + self.cost, torch.zeros_like(told)
 
 
@@ -82,7 +82,7 @@ class _Step(nn.Module):
         outer, inner = (stage == 0) | (stage == STAGES - 1), torch.full_like(start, 0.5)
         share = torch.where(outer, (stage > 0).to(start.dtype), inner)
         return _Stage(
-            sigma=self.spread * by_packets(torch.tan, start + share * (end - start)),
+            sigma=self.spread * batch_invariant_map(torch.tan, start + share * (end - start)),
             weight=(end - start) * torch.where(outer, inner / 3, 2 * inner / 3),
             lead=(end - start) * torch.where(stage == STAGES - 2, 2 * inner, inner),
             is_last=stage == STAGES - 1,
@@ -157,7 +157,7 @@ class StepOfImage(_Step):
             places.reshape(-1, *y.shape[1:]), sigma.reshape(-1), labels.reshape(-1)
         )
         ahead, behind = estimates.reshape(places.shape).unbind(1)
-        slopes = total(((ahead - behind) * probes).flatten(2)) / (2 * REACH)
+        slopes = batch_invariant_sum(((ahead - behind) * probes).flatten(2)) / (2 * REACH)
         one, other = slopes.unbind(1)
         first, second = (ahead + behind).unbind(1)
         return (
@@ -184,7 +184,7 @@ class ReadoutOfImage(nn.Module):
 def _normal(y: Tensor) -> Tensor:
     """Log-density [B] of the standard normal distribution."""
     flat = y.flatten(1)
-    return -total(flat.square()) / 2 - flat.shape[1] * math.log(2 * math.pi) / 2
+    return -batch_invariant_sum(flat.square()) / 2 - flat.shape[1] * math.log(2 * math.pi) / 2
 
 
 def program(denoiser: Denoiser, value: DataSpec) -> Program:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from export.probability.batch_invariant_ops import by_packets
+from export.probability.batch_invariant_ops import batch_invariant_map
 
 SAMPLERS = ("ddim", "heun", "dpmpp2m")
 DDIM, HEUN, DPMPP2M = range(3)
@@ -175,8 +175,8 @@ def _sine(after: Tensor, now: Tensor) -> Tensor:
 
 def _bend(before: Tensor, now: Tensor, after: Tensor) -> Tensor:
     """1 / (2 r) of DPM-Solver++(2M), with r the ratio of the last log-step to this one."""
-    step = by_packets(torch.log, now / after.clamp(min=SIGMA_MIN / 2))
-    return step / (2 * by_packets(torch.log, before / now))
+    step = batch_invariant_map(torch.log, now / after.clamp(min=SIGMA_MIN / 2))
+    return step / (2 * batch_invariant_map(torch.log, before / now))
 
 
 def per_row(numbers: Tensor, like: Tensor) -> Tensor:

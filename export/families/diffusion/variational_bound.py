@@ -20,7 +20,7 @@ from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import given, open_label
 from export.families.diffusion.solvers import SIGMA_MAX
 from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
-from export.probability.batch_invariant_ops import by_packets, total
+from export.probability.batch_invariant_ops import batch_invariant_map, batch_invariant_sum
 
 # The last noise level of points, and of images as a share of the distance between two levels of a pixel.
 POINT_LEVEL, LEVEL_SHARE = 0.01, 1 / 3
@@ -40,12 +40,14 @@ class DecoderLikelihood(nn.Module):
 
     def forward(self, clean: Tensor, denoised: Tensor) -> Tensor:
         """log p(x | z) in nats [B] of clean rows, for D(z); both [B, *shape]."""
-        exponent = -total(((clean - denoised) / self.sigma).flatten(1).square()) / 2
+        exponent = -batch_invariant_sum(((clean - denoised) / self.sigma).flatten(1).square()) / 2
         if not self.levels:
             return exponent - self.dimensions * math.log(self.sigma * math.sqrt(2 * math.pi))
         others = -((denoised.flatten(1).unsqueeze(2) - self.grid) / self.sigma).square() / 2
         largest = others.amax(2)
-        return exponent - total(largest + total((others - largest.unsqueeze(2)).exp()).log())
+        return exponent - batch_invariant_sum(
+            largest + batch_invariant_sum((others - largest.unsqueeze(2)).exp()).log()
+        )
 
 
 class _Init(nn.Module):
@@ -100,14 +102,14 @@ class Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         weight, sigma = self.level((step_index + level_noise) / num_steps)
         denoised, last = self.denoised(clean, sigma, torch.stack([row_noise, last_noise], 1), label)
-        integral = self.depth * weight * total((clean - denoised).flatten(1).square()) / 2
+        integral = self.depth * weight * batch_invariant_sum((clean - denoised).flatten(1).square()) / 2
         now = self.last_level(clean, last) - self.prior(clean) - integral
         change = torch.where(step_index > 0, now - drawn, torch.zeros_like(now))
         return clean.clone(), sum + now, now, squares + change.square()
 
     def level(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """1 / sigma^2 + 1 / s^2 and sigma [B] at a position [B] between the levels, from 0 to 1."""
-        weight = by_packets(torch.exp, self.first + self.depth * position)
+        weight = batch_invariant_map(torch.exp, self.first + self.depth * position)
         return weight, (weight - 1 / self.variance).clamp(min=SIGMA_MAX**-2).rsqrt()
 
     def denoised(self, clean: Tensor, sigma: Tensor, noise: Tensor, label: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +123,7 @@ class Step(nn.Module):
     def prior(self, clean: Tensor) -> Tensor:
         """KL divergence [B] of what is left of a row at SIGMA_MAX from the model's normal distribution."""
         dimensions = self.denoiser.dimensions
-        excess = total(clean.flatten(1).square()) - dimensions * self.variance
+        excess = batch_invariant_sum(clean.flatten(1).square()) - dimensions * self.variance
         spread = dimensions * math.log1p(self.variance / SIGMA_MAX**2)
         return (excess / (SIGMA_MAX**2 + self.variance) + spread) / 2
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from export.datasets.loading import Dataset
 from export.families.base import Preset
-from export.probability.discretized_logistic import nearest, scaled
-from export.probability.ppca_mixture import Mixture
+from export.probability.discretized_logistic import scale_rows, unscale_rows
+from export.probability.ppca_mixture import PpcaMixture
 from export.training.trainer import Network
 
 NOISE_SHARE = 2
@@ -197,11 +197,11 @@ class EnergyModel(Network):
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Rows [B, *shape] as coordinates [B, D], without noise."""
-        return scaled(rows.flatten(1), self.levels)
+        return scale_rows(rows.flatten(1), self.levels)
 
     def value(self, x: Tensor) -> Tensor:
         """Coordinates [B, D] as values [B, *shape]: points as they are, pixels as the nearest integers."""
-        return nearest(x, self.levels).reshape(-1, *self.shape)
+        return unscale_rows(x, self.levels).reshape(-1, *self.shape)
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """How badly f tells each row from the noise drawn for it, in nats [B]."""
@@ -210,11 +210,11 @@ class EnergyModel(Network):
         noise = self.base.sample(NOISE_SHARE * len(x))
         return contrastive_loss(self.tilt(x), self.tilt(noise).reshape(NOISE_SHARE, -1))
 
-    def _base(self, data: Dataset) -> Mixture:
+    def _base(self, data: Dataset) -> PpcaMixture:
         if not self.levels:
-            return Mixture.wide(self.dimensions, POINT_NOISE)
+            return PpcaMixture.isotropic(self.dimensions, POINT_NOISE)
         rows = self.coordinates(torch.from_numpy(data.train.rows))
-        return Mixture.of_classes(
+        return PpcaMixture.fit(
             rows, torch.from_numpy(data.train.labels), RANK, math.hypot(self.smoothing, WIDENING)
         )
 

@@ -30,7 +30,9 @@ class _Start(Part):
         clean, fixed = self.model.coordinates(given), known.flatten(1) == 1
         from_given = fixed | (start == GIVEN).unsqueeze(1)
         x = torch.where(
-            from_given, clean + self.model.smoothing * rest, self.model.base.draw(component, factor, rest)
+            from_given,
+            clean + self.model.smoothing * rest,
+            self.model.base.transform(component, factor, rest),
         )
         energy, gradient = self.model.energy(x)
         return x, energy, _free(gradient, known), torch.zeros_like(energy), clean

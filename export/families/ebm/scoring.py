@@ -6,7 +6,7 @@ from torch import Tensor
 from export.families.ebm.energy import EnergyModel, Part
 from export.families.ebm.log_partition import GRID_CELLS, GRID_LIMIT, TEMPERATURES, Normaliser, normaliser
 from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, TensorSpec
-from export.probability.batch_invariant_ops import total
+from export.probability.batch_invariant_ops import batch_invariant_sum
 
 BLURS = ("none", "draw")
 DRAW = BLURS.index("draw")
@@ -17,7 +17,7 @@ class _Energy(Part):
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy, gradient = self.model.energy(self.model.coordinates(rows))
-        return energy, gradient.reshape(-1, *self.model.shape), total(gradient.square()).sqrt()
+        return energy, gradient.reshape(-1, *self.model.shape), batch_invariant_sum(gradient.square()).sqrt()
 
 
 class EnergyOfPoint(_Energy):

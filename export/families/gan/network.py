@@ -40,7 +40,7 @@ from export.evaluation.figures import Drawing, Panel, Scatter
 from export.evaluation.sample_quality import SETS, SampleEvaluator, play, sampler, two_sample_test
 from export.families.base import Preset, label_input
 from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, TensorSpec
-from export.probability.discretized_logistic import nearest, scaled
+from export.probability.discretized_logistic import scale_rows, unscale_rows
 from export.training.trainer import Network, Objective, Settings
 from samovar.v1 import manifest_pb2
 
@@ -133,11 +133,11 @@ class Generator(nn.Module):
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Rows as the networks see them: pixels -1..1, points as they are."""
-        return scaled(rows, self.levels)
+        return scale_rows(rows, self.levels)
 
     def value(self, row: Tensor) -> Tensor:
         """Scaled rows as they are served: the nearest integers, uint8, for pixels."""
-        return nearest(row, self.levels)
+        return unscale_rows(row, self.levels)
 
     def draw(self, labels: Tensor) -> Tensor:
         """Scaled rows of these labels [B], of latents drawn by torch."""

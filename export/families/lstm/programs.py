@@ -32,7 +32,7 @@ from export.evaluation.ngram import ORDER, WittenBell
 from export.evaluation.sample_quality import play
 from export.families.base import Preset
 from export.graphs.program import Input, Noise, Parameter, Program, Score, Steps, TensorSpec
-from export.probability.batch_invariant_ops import PACKET
+from export.probability.batch_invariant_ops import SIMD_WIDTH
 from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
@@ -70,7 +70,7 @@ class LSTM(Network):
         self.layers = nn.LSTM(self.width, self.width, self.depth, batch_first=True, dropout=dropout)
         self.dropout = nn.Dropout(preset.dropout)
         # As wide as it takes to have an index for every token, 0 among them, in whole packets.
-        self.head = nn.Linear(self.width, -(-len(vocabulary) // PACKET) * PACKET)
+        self.head = nn.Linear(self.width, -(-len(vocabulary) // SIMD_WIDTH) * SIMD_WIDTH)
         indices = torch.arange(self.head.out_features)
         is_token = (indices > 0) & (indices <= self.symbols)
         self.register_buffer("impossible", torch.where(is_token, 0.0, _NOTHING))

@@ -124,7 +124,7 @@ class InpaintInit(_Part):
         self, image: Tensor, known: Tensor, start_latent: Tensor, start_noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         mixture = self.vae.decode(start_latent)
-        start = mixture.quantise(mixture.draw(start_noise))
+        start = mixture.quantize(mixture.sample_by_inversion(start_noise))
         return torch.where(known == 1, image, start), start_latent
 
 
@@ -151,7 +151,9 @@ class InpaintStep(_Part):
         accepted = is_gibbs | (acceptance.log() < log_weights[:, 1] - log_weights[:, 0])
         latent = torch.where(accepted.unsqueeze(1), mean + std * latent_noise, latent)
         mixture = self.vae.decode(latent)
-        return torch.where(known == 1, canvas, mixture.quantise(mixture.draw(pixel_noise))), latent
+        return torch.where(
+            known == 1, canvas, mixture.quantize(mixture.sample_by_inversion(pixel_noise))
+        ), latent
 
 
 class InpaintReadout(_Part):
@@ -160,7 +162,7 @@ class InpaintReadout(_Part):
     def forward(self, canvas: Tensor, latent: Tensor, known: Tensor, pixels: Tensor) -> Tensor:
         mixture = self.vae.decode(latent)
         kept = (known == 1) | _per_row(pixels == 1, canvas)
-        return torch.where(kept, canvas, mixture.quantise(mixture.mean()))
+        return torch.where(kept, canvas, mixture.quantize(mixture.mean()))
 
 
 class Reconstruct(_Part):
@@ -170,7 +172,7 @@ class Reconstruct(_Part):
         mean, std = self.vae.encode(image)
         drawn = (latent == 1).unsqueeze(1)
         pixels = self.vae.decode(torch.where(drawn, mean + std * latent_noise, mean))
-        return pixels.quantise(pixels.mean())
+        return pixels.quantize(pixels.mean())
 
 
 class ScoreInit(_Part):
@@ -178,7 +180,7 @@ class ScoreInit(_Part):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std = self.vae.encode(image)
-        return mean, std, *importance_weighting.nothing(mean[:, 0])
+        return mean, std, *importance_weighting.empty_sums(mean[:, 0])
 
 
 class ScoreStep(_Part):
@@ -196,13 +198,15 @@ class ScoreStep(_Part):
         step_index: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_weights = self.vae.log_weights(image, mean, std, latent_noise)
-        sums = importance_weighting.add((log_sum, log_sum_of_squares), log_weights, draws, step_index)
+        sums = importance_weighting.add_log_weights(
+            (log_sum, log_sum_of_squares), log_weights, draws, step_index
+        )
         return mean, std, *sums
 
 
 def _rendered(mixture: PixelMixture, pixels: Tensor, noise: Tensor) -> Tensor:
     drawn = _per_row(pixels == 1, noise)
-    return mixture.quantise(torch.where(drawn, mixture.draw(noise), mixture.mean()))
+    return mixture.quantize(torch.where(drawn, mixture.sample_by_inversion(noise), mixture.mean()))
 
 
 def _per_row(flags: Tensor, like: Tensor) -> Tensor:
@@ -428,7 +432,7 @@ def _score(vae: VAE, image: TensorSpec, space: str) -> Program:
         operation="score",
         init=ScoreInit(vae),
         step=ScoreStep(vae),
-        readout=importance_weighting.Bound(),
+        readout=importance_weighting.ImportanceBound(),
         outputs=(
             TensorSpec(
                 "log_likelihood", doc="importance-weighted bound on the log-mass of the image, in nats"
@@ -441,7 +445,7 @@ def _score(vae: VAE, image: TensorSpec, space: str) -> Program:
             *importance_weighting.STATE,
         ),
         steps=importance_weighting.STEPS,
-        parameters=(importance_weighting.draws("importance draws per image"),),
+        parameters=(importance_weighting.draws_parameter("importance draws per image"),),
         inputs=(Input(image),),
         noise=(_latent_noise(0, "latent_noise", importance_weighting.DRAWS_PER_STEP),),
         score=Score("lower_bound", vae.dimensions, space, "log_likelihood", "standard_error", "draws"),

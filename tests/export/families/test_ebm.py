@@ -23,7 +23,7 @@ from export.graphs.formats import FORMATS
 from export.graphs.program import TensorSpec
 from export.probability import langevin
 from export.probability.langevin import ChainState, EnergyFunction
-from export.probability.ppca_mixture import Mixture
+from export.probability.ppca_mixture import PpcaMixture
 from export.training.trainer import Settings
 from samovar import noise
 from samovar.v1 import manifest_pb2
@@ -135,7 +135,7 @@ def test_a_mixture_is_the_sum_of_its_normal_distributions() -> None:
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     rows = torch.randn(300, 5).double() @ torch.randn(5, 5).double() + 3 * labels.unsqueeze(1)
-    mixture = Mixture.of_classes(rows, labels, 4, 0.5).double()
+    mixture = PpcaMixture.fit(rows, labels, 4, 0.5).double()
     parts = [rows[labels == label] for label in range(3)]
     # Four factors of five dimensions leave a single variance over, so the fit is the sample covariance.
     normals = [
@@ -155,7 +155,7 @@ def test_draws_of_a_mixture_have_its_moments() -> None:
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     rows = torch.randn(300, 5) @ torch.randn(5, 5) + 3 * labels.unsqueeze(1)
-    drawn = Mixture.of_classes(rows, labels, 4, 0.5).sample(200_000)
+    drawn = PpcaMixture.fit(rows, labels, 4, 0.5).sample(200_000)
     torch.testing.assert_close(drawn.mean(0), rows.mean(0), atol=0.05, rtol=0)
     covariance = torch.cov(rows.T, correction=0) + 0.25 * torch.eye(5)
     torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.02, atol=0.1)
@@ -204,7 +204,7 @@ def test_the_acceptance_ratio_by_hand() -> None:
 def test_the_acceptance_ratio_is_detailed_balance() -> None:
     """p(a) q(b | a) min(1, r) is the same both ways."""
     torch.manual_seed(0)
-    model, eta = Mixture.wide(3, 0.7), torch.full((50,), 0.3)
+    model, eta = PpcaMixture.isotropic(3, 0.7), torch.full((50,), 0.3)
     a, b = (ChainState(x, *model.energy(x)) for x in torch.randn(2, 50, 3))
 
     def flow(start: ChainState, end: ChainState) -> Tensor:
@@ -275,7 +275,7 @@ def test_annealing_finds_a_known_normaliser_from_both_sides() -> None:
         def energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x.square().sum(1), 2 * x
 
-    base, expected = Mixture.wide(4, 1.0), -2 * math.log(3)
+    base, expected = PpcaMixture.isotropic(4, 1.0), -2 * math.log(3)
     path, times = langevin.Path(base, Square()), torch.linspace(0, 1, 41)
     _, forwards = path.walk(base.sample(4000), times, 0.2, "forwards")
     _, backwards = path.walk(base.sample(4000) / math.sqrt(3), times.flip(0), 0.2, "backwards")
