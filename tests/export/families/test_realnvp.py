@@ -1,4 +1,4 @@
-"""RealNVP: its determinant is the Jacobian's, its density is one, its inverse exact, its bound a bound."""
+"""Tests of RealNVP: exact determinant, normalized density, exact inverse, valid likelihood bound."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ from export.artifacts import reader, verify
 from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
-from export.families.realnvp import DRAW, FAMILY, LARGEST_LOG_SCALE, Coupling, EmpiricalCdf, RealNVP, masks
+from export.families.realnvp import FAMILY
+from export.families.realnvp.network import MAX_LOG_SCALE, Coupling, EmpiricalCdf, RealNVP, coupling_masks
+from export.families.realnvp.programs import DRAW
 from export.graphs.program import DataSpec, TensorSpec
 from export.probability.importance_weighting import DRAWS_PER_STEP
 from export.training.trainer import Settings
@@ -24,8 +26,8 @@ from samovar.v1 import manifest_pb2
 PRESET = Preset(width=16, depth=6, training=Settings(steps=1))
 
 
-def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
-    """A flow that is far from the identity with which it begins."""
+def randomized(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
+    """Return a flow with random weights, far from its initial identity."""
     torch.manual_seed(0)
     flow = FAMILY.build_network(dataset, PRESET)
     with torch.no_grad():
@@ -35,17 +37,17 @@ def randomised(dataset: loading.Dataset, scale: float = 0.15) -> RealNVP:
 
 
 def interpreter(dataset: loading.Dataset) -> Interpreter:
-    return eager_interpreter(dataset.spec, FAMILY.build_programs(randomised(dataset), dataset))
+    return eager_interpreter(dataset.spec, FAMILY.build_programs(randomized(dataset), dataset))
 
 
-def play(
+def run(
     interpreter: Interpreter,
     operation: str,
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Tensors:
-    """Six rows of a request, or as many as the inputs have."""
+    """Run a request with one row for each input row, or with six rows if there are no inputs."""
     count = len(next(iter(inputs.values()), range(6)))
     return interpreter.run(
         operation, make_rows(interpreter.program(operation), seed, range(count), parameters, inputs)
@@ -53,128 +55,132 @@ def play(
 
 
 def coordinates(dataset: loading.Dataset, count: int) -> Tensor:
-    """Test rows as the flow takes them [count, D], in double precision."""
+    """Return test rows as coordinates, float64 [count, D]; pixels get uniform noise."""
     rows = torch.from_numpy(dataset.test.rows[:count]).flatten(1).double()
     return rows + torch.rand_like(rows) if dataset.spec.num_levels else rows
 
 
-def test_the_log_determinant_is_that_of_the_jacobian(dataset: loading.Dataset) -> None:
-    flow = randomised(dataset).double()
+def test_encode_log_determinant_equals_jacobian_log_determinant(dataset: loading.Dataset) -> None:
+    flow = randomized(dataset).double()
     for row in coordinates(dataset, 4):
         jacobian = torch.func.jacrev(lambda x: flow.encode(x)[0])(row)
         torch.testing.assert_close(flow.encode(row)[1].sum(), torch.linalg.slogdet(jacobian).logabsdet)
 
 
-def test_the_density_is_the_base_density_times_the_determinant(dataset: loading.Dataset) -> None:
-    flow, rows = randomised(dataset).double(), coordinates(dataset, 8)
-    latent, slopes = flow.encode(rows)
-    torch.testing.assert_close(flow.log_density(rows), normal(latent) + slopes.sum(1))
+def test_log_density_is_base_log_density_plus_log_determinant(dataset: loading.Dataset) -> None:
+    flow, rows = randomized(dataset).double(), coordinates(dataset, 8)
+    latent, log_det_terms = flow.encode(rows)
+    torch.testing.assert_close(flow.log_density(rows), normal_log_density(latent) + log_det_terms.sum(1))
 
 
-def test_the_density_integrates_to_one(moons: loading.Dataset) -> None:
-    flow = randomised(moons, 0.3).double()
+def test_density_of_points_integrates_to_one(moons: loading.Dataset) -> None:
+    flow = randomized(moons, 0.3).double()
     axis = torch.linspace(-20, 20, 501).double()
-    total = flow.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * (40 / 500) ** 2
-    assert float(total) == pytest.approx(1, abs=1e-4)
+    integral = flow.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * (40 / 500) ** 2
+    assert float(integral) == pytest.approx(1, abs=1e-4)
 
 
-def test_decoding_is_the_inverse_of_encoding(dataset: loading.Dataset) -> None:
-    flow, rows = randomised(dataset), coordinates(dataset, 50).float()
+def test_decode_inverts_encode(dataset: loading.Dataset) -> None:
+    flow, rows = randomized(dataset), coordinates(dataset, 50).float()
     torch.testing.assert_close(flow.decode(flow.encode(rows)[0]), rows, atol=1e-4, rtol=0)
     latent = torch.randn(50, flow.dimensions).double()
     flow.double()
     torch.testing.assert_close(flow.encode(flow.decode(latent))[0], latent, atol=1e-4, rtol=0)
 
 
-def test_a_pixel_of_the_training_rows_becomes_nearly_normal() -> None:
+def test_empirical_cdf_maps_training_pixels_to_nearly_normal_numbers() -> None:
     rows = np.random.default_rng(0).choice(6, (5000, 2), p=[0.5, 0.3, 0.1, 0.05, 0.04, 0.01]).astype(np.uint8)
     torch.manual_seed(0)
-    normal, _ = EmpiricalCdf(rows, 6)(torch.from_numpy(rows) + torch.rand(rows.shape))
-    assert normal.mean(0).abs().max() < 0.05
-    assert (normal.std(0) - 1).abs().max() < 0.05
+    mapped, _ = EmpiricalCdf(rows, 6)(torch.from_numpy(rows) + torch.rand(rows.shape))
+    assert mapped.mean(0).abs().max() < 0.05
+    assert (mapped.std(0) - 1).abs().max() < 0.05
 
 
-def test_every_level_comes_back_however_rare_it_is() -> None:
+def test_empirical_cdf_inverse_recovers_every_level_including_rare_ones() -> None:
     rows = np.zeros((1000, 2), np.uint8)
     rows[:, 1] = 255
     rows[0] = 128
-    marginal = EmpiricalCdf(rows, 256)
+    cdf = EmpiricalCdf(rows, 256)
     x = torch.arange(256).unsqueeze(1) + torch.tensor([0.25, 0.75])
-    assert torch.equal(marginal.inverse(marginal(x)[0]).floor(), x.floor())
+    assert torch.equal(cdf.inverse(cdf(x)[0]).floor(), x.floor())
 
 
 @pytest.mark.parametrize("shape", [(2,), (5,), (8, 8), (4, 6, 3), (1, 2)])
-def test_masks_alternate(shape: tuple[int, ...]) -> None:
-    """Of every pair of couplings each coordinate is kept by one and moved by the other."""
-    kept = masks(shape, 12)
-    for first, second in zip(kept[0::2], kept[1::2], strict=True):
+def test_coupling_masks_of_each_pair_are_complementary(shape: tuple[int, ...]) -> None:
+    """In each pair of couplings, one keeps a coordinate and the other transforms it."""
+    masks = coupling_masks(shape, 12)
+    for first, second in zip(masks[0::2], masks[1::2], strict=True):
         assert ((first + second) == 1).all()
         assert 0 < first.sum() < len(first)
 
 
-def test_images_have_masks_of_squares_rows_and_columns() -> None:
-    squares, rows, columns = (mask.reshape(2, 2).tolist() for mask in masks((2, 2), 6)[0::2])
+def test_coupling_masks_of_images_are_checkerboards_rows_and_columns() -> None:
+    squares, rows, columns = (mask.reshape(2, 2).tolist() for mask in coupling_masks((2, 2), 6)[0::2])
     assert (squares, rows, columns) == ([[0, 1], [1, 0]], [[0, 0], [1, 1]], [[0, 1], [0, 1]])
 
 
-def test_a_coupling_keeps_half_and_scales_the_rest_within_bounds() -> None:
+def test_coupling_keeps_masked_coordinates_and_bounds_the_scale_of_the_others() -> None:
     torch.manual_seed(1)
-    kept = torch.tensor([1.0, 0, 1, 0])
-    coupling = Coupling(kept, PRESET)
+    mask = torch.tensor([1.0, 0, 1, 0])
+    coupling = Coupling(mask, PRESET)
     for weights in coupling.parameters():
         torch.nn.init.normal_(weights, std=10)
     x = 100 * torch.randn(20, 4)
-    y, log_slopes = coupling(x)
-    assert (y[:, kept == 1] == x[:, kept == 1]).all()
-    assert (y[:, kept == 0] != x[:, kept == 0]).all()
-    assert (log_slopes[:, kept == 1] == 0).all()
-    assert 0.9 * LARGEST_LOG_SCALE < log_slopes.abs().max() <= LARGEST_LOG_SCALE
+    y, log_scale = coupling(x)
+    assert (y[:, mask == 1] == x[:, mask == 1]).all()
+    assert (y[:, mask == 0] != x[:, mask == 0]).all()
+    assert (log_scale[:, mask == 1] == 0).all()
+    assert 0.9 * MAX_LOG_SCALE < log_scale.abs().max() <= MAX_LOG_SCALE
 
 
-def test_the_untrained_flow_of_points_is_the_normal_distribution(moons: loading.Dataset) -> None:
+def test_untrained_flow_of_points_has_standard_normal_density(moons: loading.Dataset) -> None:
     rows = torch.from_numpy(moons.test.rows[:5])
-    torch.testing.assert_close(FAMILY.build_network(moons, PRESET).eval().log_density(rows), normal(rows))
+    torch.testing.assert_close(
+        FAMILY.build_network(moons, PRESET).eval().log_density(rows), normal_log_density(rows)
+    )
 
 
-def normal(latent: Tensor) -> Tensor:
-    """Log-density of the standard normal distribution [B]."""
+def normal_log_density(latent: Tensor) -> Tensor:
+    """Return the log-density [B] of the standard normal distribution at latents [B, D]."""
     return -0.5 * latent.square().sum(1) - 0.5 * latent.shape[1] * math.log(2 * math.pi)
 
 
-def test_a_round_trip_reports_how_far_it_is_off(dataset: loading.Dataset) -> None:
+def test_reconstruct_returns_the_row_and_its_largest_error(dataset: loading.Dataset) -> None:
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:20]
-    answer = play(interpreter(dataset), "reconstruct", {name: rows})
-    assert answer["largest_error"].max() < 1e-3
+    outputs = run(interpreter(dataset), "reconstruct", {name: rows})
+    assert outputs["largest_error"].max() < 1e-3
     if dataset.spec.kind == "image":
-        np.testing.assert_array_equal(answer[name], rows)
+        np.testing.assert_array_equal(outputs[name], rows)
     else:
-        np.testing.assert_array_equal(np.abs(answer[name] - rows).max(1), answer["largest_error"])
+        np.testing.assert_array_equal(np.abs(outputs[name] - rows).max(1), outputs["largest_error"])
 
 
-def test_drawn_dequantisations_decode_to_the_same_image(digits: loading.Dataset) -> None:
+def test_encode_with_drawn_dequantization_gives_latents_that_decode_to_the_image(
+    digits: loading.Dataset,
+) -> None:
     model, images = interpreter(digits), digits.test.rows[:5]
-    middle = play(model, "encode", {"image": images}, seed=1)["latent"]
+    middle = run(model, "encode", {"image": images}, seed=1)["latent"]
     drawn, other = (
-        play(model, "encode", {"image": images}, {"dequantisation": DRAW}, seed)["latent"] for seed in (1, 2)
+        run(model, "encode", {"image": images}, {"dequantization": DRAW}, seed)["latent"] for seed in (1, 2)
     )
     assert not np.isclose(middle, drawn).all(1).any()
     assert not np.isclose(other, drawn).all(1).any()
     for latent in (middle, drawn, other):
-        np.testing.assert_array_equal(play(model, "decode", {"latent": latent})["image"], images)
+        np.testing.assert_array_equal(run(model, "decode", {"latent": latent})["image"], images)
 
 
-def test_the_temperature_is_the_spread_of_the_latents(dataset: loading.Dataset) -> None:
+def test_sample_temperature_is_the_standard_deviation_of_the_latents(dataset: loading.Dataset) -> None:
     model, name = interpreter(dataset), dataset.spec.tensor.name
-    drawn = noise.normal(
+    base_noise = noise.normal(
         np.full(6, 9, np.uint64), np.arange(6), np.zeros(6, int), 0, [math.prod(dataset.spec.tensor.shape)]
     )
     for temperature in (0.0, 0.5, 1.0):
-        samples = play(model, "sample", {}, {"temperature": temperature}, seed=9)[name]
-        expected = play(model, "decode", {"latent": np.float32(temperature) * drawn})[name]
+        samples = run(model, "sample", {}, {"temperature": temperature}, seed=9)[name]
+        expected = run(model, "decode", {"latent": np.float32(temperature) * base_noise})[name]
         np.testing.assert_array_equal(samples, expected)
 
 
-def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
+def test_score_is_declared_exact_for_points_and_a_lower_bound_for_images(
     digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
     point, image = (interpreter(dataset).program("score").score for dataset in (moons, digits))
@@ -189,47 +195,50 @@ def test_the_score_of_a_point_is_exact_and_of_an_image_a_bound(
 
 
 @pytest.mark.parametrize("draws", [1, 16, 25])
-def test_the_bound_is_of_exactly_so_many_draws(draws: int, digits: loading.Dataset) -> None:
-    """Directly from the documented noise, without steps and masks."""
+def test_score_of_image_averages_exactly_the_requested_draws(draws: int, digits: loading.Dataset) -> None:
+    """The reference computes the bound directly from the documented noise, without steps and masks."""
     images = digits.test.rows[:3]
-    answer = play(interpreter(digits), "score", {"image": images}, {"draws": draws}, seed=6)
+    outputs = run(interpreter(digits), "score", {"image": images}, {"draws": draws}, seed=6)
     steps = [np.full(3, step) for step in range(-(-draws // DRAWS_PER_STEP))]
     uniform = [
         noise.uniform(np.full(3, 6, np.uint64), np.arange(3), step, 0, (DRAWS_PER_STEP, 64)) for step in steps
     ]
-    drawn = torch.from_numpy(np.concatenate(uniform, 1)[:, :draws])
-    weights = randomised(digits).log_density(torch.from_numpy(images).flatten(1).unsqueeze(1) + drawn)
-    expected = weights.logsumexp(1) - math.log(draws)
-    np.testing.assert_allclose(answer["log_likelihood"], expected.numpy(), rtol=1e-5)
+    offsets = torch.from_numpy(np.concatenate(uniform, 1)[:, :draws])
+    log_weights = randomized(digits).log_density(torch.from_numpy(images).flatten(1).unsqueeze(1) + offsets)
+    expected = log_weights.logsumexp(1) - math.log(draws)
+    np.testing.assert_allclose(outputs["log_likelihood"], expected.numpy(), rtol=1e-5)
 
 
-def test_bounds_rise_to_the_exact_mass() -> None:
+def test_bound_with_more_draws_rises_to_the_exact_probability() -> None:
     """E[IW-1] <= E[IW-4] <= E[IW-32] <= log of the integral over the unit square of a two-pixel image."""
-    flow = randomised(pairs(), 0.4).double()
+    flow = randomized(two_pixel_images(), 0.4).double()
     images = torch.tensor([[0.0, 0], [1, 2], [2, 0]]).double().unsqueeze(1)
     axis = (torch.arange(300).double() + 0.5) / 300
     exact = flow.log_density(images + torch.cartesian_prod(axis, axis)).logsumexp(1) - math.log(300**2)
-    weights = flow.log_density(images + torch.rand(1, 64_000, 2).double())
+    log_weights = flow.log_density(images + torch.rand(1, 64_000, 2).double())
     bounds = [
-        (weights.reshape(3, -1, count).logsumexp(2) - math.log(count)).mean(1) for count in (1, 4, 32, 64_000)
+        (log_weights.reshape(3, -1, count).logsumexp(2) - math.log(count)).mean(1)
+        for count in (1, 4, 32, 64_000)
     ]
-    ladder = torch.stack([*bounds[:3], exact])
-    assert (ladder.diff(dim=0) > 0).all()
+    ascending = torch.stack([*bounds[:3], exact])
+    assert (ascending.diff(dim=0) > 0).all()
     torch.testing.assert_close(bounds[3], exact, atol=0.02, rtol=0)
 
 
-def pairs() -> loading.Dataset:
-    """Images of two pixels with three levels."""
+def two_pixel_images() -> loading.Dataset:
+    """Return images of two pixels with three levels."""
     rows = np.random.default_rng(0).integers(0, 3, (40, 1, 2), np.uint8)
-    part = loading.Split(rows, np.zeros(40, np.int64))
-    value = DataSpec("image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",))
-    return loading.Dataset("pairs", value, part, part, part, "")
+    split = loading.Split(rows, np.zeros(40, np.int64))
+    data_spec = DataSpec(
+        "image", TensorSpec("image", "uint8", (1, 2), 0, 2), num_levels=3, class_labels=("any",)
+    )
+    return loading.Dataset("pairs", data_spec, split, split, split, "")
 
 
-def test_points_are_trained_measured_and_served_too(moons: loading.Dataset, tmp_path: Path) -> None:
-    order = pipeline.TrainingJob(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
-    written = pipeline.run(order)
-    manifest = reader.read(written)
+def test_pipeline_trains_measures_and_writes_a_flow_of_points(moons: loading.Dataset, tmp_path: Path) -> None:
+    job = pipeline.TrainingJob(FAMILY, moons, tmp_path, preset="tiny", formats=("torchscript",))
+    artifact = pipeline.run(job)
+    manifest = reader.read(artifact)
     assert [quality.name for quality in manifest.quality] == ["negative log-density", "C2ST"]
-    assert (written / pipeline.SAMPLES_IMAGE).read_bytes().startswith(b"\x89PNG")
-    assert verify.verify(written).failures == []
+    assert (artifact / pipeline.SAMPLES_IMAGE).read_bytes().startswith(b"\x89PNG")
+    assert verify.verify(artifact).failures == []
