@@ -10,12 +10,13 @@ from torch import Tensor
 
 from export.artifacts.interpreter import Tensors, eager_interpreter, make_rows
 from export.datasets import loading
-from export.families import FAMILIES, diffusion, ebm, realnvp, vae
+from export.families import FAMILIES, diffusion, ebm, vae
 from export.families.base import Preset
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling import EditPointInit
 from export.families.diffusion.solvers import noise_level
 from export.families.ebm.energy import NOISE_SHARE, EnergyModel, contrastive_loss
+from export.families.realnvp.network import RealNVP
 from export.families.vae import LATENT_DIMENSIONS, TRAINING_DRAWS
 from export.training.trainer import Network, Settings, fit, validation_loss
 from samovar import noise
@@ -97,7 +98,7 @@ def test_the_loss_of_a_flow_of_images_is_the_negative_density_somewhere_in_their
     digits: loading.Dataset,
 ) -> None:
     flow = randomised("realnvp", digits)
-    assert isinstance(flow, realnvp.RealNVP)
+    assert isinstance(flow, RealNVP)
     loss = loss_after(1, flow, digits)
     torch.manual_seed(1)
     corners = some(digits)[0].flatten(1).float()
