@@ -8,7 +8,8 @@ from torch import Tensor
 from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
-from export.families.vae import CHAINS, FAMILY, LATENT_DIMENSIONS, VAE, InpaintInit, InpaintStep
+from export.families.vae import FAMILY, LATENT_DIMENSIONS, VAE
+from export.families.vae.programs import CHAINS, InpaintInit, InpaintStep
 from export.probability.discretized_logistic import PixelMixture
 from export.probability.importance_weighting import DRAWS_PER_STEP
 from export.training.trainer import Settings, fit
