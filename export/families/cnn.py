@@ -1,9 +1,8 @@
-"""Convolutional network that classifies images.
+"""Convolutional network for image classification.
 
-LeCun, Bottou, Bengio & Haffner, "Gradient-Based Learning Applied to Document
-Recognition" (1998), with the residual blocks of He et al., "Deep Residual Learning
-for Image Recognition" (2015). All kernels are 3x3; every stage after the first
-halves the image and doubles the channels.
+LeCun, Bottou, Bengio & Haffner, "Gradient-Based Learning Applied to Document Recognition" (1998), with the
+residual blocks of He et al., "Deep Residual Learning for Image Recognition" (2015). All kernels are 3x3. Each
+stage after the first halves the height and width and doubles the channels.
 """
 
 from collections.abc import Mapping
@@ -12,37 +11,37 @@ from torch import Tensor, nn
 
 from export.datasets.loading import Dataset
 from export.families.base import Preset
-from export.families.classifier import Classifier, ClassifierFamily, Unit
+from export.families.classifier import Block, Classifier, ClassifierFamily
 from export.training.trainer import Settings
 
-FEATURES = 128
+NUM_FEATURES = 128
 
 
 class Residual(nn.Module):
-    """x + two units of x, each of the same number of channels."""
+    """Residual block: x plus two convolution blocks applied to x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.units = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
+        self.blocks = nn.Sequential(_convolution(channels, channels), _convolution(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.units(x)
+        y: Tensor = x + self.blocks(x)
         return y
 
 
 class ChannelsFirst(nn.Module):
-    """[B, height, width(, channels)] -> [B, channels, height, width]."""
+    """Permutation of [B, height, width(, channels)] to [B, channels, height, width]."""
 
     def forward(self, image: Tensor) -> Tensor:
         return image.unsqueeze(1) if image.dim() == 3 else image.permute(0, 3, 1, 2)
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> Unit:
-    return Unit(nn.Conv2d(inputs, outputs, 3, stride, padding=1))
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> Block:
+    return Block(nn.Conv2d(inputs, outputs, 3, stride, padding=1))
 
 
 class Family(ClassifierFamily):
-    """The convolutional network as the exporter sees it."""
+    """Exporter family of convolutional networks."""
 
     name = "cnn"
     description = (
@@ -73,16 +72,16 @@ class Family(ClassifierFamily):
     }
 
     def build_network(self, data: Dataset, preset: Preset) -> Classifier:
-        """An untrained network of `depth` stages, of which the first has `width` channels."""
+        """Return an untrained network with `depth` stages; the first has `width` channels."""
         shape = data.spec.tensor.shape
         height, width, channels = shape if len(shape) == 3 else (*shape, 1)
         layers: list[nn.Module] = [ChannelsFirst()]
         for stage in range(preset.depth):
-            stride, grown = 2 if stage else 1, preset.width << stage
-            layers += [_convolution(channels, grown, stride), Residual(grown)]
-            channels, height, width = grown, -(-height // stride), -(-width // stride)
-        dense = Unit(nn.Linear(channels * height * width, FEATURES), preset.dropout)
-        return Classifier(data, nn.Sequential(*layers, nn.Flatten(), dense), FEATURES)
+            stride, stage_channels = 2 if stage else 1, preset.width << stage
+            layers += [_convolution(channels, stage_channels, stride), Residual(stage_channels)]
+            channels, height, width = stage_channels, -(-height // stride), -(-width // stride)
+        dense = Block(nn.Linear(channels * height * width, NUM_FEATURES), preset.dropout)
+        return Classifier(data, nn.Sequential(*layers, nn.Flatten(), dense), NUM_FEATURES)
 
 
 FAMILY = Family()

@@ -1,8 +1,8 @@
-"""Multilayer perceptron that classifies images.
+"""Multilayer perceptron for image classification.
 
-Rosenblatt's perceptron with hidden layers, trained by back-propagation (Rumelhart,
-Hinton & Williams, "Learning representations by back-propagating errors", 1986). It
-sees an image as a list of pixels and must learn from data that some are neighbours.
+Fully connected layers trained by backpropagation (Rumelhart, Hinton & Williams, "Learning representations by
+back-propagating errors", 1986). The input is a flat list of pixels, so the network knows nothing of the
+two-dimensional arrangement of pixels.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import nn
 
 from export.datasets.loading import Dataset
 from export.families.base import Preset
-from export.families.classifier import Classifier, ClassifierFamily, Unit
+from export.families.classifier import Block, Classifier, ClassifierFamily
 from export.training.trainer import Settings
 
 
 class Family(ClassifierFamily):
-    """The perceptron as the exporter sees it."""
+    """Exporter family of multilayer perceptrons."""
 
     name = "mlp"
     description = (
@@ -47,10 +47,10 @@ class Family(ClassifierFamily):
     }
 
     def build_network(self, data: Dataset, preset: Preset) -> Classifier:
-        """An untrained perceptron of `depth` hidden layers of `width` units."""
+        """Return an untrained perceptron with `depth` hidden layers of `width` units."""
         widths = [math.prod(data.spec.tensor.shape)] + [preset.width] * preset.depth
-        units = [Unit(nn.Linear(a, b), preset.dropout) for a, b in pairwise(widths)]
-        return Classifier(data, nn.Sequential(nn.Flatten(), *units), preset.width)
+        blocks = [Block(nn.Linear(inputs, outputs), preset.dropout) for inputs, outputs in pairwise(widths)]
+        return Classifier(data, nn.Sequential(nn.Flatten(), *blocks), preset.width)
 
 
 FAMILY = Family()
