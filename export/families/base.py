@@ -7,7 +7,7 @@ from typing import Protocol
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter
 from export.datasets.loading import Dataset
-from export.evaluation.figures import Drawing
+from export.evaluation.figures import Plot
 from export.graphs.program import DataSpec, Input, Program, TensorSpec
 from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
@@ -84,7 +84,7 @@ class Family(Protocol):
     ) -> list[manifest_pb2.Quality]:
         """Run the programs and return quality figures on test rows, the main one first."""
 
-    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_plots(self, interpreter: Interpreter, data: Dataset) -> Sequence[Plot]:
         """Return the panels of the artifact's picture: test rows and outputs of the programs."""
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset, first_half_mask
-from export.evaluation.figures import Panel
-from export.evaluation.sample_quality import SampleEvaluator, bits_per_dimension, play, sampler
+from export.evaluation.figures import ImageGrid
+from export.evaluation.sample_quality import SampleEvaluator, bits_per_dimension, make_sampler, run_in_chunks
 from export.families.base import Preset
 from export.families.vae.network import LATENT_DIMENSIONS, VAE
 from export.families.vae.programs import build_programs
@@ -91,19 +91,19 @@ class Family:
         evaluator = SampleEvaluator.train(data, preset.evaluator)
         return [
             *(_bits_per_dimension(interpreter, images, draws) for draws in (MEASURED_DRAWS, 1)),
-            *evaluator.similarity(sampler(interpreter), preset.evaluation_rows),
+            *evaluator.similarity(make_sampler(interpreter), preset.evaluation_rows),
         ]
 
-    def build_panels(self, interpreter: Interpreter, data: Dataset) -> list[Panel]:
+    def build_plots(self, interpreter: Interpreter, data: Dataset) -> list[ImageGrid]:
         """Return test images, their reconstructions, and samples."""
         images = data.test.rows[:NUM_PANEL_IMAGES]
         sample, reconstruct = (interpreter.program(name) for name in ("sample", "reconstruct"))
         sample_rows = make_rows(sample, 0, range(NUM_PANEL_IMAGES))
         image_rows = make_rows(reconstruct, 0, range(len(images)), inputs={"image": images})
         return [
-            Panel("test images", images),
-            Panel("their reconstructions", interpreter.run("reconstruct", image_rows)["image"]),
-            Panel("samples", interpreter.run("sample", sample_rows)["image"]),
+            ImageGrid("test images", images),
+            ImageGrid("their reconstructions", interpreter.run("reconstruct", image_rows)["image"]),
+            ImageGrid("samples", interpreter.run("sample", sample_rows)["image"]),
         ]
 
 
@@ -111,7 +111,7 @@ def _bits_per_dimension(
     interpreter: Interpreter, images: NDArray[np.uint8], draws: int
 ) -> manifest_pb2.Quality:
     rows = make_rows(interpreter.program("score"), 0, range(len(images)), {"draws": draws}, {"image": images})
-    outputs = play(interpreter, "score", rows, f"bound with {draws} draws")
+    outputs = run_in_chunks(interpreter, "score", rows, f"bound with {draws} draws")
     return bits_per_dimension(outputs["log_likelihood"], images[0].size, draws)
 
 

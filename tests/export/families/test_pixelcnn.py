@@ -240,5 +240,5 @@ def test_a_temperature_of_zero_takes_the_likeliest_levels(
 
 def test_colour_is_refused(digits: loading.Dataset) -> None:
     value = dataclasses.replace(digits.spec, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
-    with pytest.raises(loading.DataError, match=r"grey images \[height, width\], got .* \[8, 8, 3\]"):
+    with pytest.raises(loading.DataError, match=r"gray images \[height, width\], got .* \[8, 8, 3\]"):
         FAMILY.build_network(dataclasses.replace(digits, spec=value), TINY)
