@@ -1,15 +1,15 @@
-"""How a figure of quality is written for people: never without its unit, error and floor. Light: no torch."""
+"""Text of a quality figure: value, standard error, unit and reference value. Does not import torch."""
 
 from samovar.v1 import manifest_pb2
 
 
-def line(quality: manifest_pb2.Quality) -> str:
-    """A figure with all that it is read beside, in one line."""
-    floor = f", real data {quality.reference_value:.3f}" if quality.HasField("reference_value") else ""
-    return f"{quality.name}: {figure(quality)}{floor}"
+def format_quality(quality: manifest_pb2.Quality) -> str:
+    """Return name, value, standard error, unit and reference value in one line."""
+    reference = f", real data {quality.reference_value:.3f}" if quality.HasField("reference_value") else ""
+    return f"{quality.name}: {format_value(quality)} {quality.unit}".rstrip() + reference
 
 
-def figure(quality: manifest_pb2.Quality) -> str:
-    """The value, its standard error and its unit."""
+def format_value(quality: manifest_pb2.Quality) -> str:
+    """Return the value and its standard error, without the unit."""
     error = f" ± {quality.standard_error:.3f}" if quality.HasField("standard_error") else ""
-    return f"{quality.value:.3f}{error} {quality.unit}".rstrip()
+    return f"{quality.value:.3f}{error}"

@@ -1,12 +1,12 @@
-"""An n-gram model: what a sequence model has to beat.
+"""N-gram model, the baseline for sequence models.
 
-Witten & Bell, "The zero-frequency problem" (1991), interpolated over the orders:
-after a context c that was seen n(c) times with t(c) different successors,
+Interpolated Witten-Bell smoothing ("The zero-frequency problem", 1991): after a context c that was seen n(c)
+times with t(c) different successors,
 
     p(x | c) = (n(c, x) + t(c) p(x | c')) / (n(c) + t(c)),
 
-where c' is c without its oldest token, and p(x) without any context falls back on
-the uniform mass of the vocabulary. Knows rows of tokens in which 0 is no token.
+where c' is c without its oldest token. The empty context falls back to the uniform distribution over the
+vocabulary. Token 0 is padding.
 """
 
 from collections import Counter, defaultdict
@@ -22,41 +22,48 @@ Context = tuple[int, ...]
 
 
 class WittenBell:
-    """Counts of tokens after contexts of up to order - 1 tokens, from rows [N, context]."""
+    """N-gram model of order `order`: a token depends on the `order` - 1 tokens before it.
 
-    def __init__(self, rows: NDArray[Any], symbols: int, order: int = ORDER) -> None:
-        self.symbols, self.order = symbols, order
+    Args:
+        rows: training rows [N, context] of tokens, padded with 0 at the end.
+        num_symbols: size of the vocabulary without the padding.
+        order: the n of the n-gram.
+    """
+
+    def __init__(self, rows: NDArray[Any], num_symbols: int, order: int = ORDER) -> None:
+        self.num_symbols, self.order = num_symbols, order
         self._successors: defaultdict[Context, Counter[int]] = defaultdict(Counter)
-        for tokens in _tokens(rows):
+        for tokens in _unpad(rows):
             for end, token in enumerate(tokens):
                 for start in range(max(0, end - order + 1), end + 1):
                     self._successors[tuple(tokens[start:end])][token] += 1
-        self._totals = {context: after.total() for context, after in self._successors.items()}
+        self._totals = {context: counts.total() for context, counts in self._successors.items()}
 
-    def mass(self, context: Sequence[int], token: int) -> float:
-        """p(token | the last order - 1 tokens of the context)."""
-        known = tuple(context)[max(0, len(context) - self.order + 1) :]
-        mass = 1 / self.symbols
-        for start in range(len(known), -1, -1):
-            after = self._successors.get(known[start:])
-            if after is None:
+    def probability(self, context: Sequence[int], token: int) -> float:
+        """Return p(token | the last `order` - 1 tokens of `context`)."""
+        suffix = tuple(context)[max(0, len(context) - self.order + 1) :]
+        probability = 1 / self.num_symbols
+        for start in range(len(suffix), -1, -1):
+            counts = self._successors.get(suffix[start:])
+            if counts is None:
                 break
-            mass = (after[token] + len(after) * mass) / (self._totals[known[start:]] + len(after))
-        return mass
+            total = self._totals[suffix[start:]]
+            probability = (counts[token] + len(counts) * probability) / (total + len(counts))
+        return probability
 
-    def log_masses(self, rows: NDArray[Any]) -> NDArray[np.float64]:
-        """log-mass of each row [N] in nats, each from its own beginning."""
+    def log_probabilities(self, rows: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the log-probability of each row in nats, float64 [N]; rows are padded with 0 at the end."""
         return np.array(
             [
                 sum(
-                    np.log(self.mass(tokens[max(0, end - self.order + 1) : end], token))
+                    np.log(self.probability(tokens[max(0, end - self.order + 1) : end], token))
                     for end, token in enumerate(tokens)
                 )
-                for tokens in _tokens(rows)
+                for tokens in _unpad(rows)
             ]
         )
 
 
-def _tokens(rows: NDArray[Any]) -> Iterator[list[int]]:
+def _unpad(rows: NDArray[Any]) -> Iterator[list[int]]:
     for row in rows.tolist():
         yield row[: row.index(0)] if 0 in row else row
