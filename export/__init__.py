@@ -1,1 +1,1 @@
-"""The exporter: trains models offline and turns them into artifacts. It never imports the server."""
+"""The exporter: offline training and conversion of models to artifacts. It never imports the server."""

@@ -1,4 +1,4 @@
-"""The command line: python -m export COMMAND."""
+"""The command line of the exporter: python -m export COMMAND."""
 
 import argparse
 import os
@@ -6,33 +6,33 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from export.commands import export, list_families, report, train, train_all, verify
+from export.commands import export, list_families, report, train, train_all, train_starters, verify
 
 _EPILOG = """\
 examples:
-  python -m export list                       what there is
-  python -m export starter                    the two models that make serve serves, in minutes
-  python -m export all                        every model, several at a time; skips what is there
-  python -m export train vae                  one model, on its usual data
+  python -m export list                        families, datasets and training times
+  python -m export train-starters              the two models that `make serve` serves, in minutes
+  python -m export all                         all models, in parallel; existing ones are skipped
+  python -m export train vae                   one model, on the default dataset of its family
   python -m export train diffusion --data-dir ~/mnist --preset full --device cuda
-  python -m export write examples/galaxy.py   a model of one's own, from a Python file
-  python -m export verify models/digits-vae/1 prove that an artifact computes what was recorded
-  python -m export report                     pages that show every artifact, for a browser
+  python -m export export examples/galaxy.py   a custom model, from a Python file
+  python -m export verify models/digits-vae/1  check that an artifact computes the recorded results
+  python -m export report                      HTML pages that show the artifacts
 
-Every command has --help. What is interrupted goes on when the same command is run again.
+COMMAND --help describes a command. Repeat an interrupted command to resume it.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    _prepare_environment()
+    """Run one command and return the exit status."""
+    _set_environment()
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except KeyboardInterrupt:
         print(
-            "\nStopped. No artifact was left half written; the same command goes on where training stopped.",
+            "\nInterrupted. No incomplete artifact was left; repeat the command to resume training.",
             file=sys.stderr,
         )
         return 130
@@ -41,28 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _prepare_environment() -> None:
-    # Waiting threads that spin make everything crawl when cores are shared. Read when torch is loaded.
+def _set_environment() -> None:
+    # OpenMP threads that spin while they wait slow everything down when cores are shared. torch reads this
+    # when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
-        # A log keeps every state of a progress bar. Read when tqdm is loaded.
+        # A log file keeps each state of a progress bar, so print fewer. tqdm reads this when it is imported.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Train generative models and turn them into artifacts that the server runs.",
+        description="Train generative models and export them as artifacts for the server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (list_families, train, train_all, verify, report, export):
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for module in (list_families, train, train_all, train_starters, export, verify, report):
         module.add(commands)
     return parser
 
 
 if __name__ == "__main__":
-    # Being told to stop is handled like Ctrl-C, so that nothing half written stays behind.
+    # SIGTERM is handled like Ctrl-C, so that no incomplete files stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

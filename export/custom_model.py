@@ -1,9 +1,8 @@
-"""Models of one's own: what a Python file outside of this repository needs to become an artifact.
+"""Custom models: export of a model that a user defines in a Python file.
 
-Such a file names its MODEL: what a row is, and the programs that compute it, as
-functions or modules whose argument names say what they read. `python -m export write
-FILE` exports it, verifies it and leaves it where a server finds it. docs/custom-models.md
-explains, examples/ shows.
+The file defines MODEL: the type of a data row, and the programs that compute rows. Programs are functions or
+modules whose argument names state what they read. `python -m export export FILE` writes the artifact and
+verifies it. docs/custom-models.md is the guide, examples/ has complete files.
 """
 
 import ast
@@ -53,90 +52,128 @@ _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxruntime", "numpy")
 
 
 class CustomModelError(ValueError):
-    """A file that does not name a model that can be exported; the message says where, and why."""
+    """Raised for a file that does not define a valid MODEL; the message names the line and the reason."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a file of one's own exports, under the name MODEL.
+    """The model that a Python file exports under the name MODEL.
 
-    Left out: `name` is the file's, `description` the first line of its docstring, and
-    `examples`, the golden rows, two requests to each program with drawn inputs: one
-    with the parameters' defaults, one half-way to their minima.
+    Attributes:
+        data_spec: The type of a data row.
+        programs: The operations of the model.
+        name: The artifact's name; by default the name of the file.
+        description: One line for users; by default the first line of the file's docstring.
+        family: The kind of model.
+        examples: The requests for golden rows. By default each program has two with random inputs: one with
+            default parameters, one with parameters halfway between minimum and default.
+        unsupported_operations: The reason for each operation that the model cannot have.
     """
 
     data_spec: DataSpec
     programs: tuple[Program, ...]
     name: str = ""
     description: str = ""
-    family: str = "own"
+    family: str = "custom"
     examples: tuple[Example, ...] = ()
     unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
 
 def module(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
-    """A function of tensors [B, ...] as a module of a program: its argument names say what it reads."""
-    made: nn.Module = type(function.__name__, (nn.Module,), {"forward": staticmethod(function)})()
-    return made
+    """Return a module that computes a function of tensors [B, ...]; its argument names bind it."""
+    return type(function.__name__, (nn.Module,), {"forward": staticmethod(function)})()  # type: ignore[no-any-return]
 
 
 def write(path: Path, models: Path, name: str = "", formats: Sequence[str] = DEFAULT_FORMATS) -> Path:
-    """Export the MODEL of a file and verify it; returns the artifact's directory.
+    """Export the MODEL of a file and verify the artifact.
 
-    OwnFileError, GraphError or ArtifactError, and nothing is left behind, when the file,
-    its programs, its functions or what they compute are not sound.
+    Args:
+        path: A Python file that defines MODEL.
+        models: The directory of all artifacts.
+        name: The artifact's name; the name from MODEL or the file if empty.
+        formats: The formats of each graph.
+
+    Returns:
+        The artifact's directory.
+
+    Raises:
+        CustomModelError: If the file cannot be run, or MODEL is invalid.
+        GraphError: If a module is impure, or cannot be exported.
+        ArtifactError: If the name cannot be used, or verification fails. No error leaves files behind.
     """
     model = load(path)
-    with _blaming(path):
-        whole = _completed(model, path, name)
-        return writer.write(whole, models, formats=formats)
+    with _locate_errors(path):
+        definition = writer.Model(
+            name=name or model.name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-"),
+            family=model.family,
+            description=model.description or _summary(path),
+            data_spec=model.data_spec,
+            programs=model.programs,
+            examples=model.examples or tuple(_default_examples(model)),
+            unsupported_operations=model.unsupported_operations,
+        )
+        for entry in definition.graphs:
+            graph.check_module(entry)
+        directory = writer.resolve_destination(models, definition.name)
+        writer.write(definition, directory, formats, writer.Metadata(_provenance(path)))
+    return directory
 
 
 def load(path: Path) -> Model:
-    """Run a file and take its MODEL, in evaluation mode; OwnFileError where that fails."""
+    """Run a file and return its MODEL, with all modules in evaluation mode.
+
+    Raises:
+        CustomModelError: If the file cannot be run, or MODEL is invalid.
+    """
     if not path.is_file() or path.suffix != ".py":
-        raise CustomModelError(f"{path}: expected a Python file that names its MODEL, found none")
-    with _blaming(path), _importing_beside(path):
+        raise CustomModelError(f"{path}: expected a Python file (*.py) that defines MODEL, found none")
+    with _locate_errors(path), _importable_directory(path):
         model = getattr(_run(path), "MODEL", None)
     if not isinstance(model, Model):
         found = "found none" if model is None else f"got a {type(model).__name__}"
-        raise CustomModelError(f"{path}: expected MODEL, an export.own.Model, {found}")
-    for problem in _problems(model):
-        raise CustomModelError(f"{path}: MODEL: {problem}")
+        raise CustomModelError(f"{path}: expected MODEL, an export.custom_model.Model, {found}")
+    _check_types(model, path)
     for program in model.programs:
         for _, part, _ in program.modules:
             part.eval()
     return model
 
 
-def _problems(model: Model) -> Iterator[str]:
+def _check_types(model: Model, path: Path) -> None:
     if not isinstance(model.data_spec, DataSpec):
-        yield f"expected a Value as its value, got a {type(model.data_spec).__name__}"
+        raise CustomModelError(
+            f"{path}: MODEL: data_spec: expected a DataSpec, got a {type(model.data_spec).__name__}"
+        )
     if not isinstance(model.programs, tuple) or not model.programs:
-        yield f"expected a tuple of programs, got {model.programs!r:.60}"
-    elif strangers := [each for each in model.programs if not isinstance(each, Program)]:
-        yield f"expected programs only, got a {type(strangers[0]).__name__} among them"
+        raise CustomModelError(
+            f"{path}: MODEL: programs: expected a tuple of programs, got {model.programs!r:.60}"
+        )
+    for program in model.programs:
+        if not isinstance(program, Program):
+            raise CustomModelError(
+                f"{path}: MODEL: programs: expected only Program objects, got a {type(program).__name__}"
+            )
 
 
 def _run(path: Path) -> ModuleType:
-    # A name that no other module has, and that TorchScript can spell.
-    name = "own_" + re.sub(r"\W", "_", path.stem)
+    # The name must differ from all other modules, and be an identifier for TorchScript.
+    name = "custom_" + re.sub(r"\W", "_", path.stem)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = made
+    loaded = importlib.util.module_from_spec(spec)
+    # The dataclass decorator looks up its module in sys.modules.
+    sys.modules[spec.name] = loaded
     try:
-        spec.loader.exec_module(made)
+        spec.loader.exec_module(loaded)
     finally:
         del sys.modules[spec.name]
-    return made
+    return loaded
 
 
 @contextmanager
-def _importing_beside(path: Path) -> Iterator[None]:
-    """The file may import its neighbours, as it could when it is run by itself."""
+def _importable_directory(path: Path) -> Iterator[None]:
+    """Let the file import modules from its own directory, as a script can."""
     sys.path.append(str(path.parent.resolve()))
     try:
         yield
@@ -145,29 +182,31 @@ def _importing_beside(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Say in which line of the file something went wrong, instead of through which of ours it came."""
+def _locate_errors(path: Path) -> Iterator[None]:
+    """Add the line of the user's file to every error, instead of a traceback through the exporter."""
     try:
         yield
     except (ArtifactError, CustomModelError):
         raise
-    except Exception as error:  # the file may raise anything
-        place, source = _place(error, path)
+    except Exception as error:  # The file may raise any exception.
+        location, source = _find_source(error, path)
         if isinstance(error, GraphError):
             raise GraphError(f"{error}{source}") from error
-        reason = (error.msg if isinstance(error, SyntaxError) else str(error)).strip().partition("\n")[0]
-        hint = "; @module makes a module of a function" if "no attribute 'forward'" in reason else ""
-        raise CustomModelError(f"{place}: {type(error).__name__}: {reason}{hint}{source}") from error
+        message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        hint = "; use @module to make a module of a function" if "no attribute 'forward'" in message else ""
+        raise CustomModelError(f"{location}: {type(error).__name__}: {message}{hint}{source}") from error
 
 
-def _place(error: BaseException, path: Path) -> tuple[str, str]:
-    """File and line that an error was raised in or through, and the line itself, as far as they are known."""
+def _find_source(error: BaseException, path: Path) -> tuple[str, str]:
+    """Return the location in the file that raised or passed on an error, and its source line if known."""
     if isinstance(error, SyntaxError) and _is_same(error.filename or "", path):
         return f"{path}:{error.lineno}", f"\n    {(error.text or '').strip()}"
     frames: list[traceback.FrameSummary] = []
     cause: BaseException | None = error
     while cause is not None:
-        frames += [f for f in traceback.extract_tb(cause.__traceback__) if _is_same(f.filename, path)]
+        frames += [
+            frame for frame in traceback.extract_tb(cause.__traceback__) if _is_same(frame.filename, path)
+        ]
         cause = cause.__cause__ or cause.__context__
     if not frames:
         return str(path), ""
@@ -176,21 +215,6 @@ def _place(error: BaseException, path: Path) -> tuple[str, str]:
 
 def _is_same(filename: str, path: Path) -> bool:
     return Path(filename).resolve() == path.resolve()
-
-
-def _completed(model: Model, path: Path, name: str) -> writer.Model:
-    for entry in graph.collect(model.programs):
-        graph.check_module(entry)
-    return writer.Model(
-        name=name or model.name or re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-"),
-        family=model.family,
-        description=model.description or _summary(path),
-        data_spec=model.data_spec,
-        programs=model.programs,
-        examples=model.examples or tuple(_examples(model)),
-        provenance=_provenance(path),
-        unsupported_operations=model.unsupported_operations,
-    )
 
 
 def _summary(path: Path) -> str:
@@ -206,18 +230,17 @@ def _provenance(path: Path) -> manifest_pb2.Provenance:
     )
 
 
-def _examples(model: Model) -> Iterator[Example]:
+def _default_examples(model: Model) -> Iterator[Example]:
     for program in model.programs:
-        needed = [given.tensor for given in program.inputs if not given.optional]
-        every = [given.tensor for given in program.inputs]
-        halfway = {each.name: _halfway(each) for each in program.parameters}
-        yield Example(program.name, seed=1, inputs=_draw(needed, model.data_spec, seed=1))
+        required = [entry.tensor for entry in program.inputs if not entry.optional]
+        all_inputs = [entry.tensor for entry in program.inputs]
+        yield Example(program.name, seed=1, inputs=_random_inputs(required, model.data_spec, seed=1))
         yield Example(
             program.name,
             seed=2,
             first_row=5,
-            parameters=halfway,
-            inputs=_draw(every, model.data_spec, seed=2),
+            parameters={parameter.name: _halfway(parameter) for parameter in program.parameters},
+            inputs=_random_inputs(all_inputs, model.data_spec, seed=2),
         )
 
 
@@ -226,19 +249,19 @@ def _halfway(parameter: Parameter) -> float:
     return middle if parameter.type == "float" else float(math.floor(middle))
 
 
-def _draw(tensors: Sequence[TensorSpec], value: DataSpec, seed: int) -> dict[str, NDArray[Any]]:
-    """Rows of inputs, within their bounds: normal where they are unbounded, uniform otherwise."""
-    random = np.random.default_rng(seed)
-    return {tensor.name: _rows(tensor, value, random) for tensor in tensors}
+def _random_inputs(tensors: Sequence[TensorSpec], data_spec: DataSpec, seed: int) -> dict[str, NDArray[Any]]:
+    """Return random rows of each tensor: uniform if it is bounded on both sides, else clipped normal."""
+    generator = np.random.default_rng(seed)
+    return {tensor.name: _random_rows(tensor, data_spec, generator) for tensor in tensors}
 
 
-def _rows(tensor: TensorSpec, value: DataSpec, random: np.random.Generator) -> NDArray[Any]:
+def _random_rows(tensor: TensorSpec, data_spec: DataSpec, generator: np.random.Generator) -> NDArray[Any]:
     shape, low, high = (Example.rows, *tensor.shape), tensor.minimum, tensor.maximum
     if tensor.dtype.startswith("float"):
         if low is not None and high is not None:
-            return random.uniform(low, high, shape).astype(tensor.dtype)
-        return np.clip(random.normal(size=shape), low, high).astype(tensor.dtype)
+            return generator.uniform(low, high, shape).astype(tensor.dtype)
+        return np.clip(generator.normal(size=shape), low, high).astype(tensor.dtype)
     if high is None:
-        is_value = tensor.name == value.tensor.name
-        high = max(value.num_levels, len(value.vocabulary), 2) - 1 if is_value else max(low or 0, 1)
-    return random.integers(int(low or 0), int(high), shape, endpoint=True).astype(tensor.dtype)
+        is_data = tensor.name == data_spec.tensor.name
+        high = max(data_spec.num_levels, len(data_spec.vocabulary), 2) - 1 if is_data else max(low or 0, 1)
+    return generator.integers(int(low or 0), int(high), shape, endpoint=True).astype(tensor.dtype)

@@ -1,4 +1,4 @@
-"""From a family and a data set to an artifact: train, measure, write. Knows no family."""
+"""The pipeline from a family and a dataset to an artifact: train, measure, write, verify."""
 
 import dataclasses
 import importlib.metadata
@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,28 +14,28 @@ import torch
 from google.protobuf import timestamp_pb2
 
 from export.artifacts import writer
-from export.artifacts.interpreter import eager_interpreter
 from export.artifacts.reader import sha256
 from export.datasets.loading import Dataset
 from export.evaluation import formatting
-from export.evaluation.figures import draw
+from export.evaluation.figures import render_figure
 from export.families.base import Family, Preset
 from export.graphs import formats
-from export.graphs.program import Program
 from export.training import trainer
 from export.training.checkpoint import Checkpoint
 from samovar.v1 import manifest_pb2
 
 SAMPLES_IMAGE = "samples.png"
 CURVE_FILE = "training.json"
-_NOT_OF_THE_NETWORK = ("training", "evaluator", "evaluation_rows", "evaluation_samples", "by_kind")
 _UNTRAINED = trainer.TrainingResult(seconds=0, best=trainer.CurvePoint(0, math.nan, math.nan), curve=())
 _LIBRARIES = ("samovar-applications", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What to make. Settings that are None are the preset's; `fresh` forgets a run that was interrupted."""
+    """An artifact to train. Settings that are None have the value of the preset.
+
+    `resume=False` discards the checkpoint of an interrupted run.
+    """
 
     family: Family
     data: Dataset
@@ -48,21 +49,21 @@ class TrainingJob:
     learning_rate: float | None = None
     seed: int = 0
     device: str = "cpu"
-    fresh: bool = False
+    resume: bool = True
 
     @property
     def model_name(self) -> str:
-        """The artifact's name: data set and family unless one is given."""
+        """The artifact's name: <dataset>-<family> unless a name is given."""
         return self.name or f"{self.data.name}-{self.family.name}"
 
     @property
     def suited_preset(self) -> Preset:
-        """The preset that suits the data."""
+        """The preset for the kind of data."""
         return self.family.presets[self.preset].for_data(self.data.spec)
 
     @property
     def training_settings(self) -> trainer.Settings:
-        """The preset's settings with those that were given."""
+        """The preset's training settings, with the job's own settings applied."""
         preset = self.suited_preset.training
         return dataclasses.replace(
             preset,
@@ -74,106 +75,115 @@ class TrainingJob:
         )
 
 
-def run(recipe: TrainingJob) -> Path:
-    """Train, measure and write an artifact; returns its directory. ArtifactError when it cannot be.
+def run(job: TrainingJob, on_progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Train, measure, write and verify an artifact; an interrupted run of the same job resumes.
 
-    A run of the same recipe that was interrupted goes on; CheckpointError when it was of another.
-    TrainingError when its loss is no number; then nothing is left behind.
+    Args:
+        job: The artifact to train.
+        on_progress: Called with each message for the user: resumption, figures of quality, export.
+
+    Returns:
+        The artifact's directory.
+
+    Raises:
+        ArtifactError: If the name or version cannot be used, or verification fails.
+        CheckpointError: If there is a checkpoint of another run.
+        TrainingError: If no validation loss is finite; nothing is left behind.
     """
-    writer.resolve_destination(recipe.models, recipe.model_name, recipe.version)
-    torch.manual_seed(recipe.seed)
-    network = recipe.family.build_network(recipe.data, recipe.suited_preset)
-    checkpoint = Checkpoint(recipe.models / recipe.model_name, _identity(recipe, network))
-    if recipe.fresh:
+    directory = writer.resolve_destination(job.models, job.model_name, job.version)
+    torch.manual_seed(job.seed)
+    network = job.family.build_network(job.data, job.suited_preset)
+    checkpoint = Checkpoint(directory.parent, _identity(job, network))
+    if not job.resume:
         checkpoint.remove()
-    outcome = trainer.fit(network, recipe.data, recipe.training_settings, checkpoint=checkpoint)
-    model = _measured(recipe, _model(recipe, outcome, network))
-    model = dataclasses.replace(model, attachments={**model.attachments, CURVE_FILE: _curve(outcome)})
-    print("  writing and verifying the graphs ...", flush=True)
-    path = writer.write(model, recipe.models, recipe.version, recipe.formats)
+    result = trainer.fit(
+        network, job.data, job.training_settings, checkpoint=checkpoint, on_resume=on_progress
+    )
+    model = _build_model(job, network)
+    quality = job.family.measure_quality(model.interpreter, job.data, job.suited_preset)
+    for figure in quality:
+        on_progress(formatting.format_quality(figure))
+    attachments = {SAMPLES_IMAGE: _draw_samples(job, model, quality), CURVE_FILE: _curve_json(result)}
+    on_progress("writing and verifying the graphs ...")
+    metadata = writer.Metadata(_provenance(job, result), quality, attachments)
+    writer.write(model, directory, job.formats, metadata)
     checkpoint.remove()
-    return path
+    return directory
 
 
-def _identity(recipe: TrainingJob, network: trainer.Network) -> dict[str, str]:
-    """All that the trained weights depend on."""
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
-    size = {
-        name: value for name, value in vars(recipe.suited_preset).items() if name not in _NOT_OF_THE_NETWORK
-    }
-    known = {
-        "family": recipe.family.name,
-        "data": recipe.data.sha256,
-        "torch": torch.__version__,
-        "network": sha256(repr(shapes).encode())[:12],
-        **size,
-        **dataclasses.asdict(recipe.training_settings),
-    }
-    return {name: str(value) for name, value in known.items()}
-
-
-def _curve(outcome: trainer.TrainingResult) -> bytes:
-    points = [dataclasses.asdict(point) for point in outcome.curve]
-    return (json.dumps({"curve": points, "best_step": outcome.best.step}, indent=1) + "\n").encode()
-
-
-def export_untrained(recipe: TrainingJob) -> Path:
-    """Write an artifact with random weights, unmeasured: quick, for tests of everything around it."""
-    torch.manual_seed(recipe.seed)
-    network = recipe.family.build_network(recipe.data, recipe.suited_preset)
+def export_untrained(job: TrainingJob) -> Path:
+    """Write an artifact with random weights and without quality figures, for tests and benchmarks."""
+    directory = writer.resolve_destination(job.models, job.model_name, job.version)
+    torch.manual_seed(job.seed)
+    network = job.family.build_network(job.data, job.suited_preset)
     network.requires_grad_(False)
     for weights in network.parameters():
-        # Layers that begin as zeros would hide what goes wrong before them.
+        # Layers that are initialized to zero would hide errors in the layers before them.
         weights.add_(0.05 * torch.randn_like(weights))
-    model = _model(recipe, _UNTRAINED, network)
-    return writer.write(model, recipe.models, recipe.version, recipe.formats)
+    metadata = writer.Metadata(_provenance(job, _UNTRAINED))
+    writer.write(_build_model(job, network), directory, job.formats, metadata)
+    return directory
 
 
-def _model(recipe: TrainingJob, outcome: trainer.TrainingResult, network: trainer.Network) -> writer.Model:
-    return writer.Model(
-        name=recipe.model_name,
-        family=recipe.family.name,
-        description=recipe.family.description,
-        data_spec=recipe.data.spec,
-        programs=tuple(map(_evaluating, recipe.family.build_programs(network, recipe.data))),
-        examples=recipe.family.build_examples(recipe.data),
-        provenance=_provenance(recipe, outcome),
-        unsupported_operations=recipe.family.unsupported_operations,
-    )
-
-
-def _measured(recipe: TrainingJob, model: writer.Model) -> writer.Model:
-    interpreter, family = eager_interpreter(model.data_spec, model.programs), recipe.family
-    figures = family.measure_quality(interpreter, recipe.data, recipe.suited_preset)
-    for figure in figures:
-        print(f"  {formatting.line(figure)}")
-    caption = "\n".join(map(formatting.line, figures))
-    picture = draw(
-        model.name, caption, family.build_panels(interpreter, recipe.data), model.data_spec.num_levels
-    )
-    return dataclasses.replace(model, quality=tuple(figures), attachments={SAMPLES_IMAGE: picture})
-
-
-def _evaluating(program: Program) -> Program:
-    for _, module, _ in program.modules:
-        module.eval()
-    return program
-
-
-def _provenance(recipe: TrainingJob, outcome: trainer.TrainingResult) -> manifest_pb2.Provenance:
+def _identity(job: TrainingJob, network: trainer.Network) -> dict[str, str]:
+    """Return everything that the trained weights depend on."""
+    preset = job.suited_preset
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
     settings = {
-        "preset": recipe.preset,
-        "best_step": outcome.best.step,
+        "family": job.family.name,
+        "data": job.data.sha256,
+        "torch": torch.__version__,
+        "network": sha256(repr(shapes).encode())[:12],
+        "width": preset.width,
+        "depth": preset.depth,
+        "dropout": preset.dropout,
+        **dataclasses.asdict(job.training_settings),
+    }
+    return {name: str(value) for name, value in settings.items()}
+
+
+def _build_model(job: TrainingJob, network: trainer.Network) -> writer.Model:
+    programs = job.family.build_programs(network, job.data)
+    for program in programs:
+        for _, module, _ in program.modules:
+            module.eval()
+    return writer.Model(
+        name=job.model_name,
+        family=job.family.name,
+        description=job.family.description,
+        data_spec=job.data.spec,
+        programs=programs,
+        examples=job.family.build_examples(job.data),
+        unsupported_operations=job.family.unsupported_operations,
+    )
+
+
+def _draw_samples(job: TrainingJob, model: writer.Model, quality: Sequence[manifest_pb2.Quality]) -> bytes:
+    """Return a PNG that shows real rows, samples and the quality figures."""
+    caption = "\n".join(map(formatting.format_quality, quality))
+    panels = job.family.build_plots(model.interpreter, job.data)
+    return render_figure(model.name, caption, panels, model.data_spec.num_levels)
+
+
+def _curve_json(result: trainer.TrainingResult) -> bytes:
+    points = [dataclasses.asdict(point) for point in result.curve]
+    return (json.dumps({"curve": points, "best_step": result.best.step}, indent=1) + "\n").encode()
+
+
+def _provenance(job: TrainingJob, result: trainer.TrainingResult) -> manifest_pb2.Provenance:
+    settings = {
+        "preset": job.preset,
+        "best_step": result.best.step,
         "threads": torch.get_num_threads(),
-        **dataclasses.asdict(recipe.training_settings),
+        **dataclasses.asdict(job.training_settings),
     }
     return manifest_pb2.Provenance(
         created=timestamp_pb2.Timestamp(seconds=int(time.time())),
-        dataset=recipe.data.name,
-        dataset_sha256=recipe.data.sha256,
-        seed=recipe.seed,
-        training_seconds=round(outcome.seconds, 1),
-        device=recipe.device,
+        dataset=job.data.name,
+        dataset_sha256=job.data.sha256,
+        seed=job.seed,
+        training_seconds=round(result.seconds, 1),
+        device=job.device,
         library_versions={name: importlib.metadata.version(name) for name in _LIBRARIES}
         | {"python": platform.python_version()},
         settings={key: str(value) for key, value in settings.items()},

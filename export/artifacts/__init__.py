@@ -1,1 +1,1 @@
-"""Artifacts: written, read, interpreted and verified."""
+"""Artifacts: writing, reading, interpretation and verification."""

@@ -1,4 +1,4 @@
-"""Golden rows: small requests with known answers, the proof that an artifact computes what it should."""
+"""Golden rows: small requests with recorded results, against which an artifact is verified."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from export.graphs.program import ProgramError
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
 
-# Kernels of different libraries and batch sizes differ in the last bits of a float32; steps add them up.
+# Kernels differ in the last bits of a float32 between libraries and batch sizes. Steps accumulate this error.
 _RELATIVE_TOLERANCE = 1e-4
-_OPPOSITES = 2
+_BINARY_LEVELS = 2
 
 
 @dataclass(frozen=True)
 class Example:
-    """A small request to a program, `sample` or `sample:inpaint`, say; choices are given by index."""
+    """A small request to a program, for example `sample` or `sample:inpaint`; choices are given by index."""
 
     program: str
     seed: int = 0
@@ -31,61 +31,66 @@ class Example:
 
     @property
     def indices(self) -> range:
-        """The index of every row."""
+        """The row indices."""
         return range(self.first_row, self.first_row + self.rows)
 
 
-def record(eager: Interpreter, example: Example) -> manifest_pb2.GoldenRows:
-    """A request with the answer that the modules give; ProgramError when a server would refuse it."""
-    program = eager.program(example.program)
-    _refuse_out_of_bounds(program, example)
+def record(interpreter: Interpreter, example: Example) -> manifest_pb2.GoldenRows:
+    """Run a request and return it with its results and their tolerances.
+
+    Raises:
+        ProgramError: If a server would reject the request.
+    """
+    program = interpreter.program(example.program)
+    _check_parameters(program, example)
     rows = make_rows(program, example.seed, example.indices, example.parameters, example.inputs)
-    outputs, value = eager.run(example.program, rows), eager.manifest.data_spec
-    operation, _, method = example.program.partition(":")
+    outputs = interpreter.run(example.program, rows)
     return manifest_pb2.GoldenRows(
-        operation=operation,
-        variant=method,
+        operation=program.operation,
+        variant=program.variant,
         seed=example.seed,
         first_row=example.first_row,
         rows=example.rows,
         parameters=example.parameters,
         inputs={name: manifest.golden_tensor_to_proto(array) for name, array in example.inputs.items()},
         outputs={name: manifest.golden_tensor_to_proto(array) for name, array in outputs.items()},
-        tolerance={name: _tolerance(array, value, name) for name, array in outputs.items()},
+        tolerance={
+            name: _tolerance(name, array, interpreter.manifest.data_spec) for name, array in outputs.items()
+        },
     )
 
 
-def _refuse_out_of_bounds(program: manifest_pb2.Program, example: Example) -> None:
-    known = {parameter.name: parameter for parameter in program.parameters}
+def _check_parameters(program: manifest_pb2.Program, example: Example) -> None:
+    parameters = {parameter.name: parameter for parameter in program.parameters}
     for name, value in example.parameters.items():
-        if name not in known:
+        if name not in parameters:
             raise ProgramError(
-                f"a golden request to {example.program}: expected parameters among "
-                f"{', '.join(known) or 'none'}, got {name!r}"
+                f"golden request to {example.program}: unknown parameter {name!r}; "
+                f"expected one of: {', '.join(parameters) or 'none'}"
             )
-        least, most = known[name].minimum, known[name].maximum
-        if not least <= value <= most:
+        minimum, maximum = parameters[name].minimum, parameters[name].maximum
+        if not minimum <= value <= maximum:
             raise ProgramError(
-                f"a golden request to {example.program}: expected {name} from {least:g} to {most:g}, "
-                f"got {value:g}"
+                f"golden request to {example.program}: parameter {name!r}: expected a value from "
+                f"{minimum:g} to {maximum:g}, got {value:g}"
             )
 
 
-def request(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> Rows:
-    """The rows that golden rows ask for."""
+def to_rows(program: manifest_pb2.Program, golden: manifest_pb2.GoldenRows) -> Rows:
+    """Return the rows that golden rows request."""
     indices = range(golden.first_row, golden.first_row + golden.rows)
-    inputs = {name: array(tensor) for name, tensor in golden.inputs.items()}
+    inputs = {name: to_array(tensor) for name, tensor in golden.inputs.items()}
     return make_rows(program, golden.seed, indices, golden.parameters, inputs)
 
 
-def array(tensor: manifest_pb2.GoldenTensor) -> NDArray[Any]:
-    """The array inside a golden tensor."""
+def to_array(tensor: manifest_pb2.GoldenTensor) -> NDArray[Any]:
+    """Return a golden tensor as an array."""
     return np.frombuffer(tensor.data, DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
 
 
-def _tolerance(array: NDArray[Any], value: manifest_pb2.DataSpec, output: str) -> float:
+def _tolerance(output: str, array: NDArray[Any], data_spec: manifest_pb2.DataSpec) -> float:
     if array.dtype.kind not in "uib":
         return float(f"{_RELATIVE_TOLERANCE * max(1.0, float(np.abs(array).max(initial=0.0))):.1e}")
-    # Rounding to a level may fall the other way by one, which is nothing, if it is not the opposite.
-    is_picture = value.kind == manifest_pb2.DataSpec.KIND_IMAGE and output == value.tensor.name
-    return 1.0 if is_picture and value.num_levels > _OPPOSITES else 0.0
+    # Rounding may move a pixel to the next level. With two levels, the next level is the opposite one.
+    is_image = data_spec.kind == manifest_pb2.DataSpec.KIND_IMAGE and output == data_spec.tensor.name
+    return 1.0 if is_image and data_spec.num_levels > _BINARY_LEVELS else 0.0

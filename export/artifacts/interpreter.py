@@ -1,11 +1,10 @@
-"""Run a program of a manifest: init -> step x n -> readout over rows.
+"""Interpreter of manifest programs: init -> step x n -> readout over rows.
 
-A second reading of the contract, independent of the server's on purpose, and as
-plain as can be. Knows no family and no format: graphs are functions of arrays.
+It implements the contract a second time, independently of the server and as simply as possible, so that the
+two can be compared. Graphs are functions of arrays; families and file formats do not matter here.
 
-Every graph call of a row draws each noise tensor that the graph takes, from
-(seed, row index, step, stream). The step is 0 in init, step_index in step, and
-the number of steps done in readout.
+Each graph call of a row draws every noise tensor that the graph takes, from (seed, row index, step, stream).
+The step is 0 in init, `step_index` in step, and the number of completed steps in readout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from export.artifacts import manifest
 from export.graphs import graph
-from export.graphs.graph import GraphFunction
+from export.graphs.graph import Graph, GraphFunction
 from export.graphs.program import DataSpec, Program, ProgramError, program_name
 from samovar import noise
 from samovar.tensors import DTYPES
@@ -27,7 +26,7 @@ from samovar.v1 import manifest_pb2
 Array = NDArray[Any]
 Tensors = dict[str, Array]
 
-_DRAW = {
+_NOISE_FUNCTIONS = {
     manifest_pb2.Noise.DISTRIBUTION_NORMAL: noise.normal,
     manifest_pb2.Noise.DISTRIBUTION_UNIFORM: noise.uniform,
 }
@@ -41,7 +40,14 @@ _PARAMETER_DTYPES = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch of rows: seeds uint64 [B], row indices [B], parameters [B] and inputs [B, *shape] by name."""
+    """A batch of B rows.
+
+    Attributes:
+        seeds: uint64 [B].
+        indices: Row indices, int64 [B].
+        parameters: Values by name, [B].
+        inputs: Tensors by name, [B, *shape].
+    """
 
     seeds: NDArray[np.uint64]
     indices: NDArray[np.int64]
@@ -53,36 +59,47 @@ class Rows:
 
     def __getitem__(self, rows: slice | NDArray[np.intp]) -> "Rows":
         return Rows(
-            self.seeds[rows], self.indices[rows], _take(self.parameters, rows), _take(self.inputs, rows)
+            self.seeds[rows], self.indices[rows], _select(self.parameters, rows), _select(self.inputs, rows)
         )
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """The programs of a manifest with the graphs to run them, by graph name."""
+    """The programs of a manifest, and the functions that run its graphs, by graph name."""
 
     manifest: manifest_pb2.Manifest
     graphs: Mapping[str, GraphFunction]
 
     def program(self, name: str) -> manifest_pb2.Program:
-        """The program `sample` or `sample:inpaint`, say; KeyError when the model lacks it."""
-        return {program_name(each.operation, each.variant): each for each in self.manifest.programs}[name]
+        """Return a program by name, for example `sample` or `sample:inpaint`.
+
+        Raises:
+            KeyError: If the model does not have this program.
+        """
+        programs = {program_name(entry.operation, entry.variant): entry for entry in self.manifest.programs}
+        return programs[name]
 
     def run(self, name: str, rows: Rows, title: str = "") -> Tensors:
-        """Run every row of a program to its end; returns the outputs by name, [B, *shape].
+        """Run all steps of a program for each row.
 
-        With a title, under a progress bar of steps.
+        Args:
+            name: Program name, for example `sample`.
+            rows: A batch of B rows.
+            title: Title of a progress bar over steps; no bar is shown if it is empty.
+
+        Returns:
+            The outputs by name, [B, *shape].
         """
         program = self.program(name)
         total, done = num_steps(program, rows), np.zeros(len(rows), np.int64)
         state = self._initial_state(program, rows, total)
         active = np.flatnonzero(done < total)
-        longest = int(total.max(initial=0))
-        with tqdm(desc=title, total=longest, unit="step", dynamic_ncols=True, disable=not title) as bar:
+        max_steps = int(total.max(initial=0))
+        with tqdm(desc=title, total=max_steps, unit="step", dynamic_ncols=True, disable=not title) as bar:
             while active.size:
-                context = _Context(program, rows[active], _take(state, active), done[active], total[active])
-                for name, array in self._call(program.step, context).items():
-                    state[name][active] = array
+                context = _Context(program, rows[active], _select(state, active), done[active], total[active])
+                for tensor, array in self._call(program.step, context).items():
+                    state[tensor][active] = array
                 done[active] += 1
                 ended = (
                     state[program.steps.done_flag] if program.steps.done_flag else np.zeros(len(rows), bool)
@@ -92,10 +109,12 @@ class Interpreter:
         return self._call(program.readout, _Context(program, rows, state, done, total))
 
     def _initial_state(self, program: manifest_pb2.Program, rows: Rows, total: NDArray[np.int64]) -> Tensors:
+        if not program.init:
+            return {
+                spec.name: np.zeros((len(rows), *spec.shape), DTYPES[spec.dtype]) for spec in program.state
+            }
         context = _Context(program, rows, {}, np.zeros_like(total), total)
-        if program.init:
-            return {name: np.array(array) for name, array in self._call(program.init, context).items()}
-        return {spec.name: np.zeros((len(rows), *spec.shape), DTYPES[spec.dtype]) for spec in program.state}
+        return {name: np.array(array) for name, array in self._call(program.init, context).items()}
 
     def _call(self, name: str, context: "_Context") -> Tensors:
         graph = next(graph for graph in self.manifest.graphs if graph.name == name)
@@ -105,7 +124,7 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class _Context:
-    """What the arguments of one graph call may be bound to."""
+    """The tensors to which the arguments of one graph call can be bound."""
 
     program: manifest_pb2.Program
     rows: Rows
@@ -114,46 +133,58 @@ class _Context:
     num_steps: NDArray[np.int64]
 
     def tensor(self, name: str) -> Array:
-        given = {
+        tensors = {
             "step_index": self.steps_done,
             "num_steps": self.num_steps,
             **self.state,
             **self.rows.parameters,
             **self.rows.inputs,
         }
-        return given[name] if name in given else self._noise(name)
+        return tensors[name] if name in tensors else self._draw_noise(name)
 
-    def _noise(self, name: str) -> Array:
-        drawn = next(noise for noise in self.program.noise if noise.tensor.name == name)
-        draw = _DRAW[drawn.distribution]
-        return draw(self.rows.seeds, self.rows.indices, self.steps_done, drawn.stream, drawn.tensor.shape)
+    def _draw_noise(self, name: str) -> Array:
+        spec = next(spec for spec in self.program.noise if spec.tensor.name == name)
+        draw = _NOISE_FUNCTIONS[spec.distribution]
+        return draw(self.rows.seeds, self.rows.indices, self.steps_done, spec.stream, spec.tensor.shape)
 
 
-def eager_interpreter(data_spec: DataSpec, programs: Sequence[Program]) -> Interpreter:
-    """Return an interpreter that runs programs by their own modules, before any file is written."""
-    _reject_duplicate_programs(programs)
-    graphs = graph.collect(programs)
-    described = manifest_pb2.Manifest(
+def eager_interpreter(
+    data_spec: DataSpec, programs: Sequence[Program], graphs: Sequence[Graph] | None = None
+) -> Interpreter:
+    """Return an interpreter that runs programs by their own modules, without files.
+
+    Args:
+        data_spec: The type of the model's data rows.
+        programs: The model's programs.
+        graphs: The graphs of `programs` if they are already collected.
+
+    Raises:
+        ProgramError: If the programs or their graphs do not match each other.
+    """
+    _check_program_names([program.name for program in programs])
+    graphs = graph.collect(programs) if graphs is None else graphs
+    description = manifest_pb2.Manifest(
         data_spec=manifest.data_spec_to_proto(data_spec),
         graphs=map(manifest.graph_to_proto, graphs),
         programs=(manifest.program_to_proto(program, graphs) for program in programs),
     )
-    return Interpreter(described, {entry.name: graph.eager_function(entry.module) for entry in graphs})
+    return Interpreter(description, {entry.name: graph.eager_function(entry.module) for entry in graphs})
 
 
-def _reject_duplicate_programs(programs: Sequence[Program]) -> None:
-    names = [program.name for program in programs]
+def _check_program_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ProgramError(f"two programs are named {name!r}; give one of them a variant")
-        if name.partition(":")[0] not in names:
+        operation = name.partition(":")[0]
+        if operation not in names:
             raise ProgramError(
-                f"{name!r} is a variant of an operation without a default program; remove its variant"
+                f"program {name!r} is a variant, but there is no default program {operation!r}; "
+                "remove its variant or add the default program"
             )
 
 
 def num_steps(program: manifest_pb2.Program, rows: Rows) -> NDArray[np.int64]:
-    """The number of steps of each row, int64 [B]."""
+    """Return the number of steps of each row, int64 [B]."""
     steps = program.steps
     if not program.step:
         return np.zeros(len(rows), np.int64)
@@ -169,39 +200,47 @@ def make_rows(
     parameters: Mapping[str, float] | None = None,
     inputs: Mapping[str, Array] | None = None,
 ) -> Rows:
-    """Rows of one request with the defaults filled in; choices are given by index."""
-    given, tensors, count = parameters or {}, inputs or {}, len(indices)
+    """Return the rows of one request, with defaults for omitted parameters and optional inputs.
+
+    Args:
+        program: The program that the request is for.
+        seed: The seed of all rows.
+        indices: The row indices.
+        parameters: Parameter values by name; a choice is given by index.
+        inputs: Input tensors by name, [B, *shape].
+    """
+    parameters, inputs, count = parameters or {}, inputs or {}, len(indices)
     return Rows(
         seeds=np.full(count, seed, np.uint64),
         indices=np.asarray(indices, np.int64),
         parameters={
-            parameter.name: np.full(
-                count, given.get(parameter.name, parameter.default_value), _PARAMETER_DTYPES[parameter.type]
+            spec.name: np.full(
+                count, parameters.get(spec.name, spec.default_value), _PARAMETER_DTYPES[spec.type]
             )
-            for parameter in program.parameters
+            for spec in program.parameters
         },
         inputs={
-            entry.tensor.name: tensors[entry.tensor.name]
-            if entry.tensor.name in tensors
+            entry.tensor.name: inputs[entry.tensor.name]
+            if entry.tensor.name in inputs
             else np.full((count, *entry.tensor.shape), entry.default_value, DTYPES[entry.tensor.dtype])
             for entry in program.inputs
         },
     )
 
 
-def concatenate_rows(parts: Sequence[Rows]) -> Rows:
-    """Several requests for one program as one batch."""
+def concatenate_rows(batches: Sequence[Rows]) -> Rows:
+    """Return several batches of one program as one batch."""
     return Rows(
-        np.concatenate([part.seeds for part in parts]),
-        np.concatenate([part.indices for part in parts]),
-        _join([part.parameters for part in parts]),
-        _join([part.inputs for part in parts]),
+        np.concatenate([batch.seeds for batch in batches]),
+        np.concatenate([batch.indices for batch in batches]),
+        _concatenate([batch.parameters for batch in batches]),
+        _concatenate([batch.inputs for batch in batches]),
     )
 
 
-def _join(parts: Sequence[Tensors]) -> Tensors:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _concatenate(batches: Sequence[Tensors]) -> Tensors:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _take(tensors: Mapping[str, Array], rows: slice | NDArray[np.intp]) -> Tensors:
+def _select(tensors: Mapping[str, Array], rows: slice | NDArray[np.intp]) -> Tensors:
     return {name: array[rows] for name, array in tensors.items()}

@@ -1,4 +1,4 @@
-"""Programs as messages of the artifact contract. Translation only: no files, no graphs, no judgement."""
+"""Conversion of data specs, graphs and programs to the protobuf messages of the manifest."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ _KINDS = {
     "vector": manifest_pb2.DataSpec.KIND_VECTOR,
     "tokens": manifest_pb2.DataSpec.KIND_TOKENS,
 }
-_TYPES = {
+_PARAMETER_TYPES = {
     "float": manifest_pb2.Parameter.TYPE_FLOAT,
     "integer": manifest_pb2.Parameter.TYPE_INTEGER,
     "boolean": manifest_pb2.Parameter.TYPE_BOOLEAN,
@@ -27,7 +27,7 @@ _DISTRIBUTIONS = {
     "normal": manifest_pb2.Noise.DISTRIBUTION_NORMAL,
     "uniform": manifest_pb2.Noise.DISTRIBUTION_UNIFORM,
 }
-_SCORES = {
+_SCORE_KINDS = {
     "exact": manifest_pb2.Score.KIND_EXACT,
     "lower_bound": manifest_pb2.Score.KIND_LOWER_BOUND,
     "estimate": manifest_pb2.Score.KIND_ESTIMATE,
@@ -35,19 +35,19 @@ _SCORES = {
 }
 
 
-def data_spec_to_proto(value: DataSpec) -> manifest_pb2.DataSpec:
-    """What one row of data is."""
+def data_spec_to_proto(data_spec: DataSpec) -> manifest_pb2.DataSpec:
+    """Convert the type of a data row."""
     return manifest_pb2.DataSpec(
-        kind=_KINDS[value.kind],
-        tensor=tensor_to_proto(value.tensor),
-        num_levels=value.num_levels,
-        vocabulary=value.vocabulary,
-        class_labels=value.class_labels,
+        kind=_KINDS[data_spec.kind],
+        tensor=tensor_to_proto(data_spec.tensor),
+        num_levels=data_spec.num_levels,
+        vocabulary=data_spec.vocabulary,
+        class_labels=data_spec.class_labels,
     )
 
 
 def tensor_to_proto(spec: TensorSpec) -> manifest_pb2.TensorSpec:
-    """One tensor of a row."""
+    """Convert one tensor of a row."""
     return manifest_pb2.TensorSpec(
         name=spec.name,
         dtype=data_type(np.dtype(spec.dtype)),
@@ -59,7 +59,7 @@ def tensor_to_proto(spec: TensorSpec) -> manifest_pb2.TensorSpec:
 
 
 def graph_to_proto(graph: Graph) -> manifest_pb2.Graph:
-    """A graph, without its files."""
+    """Convert a graph; its list of files is left empty."""
     return manifest_pb2.Graph(
         name=graph.name,
         inputs=map(tensor_to_proto, graph.inputs),
@@ -68,7 +68,7 @@ def graph_to_proto(graph: Graph) -> manifest_pb2.Graph:
 
 
 def program_to_proto(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.Program:
-    """A program whose modules are among the graphs."""
+    """Convert a program; `graphs` must contain the graph of each of its modules."""
     names = {id(graph.module): graph.name for graph in graphs}
     roles = {role: names[id(module)] for role, module, _ in program.modules}
     return manifest_pb2.Program(
@@ -79,23 +79,23 @@ def program_to_proto(program: Program, graphs: Sequence[Graph]) -> manifest_pb2.
         step=roles.get("step", ""),
         readout=roles["readout"],
         state=map(tensor_to_proto, program.state),
-        steps=_steps_message(program.steps) if program.steps else None,
-        parameters=map(_parameter_message, program.parameters),
-        inputs=map(_input_message, program.inputs),
-        noise=map(_noise_message, program.noise),
+        steps=_steps_to_proto(program.steps) if program.steps else None,
+        parameters=map(_parameter_to_proto, program.parameters),
+        inputs=map(_input_to_proto, program.inputs),
+        noise=map(_noise_to_proto, program.noise),
         outputs=map(tensor_to_proto, program.outputs),
-        score=_score_message(program.score) if program.score else None,
+        score=_score_to_proto(program.score) if program.score else None,
         previewable=program.previewable,
     )
 
 
 def golden_tensor_to_proto(array: NDArray[np.generic]) -> manifest_pb2.GoldenTensor:
-    """An array inside a manifest."""
+    """Convert an array of golden rows."""
     packed = pack(array)
     return manifest_pb2.GoldenTensor(dtype=packed.dtype, shape=array.shape, data=packed.data)
 
 
-def _steps_message(steps: Steps) -> manifest_pb2.Steps:
+def _steps_to_proto(steps: Steps) -> manifest_pb2.Steps:
     units = steps.units_per_step if steps.units_per_step > 1 else 0
     return manifest_pb2.Steps(
         units_per_step=units,
@@ -104,10 +104,10 @@ def _steps_message(steps: Steps) -> manifest_pb2.Steps:
     )
 
 
-def _parameter_message(parameter: Parameter) -> manifest_pb2.Parameter:
+def _parameter_to_proto(parameter: Parameter) -> manifest_pb2.Parameter:
     return manifest_pb2.Parameter(
         name=parameter.name,
-        type=_TYPES[parameter.type],
+        type=_PARAMETER_TYPES[parameter.type],
         default_value=parameter.default,
         minimum=parameter.minimum,
         maximum=parameter.maximum,
@@ -116,13 +116,13 @@ def _parameter_message(parameter: Parameter) -> manifest_pb2.Parameter:
     )
 
 
-def _input_message(given: Input) -> manifest_pb2.Input:
+def _input_to_proto(entry: Input) -> manifest_pb2.Input:
     return manifest_pb2.Input(
-        tensor=tensor_to_proto(given.tensor), optional=given.optional, default_value=given.default
+        tensor=tensor_to_proto(entry.tensor), optional=entry.optional, default_value=entry.default
     )
 
 
-def _noise_message(noise: Noise) -> manifest_pb2.Noise:
+def _noise_to_proto(noise: Noise) -> manifest_pb2.Noise:
     return manifest_pb2.Noise(
         tensor=tensor_to_proto(noise.spec),
         distribution=_DISTRIBUTIONS[noise.distribution],
@@ -130,9 +130,9 @@ def _noise_message(noise: Noise) -> manifest_pb2.Noise:
     )
 
 
-def _score_message(score: Score) -> manifest_pb2.Score:
+def _score_to_proto(score: Score) -> manifest_pb2.Score:
     return manifest_pb2.Score(
-        kind=_SCORES[score.kind],
+        kind=_SCORE_KINDS[score.kind],
         dimensions=score.dimensions,
         coordinate_space=score.coordinate_space,
         nats_output=score.nats_output,

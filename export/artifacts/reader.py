@@ -1,4 +1,4 @@
-"""An artifact's directory: its layout, and how it is read back, as a manifest and programs to run."""
+"""Artifact directories: their layout, and how to read them as a manifest and runnable programs."""
 
 import hashlib
 import re
@@ -17,28 +17,41 @@ VERSION = re.compile(r"[1-9][0-9]*")
 
 
 class ArtifactError(ValueError):
-    """A directory that is not, or cannot become, an artifact."""
+    """Raised for a directory that is not an artifact, and for an artifact that cannot be written."""
 
 
 def versions(directory: Path) -> list[int]:
-    """The versions of a model that are on disk."""
+    """Return the versions in a model's directory, in ascending order; empty if there is no directory."""
     entries = directory.iterdir() if directory.is_dir() else iter(())
     return sorted(int(entry.name) for entry in entries if VERSION.fullmatch(entry.name))
 
 
 def read(directory: Path) -> manifest_pb2.Manifest:
-    """The manifest of an artifact; ArtifactError when there is none or it cannot be read."""
+    """Read the manifest of an artifact.
+
+    Raises:
+        ArtifactError: If there is no manifest, or it cannot be parsed.
+    """
     path = directory / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{directory}: expected an artifact, but it holds no {MANIFEST}")
+        raise ArtifactError(
+            f"{directory}: expected an artifact directory, but it has no {MANIFEST}; "
+            "give MODELS/NAME/VERSION, for example models/digits-vae/1"
+        )
     try:
         return json_format.Parse(path.read_text(), manifest_pb2.Manifest())
     except (json_format.ParseError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: expected a manifest of the artifact contract: {error}") from error
+        raise ArtifactError(
+            f"{path}: expected a manifest of the artifact format, but it cannot be parsed: {error}"
+        ) from error
 
 
 def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> Interpreter:
-    """The programs of an artifact run by its files in one format."""
+    """Return an interpreter that runs the programs of an artifact by its graph files in one format.
+
+    Raises:
+        GraphError: If a file cannot be loaded, or its graph is impure.
+    """
     graphs = {
         entry.name: graph.load(directory / file.path, format)
         for entry in manifest.graphs
@@ -49,17 +62,17 @@ def load(directory: Path, manifest: manifest_pb2.Manifest, format: str) -> Inter
 
 
 def checksum_matches(directory: Path) -> bool:
-    """Whether the manifest is the one that its checksum was made for."""
+    """Return whether the manifest is unchanged since it was written."""
     path = directory / CHECKSUM
     return path.is_file() and path.read_text().split()[:1] == [sha256((directory / MANIFEST).read_bytes())]
 
 
 def sha256(data: bytes) -> str:
-    """The digest by which files and data are named."""
+    """Return the SHA-256 hex digest of some bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def write_manifest(text: str, directory: Path) -> None:
-    """The manifest, and beside it the digest by which a server knows that nobody edited it."""
+    """Write the manifest and its checksum, by which a server detects later changes."""
     (directory / MANIFEST).write_text(text)
     (directory / CHECKSUM).write_text(f"{sha256(text.encode())}  {MANIFEST}\n")

@@ -1,8 +1,8 @@
-"""Prove that an artifact computes what was recorded: files, pure graphs, golden rows, independence of rows.
+"""Verification of an artifact: checksums, purity of graphs, golden rows and independence of rows.
 
-Works from the directory alone, like a server would, in every format. A program runs
-its golden rows by themselves, the first of them alone, and all of them among strangers,
-so in three batch sizes at least. Knows no family.
+Verification reads only the directory, as a server does, and checks every format. Each program runs its
+golden rows as one batch, the first row alone, and all rows mixed into a batch of unrelated rows. This covers
+at least three batch sizes.
 """
 
 import math
@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 
 from export.artifacts import golden, reader
 from export.artifacts.interpreter import Interpreter, Rows, concatenate_rows
-from export.graphs.graph import GraphError
+from export.graphs.graph import GraphError, summarize_error
 from export.graphs.program import program_name
 from samovar.v1 import manifest_pb2
 
-_STRANGERS = 5
-_ALONE, _BATCHED, _INDEPENDENCE = "golden rows", "golden rows in company", "independence"
-_MEANING = {
-    _ALONE: "the file does not compute what was recorded",
-    _BATCHED: "the file computes something else when other rows share the batch; "
-    "every output row must be a function of its own input row",
+_FILLER_ROWS = 5
+_ALONE, _BATCHED, _INDEPENDENCE = "golden rows", "golden rows in a mixed batch", "independence"
+_EXPLANATIONS = {
+    _ALONE: "the file does not compute the recorded results; export it again",
+    _BATCHED: "the file computes other results when unrelated rows share the batch; "
+    "make every output row a function of its own input row",
     _INDEPENDENCE: "a row depends on the other rows of its batch; "
-    "nothing may be summed, averaged, sorted or normalised over axis 0",
+    "do not sum, average, sort or normalize over axis 0",
 }
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One comparison: the largest absolute difference, and the largest that is allowed."""
+    """The result of one comparison: the largest absolute difference, and the tolerance."""
 
     program: str
     format: str
@@ -44,36 +44,40 @@ class CheckResult:
 
     @property
     def ok(self) -> bool:
-        """False also for a difference that is not a number."""
+        """Whether the difference is within the tolerance; False if it is NaN."""
         return self.difference <= self.tolerance
 
     def __str__(self) -> str:
         return (
             f"{self.program} ({self.format}): {self.check}: expected a difference of at most "
-            f"{self.tolerance:g}, got {self.difference:g}: {_MEANING[self.check]}"
+            f"{self.tolerance:g}, got {self.difference:g}: {_EXPLANATIONS[self.check]}"
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, and one line for everything that is wrong."""
+    """All comparisons, and one line for each problem that is not a comparison."""
 
     results: tuple[CheckResult, ...]
     problems: tuple[str, ...]
 
     @property
     def failures(self) -> list[str]:
-        """Every problem and every comparison that failed."""
-        return [*self.problems, *(str(finding) for finding in self.results if not finding.ok)]
+        """All problems and all comparisons that failed, one line each."""
+        return [*self.problems, *(str(result) for result in self.results if not result.ok)]
 
 
 def verify(directory: Path) -> Report:
-    """Check an artifact's files, replay its golden rows in every format; ArtifactError without a manifest."""
+    """Check the files of an artifact and replay its golden rows in every format.
+
+    Raises:
+        ArtifactError: If the manifest cannot be read.
+    """
     manifest = reader.read(directory)
-    problems = [*_file_problems(directory, manifest), *_manifest_problems(manifest)]
+    problems = [*_check_files(directory, manifest), *_check_manifest(manifest)]
     if problems:
         return Report((), tuple(problems))
-    findings: list[CheckResult] = []
+    results: list[CheckResult] = []
     for format in common_formats(manifest):
         try:
             interpreter = reader.load(directory, manifest, format)
@@ -82,32 +86,31 @@ def verify(directory: Path) -> Report:
             continue
         for program in manifest.programs:
             try:
-                findings += _program_findings(interpreter, program, format)
-            except Exception as error:  # a graph that was made elsewhere may raise anything
-                reason = str(error).strip().partition("\n")[0]
-                problems.append(f"{_name(program)} ({format}): cannot be run: {reason}")
-    return Report(tuple(findings), tuple(problems))
+                results += _check_program(interpreter, program, format)
+            except Exception as error:  # A graph from another exporter may raise any exception.
+                problems.append(f"{_name(program)} ({format}): execution failed: {summarize_error(error)}")
+    return Report(tuple(results), tuple(problems))
 
 
 def common_formats(manifest: manifest_pb2.Manifest) -> list[str]:
-    """The formats that every graph has, in the order of the first graph's files."""
-    offered = [[file.format for file in graph.files] for graph in manifest.graphs]
-    return [format for format in offered[0] if all(format in names for names in offered)] if offered else []
+    """Return the formats that every graph has, in the order of the first graph's files."""
+    formats = [[file.format for file in graph.files] for graph in manifest.graphs]
+    return [format for format in formats[0] if all(format in names for names in formats)] if formats else []
 
 
 def format_report(report: Report) -> str:
-    """The findings for a terminal."""
+    """Return the comparisons as a table for a terminal."""
     header = ("program", "format", "check", "max difference", "tolerance", "")
     lines = [header] + [
         (
-            f.program,
-            f.format,
-            f.check,
-            f"{f.difference:.2g}",
-            f"{f.tolerance:.2g}",
-            "ok" if f.ok else "FAILED",
+            result.program,
+            result.format,
+            result.check,
+            f"{result.difference:.2g}",
+            f"{result.tolerance:.2g}",
+            "ok" if result.ok else "FAILED",
         )
-        for f in report.results
+        for result in report.results
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -116,35 +119,46 @@ def format_report(report: Report) -> str:
     )
 
 
-def _file_problems(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator[str]:
+def _check_files(directory: Path, manifest: manifest_pb2.Manifest) -> Iterator[str]:
     if not reader.checksum_matches(directory):
-        yield f"{reader.MANIFEST}: it is not what {reader.CHECKSUM} was made for: it was changed after export"
+        yield (
+            f"{reader.MANIFEST}: its SHA-256 does not match {reader.CHECKSUM}: "
+            "the manifest was changed after export; export it again"
+        )
     for graph in manifest.graphs:
         for file in graph.files:
             path = directory / file.path
             if Path(file.path).name != file.path:
-                yield f"{file.path}: expected a file name inside the artifact"
+                yield f"{file.path}: expected the name of a file inside the artifact directory"
             elif not path.is_file():
-                yield f"{file.path}: the manifest names it, but it is missing"
+                yield f"{file.path}: the manifest lists this file, but it is missing; export it again"
             elif reader.sha256(path.read_bytes()) != file.sha256:
-                yield f"{file.path}: its SHA-256 is not the one in the manifest; export it again"
+                yield f"{file.path}: its SHA-256 does not match the manifest; export it again"
 
 
-def _manifest_problems(manifest: manifest_pb2.Manifest) -> Iterator[str]:
+def _check_manifest(manifest: manifest_pb2.Manifest) -> Iterator[str]:
     if not common_formats(manifest):
-        yield "expected graphs, and a format that all of them have"
+        yield "graphs: expected at least one graph, and a format that all graphs have"
     for program in manifest.programs:
-        answers = [entry.outputs for entry in manifest.golden_rows if _name(entry) == _name(program)]
-        if not answers:
-            yield f"{_name(program)}: expected golden rows, found none"
-        if any(set(answer) != {spec.name for spec in program.outputs} for answer in answers):
-            yield f"{_name(program)}: expected golden rows with an answer for every output, and no others"
-        for name in sorted({name for answer in answers for name in answer if not _is_finite(answer[name])}):
-            yield f"{_name(program)}: expected golden rows of finite numbers, got others in {name!r}"
+        name, outputs = _name(program), {spec.name for spec in program.outputs}
+        golden_outputs = [entry.outputs for entry in manifest.golden_rows if _name(entry) == name]
+        if not golden_outputs:
+            yield f"{name}: expected golden rows, found none"
+        for tensors in golden_outputs:
+            if set(tensors) != outputs:
+                yield (
+                    f"{name}: expected golden rows with the outputs {', '.join(sorted(outputs))}, "
+                    f"got {', '.join(sorted(tensors)) or 'none'}"
+                )
+        nonfinite = {
+            output for tensors in golden_outputs for output in tensors if not _is_finite(tensors[output])
+        }
+        for output in sorted(nonfinite):
+            yield f"{name}: expected golden rows of finite numbers, got NaN or infinity in {output!r}"
 
 
 def _is_finite(tensor: manifest_pb2.GoldenTensor) -> bool:
-    array = golden.array(tensor)
+    array = golden.to_array(tensor)
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
@@ -154,80 +168,87 @@ def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
 
 @dataclass(frozen=True)
 class _GoldenCase:
-    """Golden rows of one program, as requested and as answered."""
+    """Golden rows of one program: the request, the recorded outputs and their tolerances."""
 
     rows: Rows
     outputs: Mapping[str, NDArray[Any]]
     tolerance: Mapping[str, float]
 
 
-def _program_findings(
+def _check_program(
     interpreter: Interpreter, program: manifest_pb2.Program, format: str
 ) -> Iterator[CheckResult]:
-    proofs = [
+    name = _name(program)
+    cases = [
         _GoldenCase(
-            golden.request(program, entry),
-            {name: golden.array(tensor) for name, tensor in entry.outputs.items()},
+            golden.to_rows(program, entry),
+            {output: golden.to_array(tensor) for output, tensor in entry.outputs.items()},
             entry.tolerance,
         )
         for entry in interpreter.manifest.golden_rows
-        if _name(entry) == _name(program)
+        if _name(entry) == name
     ]
-    alone = [interpreter.run(_name(program), proof.rows) for proof in proofs]
-    first = [interpreter.run(_name(program), proof.rows[:1]) for proof in proofs]
-    company, others = (_in_company(interpreter, program, proofs, seed) for seed in (1, 2))
-    recorded = [(proof.outputs, proof.tolerance) for proof in proofs]
-    exact = [(answer, _independence(proof, format)) for answer, proof in zip(company, proofs, strict=True)]
-    for check, given, expected in (
+    alone = [interpreter.run(name, case.rows) for case in cases]
+    first_rows = [interpreter.run(name, case.rows[:1]) for case in cases]
+    mixed, mixed_differently = (_run_mixed(interpreter, name, cases, seed) for seed in (1, 2))
+    recorded = [(case.outputs, case.tolerance) for case in cases]
+    reference = [
+        (outputs, _independence_tolerance(case, format)) for outputs, case in zip(mixed, cases, strict=True)
+    ]
+    for check, outputs, expected in (
         (_ALONE, alone, recorded),
-        (_BATCHED, company, recorded),
-        (_INDEPENDENCE, [*others, *first], [*exact, *exact]),
+        (_BATCHED, mixed, recorded),
+        (_INDEPENDENCE, [*mixed_differently, *first_rows], [*reference, *reference]),
     ):
         pairs = [
             pair
-            for answer, (known, tolerance) in zip(given, expected, strict=True)
-            for pair in _compare(answer, known, tolerance)
+            for tensors, (expected_tensors, tolerance) in zip(outputs, expected, strict=True)
+            for pair in _compare(tensors, expected_tensors, tolerance)
         ]
         difference, allowed = max(pairs, key=_severity)
-        yield CheckResult(_name(program), format, check, difference, allowed)
+        yield CheckResult(name, format, check, difference, allowed)
 
 
-def _independence(proof: _GoldenCase, format: str) -> Mapping[str, float]:
-    """ONNX Runtime computes a row to the bit in any company on a CPU; torch may not in small batches."""
-    return dict.fromkeys(proof.tolerance, 0.0) if format == "onnx" else proof.tolerance
+def _independence_tolerance(case: _GoldenCase, format: str) -> Mapping[str, float]:
+    """Return the tolerances between batches: 0 for ONNX Runtime, whose CPU kernels are batch-invariant.
+
+    The kernels of torch are not batch-invariant in small batches.
+    """
+    return dict.fromkeys(case.tolerance, 0.0) if format == "onnx" else case.tolerance
 
 
-def _in_company(
-    interpreter: Interpreter, program: manifest_pb2.Program, proofs: list[_GoldenCase], seed: int
+def _run_mixed(
+    interpreter: Interpreter, name: str, cases: list[_GoldenCase], seed: int
 ) -> list[dict[str, NDArray[Any]]]:
-    strangers = _strangers(proofs[0].rows, seed)
-    answers = interpreter.run(
-        _name(program), concatenate_rows([strangers, *(proof.rows for proof in proofs)])
-    )
-    bounds = np.cumsum([_STRANGERS, *(len(proof.rows) for proof in proofs)])
-    return [{name: array[start:stop] for name, array in answers.items()} for start, stop in pairwise(bounds)]
+    """Run all cases in one batch that starts with filler rows; return the outputs of each case."""
+    batch = concatenate_rows([_filler_rows(cases[0].rows, seed), *(case.rows for case in cases)])
+    outputs = interpreter.run(name, batch)
+    bounds = np.cumsum([_FILLER_ROWS, *(len(case.rows) for case in cases)])
+    return [
+        {output: array[start:stop] for output, array in outputs.items()} for start, stop in pairwise(bounds)
+    ]
 
 
-def _strangers(rows: Rows, seed: int) -> Rows:
-    """Rows with other noise and other inputs: their elements change places, which keeps them in bounds."""
-    strangers = rows[np.arange(_STRANGERS) * seed % len(rows)]
+def _filler_rows(rows: Rows, seed: int) -> Rows:
+    """Return rows with other seeds, and inputs whose elements are rotated, which keeps them in bounds."""
+    filler = rows[np.arange(_FILLER_ROWS) * seed % len(rows)]
     return replace(
-        strangers,
-        seeds=strangers.seeds + np.uint64(seed),
-        inputs={name: _moved(array, seed) for name, array in strangers.inputs.items()},
+        filler,
+        seeds=filler.seeds + np.uint64(seed),
+        inputs={name: _rotate(array, seed) for name, array in filler.inputs.items()},
     )
 
 
-def _moved(array: NDArray[Any], places: int) -> NDArray[Any]:
+def _rotate(array: NDArray[Any], places: int) -> NDArray[Any]:
     return np.roll(array.reshape(len(array), -1), places, axis=1).reshape(array.shape)
 
 
 def _compare(
-    given: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], tolerance: Mapping[str, float]
+    outputs: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], tolerance: Mapping[str, float]
 ) -> list[tuple[float, float]]:
-    """Difference and tolerance by output, over the rows that `given` has."""
+    """Return difference and tolerance of each output, over the rows of `outputs`."""
     return [
-        (_difference(given[name], array[: len(given[name])]), tolerance.get(name, 0.0))
+        (_difference(outputs[name], array[: len(outputs[name])]), tolerance.get(name, 0.0))
         for name, array in expected.items()
     ]
 

@@ -1,4 +1,4 @@
-"""The commands of `python -m export`, a file each: what they take, and what they print.
+"""The commands of `python -m export`, one per file: their options and their output.
 
-They import torch only when they run, so that --help and what needs no work are quick.
+Commands import torch only when they run, so that --help and checks that need no model are fast.
 """

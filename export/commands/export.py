@@ -1,42 +1,47 @@
-"""python -m export write: an artifact from a Python file of one's own; nothing is trained."""
+"""python -m export export: write an artifact from a Python file that defines a model; no training."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.options import add_format, add_models, command
+from export.commands.options import add_command, add_format, add_models
 from export.graphs import formats
 
 if TYPE_CHECKING:
     from export.commands.options import Commands
 
 _DESCRIPTION = """\
-Run a Python file, take the model that it calls MODEL, write MODELS/NAME/VERSION and verify it.
-examples/ holds such files, docs/custom-models.md explains them."""
-_ENDINGS = {"image": ".png", "tokens": ".txt", "vector": ".npy"}
+Run a Python file that defines MODEL, write the artifact MODELS/NAME/VERSION and verify it.
+Nothing is trained.
+
+examples/galaxy.py and examples/ising.py are complete files; docs/custom-models.md is the guide."""
+_FILE_SUFFIXES = {"image": ".png", "tokens": ".txt", "vector": ".npy"}
 
 
 def add(commands: "Commands") -> None:
-    """The command `write`."""
-    parser = command(commands, "write", "export a model of one's own from a Python file", _DESCRIPTION)
-    parser.add_argument("file", type=Path, help="such as examples/galaxy.py")
-    parser.add_argument("--name", default="", help="the artifact's name; the file's when left out")
+    """Add the command `export`."""
+    parser = add_command(
+        commands, "export", "export a custom model from a Python file", _DESCRIPTION, old_name="write"
+    )
+    parser.add_argument("file", type=Path, help="Python file, for example examples/galaxy.py")
+    parser.add_argument("--name", default="", help="name of the artifact (default: from MODEL or the file)")
     add_format(parser)
     add_models(parser)
-    parser.set_defaults(command=_write)
+    parser.set_defaults(command=_export)
 
 
-def _write(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> int:
     from export import custom_model
     from export.artifacts import reader
 
-    chosen = formats.CHOICES[options.format]
-    path = custom_model.write(options.file, options.models, options.name, chosen)
-    written = reader.read(path)
-    operations = list(dict.fromkeys(program.operation for program in written.programs))
-    print(f"Wrote {path}, verified in {' and '.join(chosen)}: {', '.join(operations)}")
-    print(f"  serve it:  python -m server --models {options.models}")
+    file_formats = formats.CHOICES[options.format]
+    path = custom_model.write(options.file, options.models, options.name, file_formats)
+    manifest = reader.read(path)
+    operations = list(dict.fromkeys(program.operation for program in manifest.programs))
+    print(f"Wrote {path}, verified in {' and '.join(file_formats)}: {', '.join(operations)}")
+    print(f"  serve:  python -m server --models {options.models}")
     if "sample" in operations:
-        kind = written.data_spec.Kind.Name(written.data_spec.kind).removeprefix("KIND_").lower()
-        print(f"  ask it:    samovar sample {written.name} -n 16 --seed 7 -o {written.name}{_ENDINGS[kind]}")
+        kind = manifest.data_spec.Kind.Name(manifest.data_spec.kind).removeprefix("KIND_").lower()
+        output = f"{manifest.name}{_FILE_SUFFIXES[kind]}"
+        print(f"  sample: samovar sample {manifest.name} -n 16 --seed 7 -o {output}")
     return 0

@@ -1,6 +1,6 @@
-"""The artifacts that are made of data which needs no download: one table of names, families and data sets.
+"""The training jobs for data that needs no download: names, families, datasets and training times.
 
-Knows what is missing, what each takes, and in which order several at a time are done first. Light: no torch.
+Imports no torch.
 """
 
 import importlib.util
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from export.families import FAMILIES
 
-# What `make serve` serves: the quick ones, of two kinds.
+# The models that `make serve` serves: fast to train, and of two kinds.
 STARTERS = ("digits-vae", "digits-diffusion")
 
-# What a data set needs beside the exporter's own dependencies.
-_NEEDS = {"chorales": "music21"}
+# Packages that a dataset needs and the exporter does not.
+_PACKAGES = {"chorales": "music21"}
 
-# Seconds on one core with the starter preset, everything included: to start with the longest.
+# Seconds on one core with the starter preset, everything included. Long jobs start first.
 _SECONDS = {
     "digits-ebm": 170,
     "digits-diffusion": 135,
@@ -33,42 +33,46 @@ _SECONDS = {
     "digits-cnn": 35,
     "digits-mlp": 20,
 }
-_USUAL_SECONDS = 90
+_DEFAULT_SECONDS = 90
 
 
 @dataclass(frozen=True)
 class Job:
-    """An artifact to make: models/<name>/, of a family trained on a data set, which may need a package."""
+    """An artifact to train, models/<name>/; `package` is what its dataset needs in addition."""
 
     name: str
     family: str
-    data: str
-    needs: str = ""
+    dataset: str
+    package: str = ""
 
     @property
     def seconds(self) -> int:
-        """About how long it takes on one core with the starter preset."""
-        return _SECONDS.get(self.name, _USUAL_SECONDS)
+        """Approximate seconds on one core with the starter preset."""
+        return _SECONDS.get(self.name, _DEFAULT_SECONDS)
 
     @property
-    def lack(self) -> str:
-        """The package without which its data cannot be had, when it is not installed; else nothing."""
-        return self.needs if self.needs and importlib.util.find_spec(self.needs) is None else ""
+    def missing_package(self) -> str:
+        """The package that the dataset needs if it is not installed, else an empty string."""
+        return self.package if self.package and importlib.util.find_spec(self.package) is None else ""
 
-    def is_made(self, models: Path) -> bool:
-        """Whether a directory of artifacts has a version of it."""
+    def has_artifact(self, models: Path) -> bool:
+        """Return whether a directory of artifacts has a version of this model."""
         directory = models / self.name
         return directory.is_dir() and any(entry.name.isdecimal() for entry in directory.iterdir())
 
 
-def jobs(names: Sequence[str] = ()) -> list[Job]:
-    """The jobs of these names, or all, the longest first; ValueError for a name that is none."""
-    known = {
-        f"{data}-{family}": Job(f"{data}-{family}", family, data, _NEEDS.get(data, ""))
+def select_jobs(names: Sequence[str] = ()) -> list[Job]:
+    """Return the jobs with these names, or all jobs if there are no names, the longest first.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    jobs = {
+        f"{dataset}-{family}": Job(f"{dataset}-{family}", family, dataset, _PACKAGES.get(dataset, ""))
         for family, entry in FAMILIES.items()
-        for data in entry.datasets
+        for dataset in entry.datasets
     }
     for name in names:
-        if name not in known:
-            raise ValueError(f"expected names of {', '.join(known)}; got {name!r}")
-    return sorted((known[name] for name in names or known), key=lambda job: -job.seconds)
+        if name not in jobs:
+            raise ValueError(f"unknown artifact {name!r}; expected one of: {', '.join(jobs)}")
+    return sorted((jobs[name] for name in names or jobs), key=lambda job: -job.seconds)

@@ -1,188 +1,118 @@
-"""Several trainings at a time, each in a process of its own: the commands run, their progress shown.
+"""Parallel execution of commands: one process and one log file per command, one progress bar for all.
 
-Two processes with one thread each get more out of two cores than one with two. Knows
-commands and what they print, nothing of what they do.
+On two cores, two processes with one thread each finish earlier than one process with two threads.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-_REMEMBERED_LINES = 12
-# Between two lines of a log that tell how far a command is.
-_SECONDS_BETWEEN = 20.0
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PYTHONUNBUFFERED": "1",
-    "TQDM_MININTERVAL": "0.5",
-    "COLUMNS": "76",
-}
+from export.training.signals import defer_signals
+
+_POLL_SECONDS = 0.2
+_NUM_LAST_LINES = 12
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended: exit status, seconds, and the last lines that it printed."""
+    """The exit status, the duration and the log file of a command."""
 
     name: str
     status: int
     seconds: float
-    last_lines: tuple[str, ...]
+    log: Path
+
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines of the log; of a progress bar, only its last state."""
+        lines = self.log.read_text(errors="replace").split("\n")
+        shown = [line.rstrip().rpartition("\r")[2].strip() for line in lines]
+        return [line for line in shown if line][-_NUM_LAST_LINES:]
+
+    def __str__(self) -> str:
+        if not self.status:
+            return f"{self.name}: finished in {self.seconds:.0f} s"
+        failure = f"FAILED with exit status {self.status} after {self.seconds:.0f} s; log: {self.log}"
+        return "\n  ".join([f"{self.name}: {failure}", *self.last_lines])
 
 
-class Display(Protocol):
-    """Where the progress of several commands is shown; called from several threads, begin and end in turn."""
+def run_commands(commands: Mapping[str, Sequence[str]], size: int, logs: Path) -> list[Result]:
+    """Run commands, at most `size` at the same time; a failed command does not stop the others.
 
-    def begin(self, name: str) -> None:
-        """A command has started."""
+    Args:
+        commands: The command lines by name.
+        size: The number of commands that run at the same time.
+        logs: The directory for the log files, <name>.log with stdout and stderr.
 
-    def update(self, name: str, line: str) -> None:
-        """It has printed something that stands until it prints something else."""
+    Returns:
+        The results in the order of `commands`.
 
-    def end(self, result: Result) -> None:
-        """It is over."""
+    Raises:
+        KeyboardInterrupt: On SIGINT or SIGTERM. Running commands are sent SIGTERM and awaited first.
+    """
+    from tqdm import tqdm
+
+    logs.mkdir(parents=True, exist_ok=True)
+    pending, running, results = deque(commands), dict[str, _Process](), dict[str, Result]()
+    # disable=None hides the bar if stderr is not a terminal.
+    bar = tqdm(total=len(commands), desc="jobs", unit="job", dynamic_ncols=True, disable=None)
+    with bar, defer_signals() as stop:
+        try:
+            while (pending or running) and not stop.is_set:
+                while pending and len(running) < size:
+                    name = pending.popleft()
+                    running[name] = _Process(name, commands[name], logs)
+                    tqdm.write(f"[{len(results) + len(running)}/{len(commands)}] {name}: started", sys.stderr)
+                bar.set_postfix_str(", ".join(running))
+                time.sleep(_POLL_SECONDS)
+                for result in [process.result() for process in running.values() if process.has_ended()]:
+                    del running[result.name]
+                    results[result.name] = result
+                    tqdm.write(str(result), sys.stderr)
+                    bar.update()
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+    return [results[name] for name in commands]
 
 
-@dataclass
-class ProcessPool:
-    """Runs commands, at most `size` at a time, and stops those under way when it is interrupted."""
+class _Process:
+    """A running command, without input, with its output in a log file."""
 
-    size: int
-    display: Display
-    _running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _is_stopped: bool = False
-
-    def run(self, commands: Mapping[str, Sequence[str]]) -> list[Result]:
-        """Run every command to its end, whatever becomes of the others; results in the given order.
-
-        On KeyboardInterrupt the commands under way are sent SIGTERM and awaited, no other is begun.
-        """
-        with ThreadPoolExecutor(self.size) as pool:
-            futures = [pool.submit(self._run, name, command) for name, command in commands.items()]
-            try:
-                return [future.result() for future in futures]
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._stop()
-                raise
-
-    def _run(self, name: str, command: Sequence[str]) -> Result:
-        started, lines = time.monotonic(), deque[str](maxlen=_REMEMBERED_LINES)
-        process = self._start(name, command)
-        assert process.stdout is not None
-        for line, is_final in _lines(process.stdout.fileno()):
-            self.display.update(name, line)
-            if is_final:
-                lines.append(line)
-        process.stdout.close()
-        result = Result(name, process.wait(), time.monotonic() - started, tuple(lines))
-        with self._lock:
-            del self._running[name]
-            self.display.end(result)
-        return result
-
-    def _start(self, name: str, command: Sequence[str]) -> "subprocess.Popen[bytes]":
-        with self._lock:
-            if self._is_stopped:
-                raise InterruptedError(f"{name} was not begun")
-            self.display.begin(name)
-            # In a process group of its own, for Ctrl-C in a terminal would reach it twice: it is told below.
-            process = subprocess.Popen(
+    def __init__(self, name: str, command: Sequence[str], logs: Path) -> None:
+        self._name, self._log = name, logs / f"{name}.log"
+        self._start = time.monotonic()
+        with self._log.open("wb") as output:
+            # The process has its own process group. Otherwise Ctrl-C in a terminal would reach it twice: from
+            # the terminal, and as SIGTERM from `terminate`.
+            self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _ENVIRONMENT,
                 process_group=0,
             )
-            self._running[name] = process
-            return process
 
-    def _stop(self) -> None:
-        with self._lock:
-            self._is_stopped = True
-            for process in self._running.values():
-                process.send_signal(signal.SIGTERM)
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
+    def result(self) -> Result:
+        """Return the result of a process that has ended."""
+        seconds = time.monotonic() - self._start
+        return Result(self._name, self._process.wait(), seconds, self._log)
 
-def _lines(file: int) -> Iterator[tuple[str, bool]]:
-    """What is printed, line by line; those that a carriage return will overwrite are not final."""
-    rest = ""
-    while chunk := os.read(file, 65536):
-        *whole, rest = re.split(r"(?<=[\r\n])", rest + chunk.decode(errors="replace"))
-        for line in whole:
-            if line.strip():
-                yield line.strip(), line.endswith("\n")
-    if rest.strip():
-        yield rest.strip(), True
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
 
-
-def display(size: int, total: int) -> Display:
-    """A live table for a terminal, and plain lines, few of them, for anything else."""
-    return Table(size, total) if sys.stderr.isatty() else Log(total)
-
-
-class Table:
-    """A line for every running command below a count of those that are done."""
-
-    def __init__(self, size: int, total: int) -> None:
-        from tqdm import tqdm
-
-        self._write = tqdm.write
-        self._count = tqdm(total=total, desc="done", unit="model", dynamic_ncols=True)
-        self._lines = [tqdm(bar_format="{desc}", position=1 + row, leave=False) for row in range(size)]
-        self._free = list(reversed(range(size)))
-        self._rows: dict[str, int] = {}
-
-    def begin(self, name: str) -> None:
-        self._rows[name] = self._free.pop()
-        self.update(name, "starting")
-
-    def update(self, name: str, line: str) -> None:
-        self._lines[self._rows[name]].set_description_str(f"{name:<18} {line}")
-
-    def end(self, result: Result) -> None:
-        row = self._rows.pop(result.name)
-        self._lines[row].set_description_str("")
-        self._free.append(row)
-        self._write(_ending(result), file=sys.stderr)
-        self._count.update()
-
-
-class Log:
-    """A line when a command begins, one when it ends, and every so often how far it is."""
-
-    def __init__(self, total: int, seconds_between: float = _SECONDS_BETWEEN) -> None:
-        self._total, self._begun = total, 0
-        self._seconds_between = seconds_between
-        self._said: dict[str, float] = {}
-
-    def begin(self, name: str) -> None:
-        self._begun += 1
-        self._said[name] = time.monotonic()
-        print(f"[{self._begun}/{self._total}] {name} ...", file=sys.stderr, flush=True)
-
-    def update(self, name: str, line: str) -> None:
-        if time.monotonic() - self._said[name] >= self._seconds_between:
-            self._said[name] = time.monotonic()
-            print(f"{name}: {line}", file=sys.stderr, flush=True)
-
-    def end(self, result: Result) -> None:
-        print(_ending(result), file=sys.stderr, flush=True)
-
-
-def _ending(result: Result) -> str:
-    if not result.status:
-        return f"{result.name}: done in {result.seconds:.0f} s"
-    lines = "\n  ".join(result.last_lines)
-    return f"{result.name}: FAILED with status {result.status} after {result.seconds:.0f} s\n  {lines}"
+    def wait(self) -> None:
+        self._process.wait()

@@ -1,31 +1,35 @@
-"""python -m export report: what every artifact makes and how good it is, as pages for a browser."""
+"""python -m export report: HTML pages that show each artifact and its quality."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.options import add_models, command
+from export.commands.options import add_command, add_models
 
 if TYPE_CHECKING:
     from export.commands.options import Commands
 
 _DESCRIPTION = """\
-Write a page of HTML for each artifact, and an index of them: samples, reconstructions, ways between latents,
-densities and calibration, computed by the artifact's own graphs; the training curve; every figure of quality
-beside those of others on the same data; every program with its parameters and the lines that ask for it.
+Write an HTML page for each artifact, and an index. A page shows, computed by the artifact's own graphs:
+samples, reconstructions, interpolations, densities and calibration. It also shows the training curve, the
+quality figures next to published baselines on the same data, and example calls of each program.
 
-A page holds all that it shows, so that it can be sent to somebody; nothing in it asks for a network. Test
-rows are shown where the data set is at hand: what needs no download always is, a folder where --data-dir
-names it."""
+A page is one file that needs no network. Test rows are shown if the dataset is available: the built-in
+datasets without download always are, a folder if --data-dir names it."""
 
 
 def add(commands: "Commands") -> None:
-    """The command `report`."""
-    parser = command(commands, "report", "pages that show every artifact", _DESCRIPTION)
+    """Add the command `report`."""
+    parser = add_command(commands, "report", "write HTML pages that show the artifacts", _DESCRIPTION)
     add_models(parser)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models to show; all when left out")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models to show (default: all)")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to (%(default)s)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="output directory (default: %(default)s)",
     )
     parser.add_argument(
         "--data-dir",
@@ -33,7 +37,7 @@ def add(commands: "Commands") -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a data folder that models were trained on; may be given more than once",
+        help="a data folder that models were trained on; can be repeated",
     )
     parser.set_defaults(command=_report)
 
@@ -42,8 +46,8 @@ def _report(options: argparse.Namespace) -> int:
     from export.datasets import loading
     from export.report import pages
 
-    library = pages.DatasetIndex([loading.load_folder(directory) for directory in options.data_dir])
+    datasets = pages.DatasetIndex([loading.load_folder(directory) for directory in options.data_dir])
     directories = pages.artifacts(options.models, options.names)
-    written = pages.write(directories, options.output, library, options.models)
+    written = pages.write(directories, options.output, datasets, options.models)
     print(f"Wrote {len(written)} page(s); open {options.output / pages.INDEX}")
     return 0

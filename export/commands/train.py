@@ -1,10 +1,10 @@
-"""python -m export train FAMILY: one artifact."""
+"""python -m export train FAMILY: train one family and write an artifact."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.options import add_training, command, positive, positive_number
+from export.commands.options import add_command, add_training, positive_integer, positive_number
 from export.families import FAMILIES
 from export.graphs import formats
 
@@ -12,40 +12,69 @@ if TYPE_CHECKING:
     from export.commands.options import Commands
 
 _DESCRIPTION = """\
-Train, measure on held-out data, write models/NAME/VERSION and verify it.
+Train a family, measure it on test rows, write the artifact MODELS/NAME/VERSION and verify it.
 
-Ctrl-C stops after the step in hand and leaves a checkpoint beside the artifacts; one is made every 20 seconds
-too. The same command then goes on. On a CPU it ends with the same bits as a run that was not interrupted, but
-where time ends the training: with --seconds, and under presets with a limit of their own.
---fresh starts over. No artifact appears until it is complete and verified."""
+Ctrl-C saves a checkpoint after the current step; one is also saved every 20 seconds. Repeat the command to
+resume. On a CPU, a resumed run ends with the same bits as an uninterrupted one, unless time ends the training
+(--seconds, or a preset with a time limit). --no-resume starts over.
+
+An artifact appears only when it is complete and verified."""
+
+_EPILOG = """\
+examples:
+  python -m export train vae                       the default dataset of the family
+  python -m export train realnvp --data moons      another dataset; python -m export list shows all
+  python -m export train diffusion --data-dir ~/mnist --preset full --device cuda
+"""
 
 
 def add(commands: "Commands") -> None:
-    """The command `train`."""
-    parser = command(commands, "train", "train a family and write an artifact", _DESCRIPTION)
-    parser.add_argument("family", choices=FAMILIES, help="what to train; python -m export list says more")
-    parser.add_argument("--data", help="a data set by name; the family's usual one when left out")
-    parser.add_argument("--data-dir", type=Path, help="a folder with train.parquet and test.parquet instead")
-    parser.add_argument("--name", help="the artifact's name; DATA-FAMILY when left out")
-    parser.add_argument("--version", help="a positive integer; the next free one when left out")
-    parser.add_argument("--steps", type=positive, help="batches to train on; the preset's when left out")
+    """Add the command `train`."""
+    parser = add_command(commands, "train", "train a family and write an artifact", _DESCRIPTION)
+    parser.epilog = _EPILOG
+    parser.add_argument("family", choices=FAMILIES, help="model family; python -m export list describes them")
+    parser.add_argument("--data", metavar="NAME", help="dataset (default: the first one of the family)")
     parser.add_argument(
-        "--seconds", type=positive, help="stop training after so long; makes it irreproducible"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="data folder instead: train.parquet and test.parquet, or input.txt",
+    )
+    parser.add_argument("--name", help="name of the artifact (default: DATA-FAMILY)")
+    parser.add_argument("--version", metavar="N", help="version of the artifact (default: the next free one)")
+    parser.add_argument(
+        "--steps", type=positive_integer, metavar="N", help="training batches (default: from the preset)"
     )
     parser.add_argument(
-        "--learning-rate", type=positive_number, help="at the beginning; the preset's when left out"
+        "--seconds",
+        type=positive_integer,
+        metavar="N",
+        help="time limit of the training; makes the result irreproducible",
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads, on which the last bits depend; torch decides without"
+        "--learning-rate",
+        type=positive_number,
+        metavar="RATE",
+        help="initial learning rate (default: from the preset)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads; the last bits of the result depend on it (default: torch decides)",
     )
     add_training(parser)
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
-    data_name = options.data or FAMILIES[options.family].datasets[0]
-    if options.data_dir is None:
-        _check_suits(options.family, data_name)
+    datasets = FAMILIES[options.family].datasets
+    dataset = options.data or datasets[0]
+    if options.data_dir is None and dataset not in datasets:
+        raise ValueError(
+            f"--data: unknown dataset {dataset!r} for {options.family}; expected one of: "
+            f"{', '.join(datasets)}, or a folder as --data-dir"
+        )
     import torch
 
     from export import pipeline
@@ -53,31 +82,21 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = pipeline.run(
-        pipeline.TrainingJob(
-            family=FAMILIES[options.family].load(),
-            data=loading.load(data_name, options.data_dir),
-            models=options.models,
-            preset=options.preset,
-            formats=formats.CHOICES[options.format],
-            name=options.name,
-            version=options.version,
-            steps=options.steps,
-            seconds=options.seconds,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            device=options.device,
-            fresh=options.fresh,
-        )
+    job = pipeline.TrainingJob(
+        family=FAMILIES[options.family].load(),
+        data=loading.load(dataset, options.data_dir),
+        models=options.models,
+        preset=options.preset,
+        formats=formats.CHOICES[options.format],
+        name=options.name,
+        version=options.version,
+        steps=options.steps,
+        seconds=options.seconds,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        device=options.device,
+        resume=options.resume,
     )
+    path = pipeline.run(job, on_progress=lambda message: print(f"  {message}", flush=True))
     print(f"Wrote {path}")
     return 0
-
-
-def _check_suits(family: str, data: str) -> None:
-    suited = FAMILIES[family].datasets
-    if data not in suited:
-        raise ValueError(
-            f"expected one of {', '.join(suited)} as --data for {family}, or a folder as --data-dir; "
-            f"got {data!r}"
-        )

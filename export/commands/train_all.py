@@ -1,4 +1,4 @@
-"""python -m export all, and starter, its quick part: many artifacts, several at a time."""
+"""python -m export all: train all artifacts that are missing, several at a time."""
 
 import argparse
 import os
@@ -8,82 +8,86 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands import jobs, process_pool
+from export.commands import jobs
 from export.commands.jobs import Job
-from export.commands.options import add_models, add_training, command, positive
-from export.commands.process_pool import Result
+from export.commands.options import add_command, add_training, positive_integer
+from export.commands.process_pool import Result, run_commands
 
 if TYPE_CHECKING:
     from export.commands.options import Commands
 
-_ALL = """\
-Make every artifact that is missing of data that needs no download, or those that are named, such as
-digits-vae (python -m export list shows the families and their data). Each training runs in a process with one
-thread, the longest begin first. One that fails is reported at the end, after the others, with exit status 1.
-Ctrl-C stops them all and keeps their checkpoints; the same command goes on."""
+_DESCRIPTION = """\
+Train all artifacts that are missing and need no download, or the named ones, for example digits-vae.
+python -m export list shows the families and their datasets.
 
-_STARTER = """\
-The quick part of `all`, for a first look: make the starter models that are missing."""
+Each training runs in its own process with one thread; the longest start first. The output of each is in
+MODELS/.logs/NAME.log. If one fails, the others continue, and the exit status is 1 at the end.
+
+Ctrl-C stops all of them and keeps their checkpoints; repeat the command to resume."""
+
+LOG_DIRECTORY = ".logs"
 
 
 def add(commands: "Commands") -> None:
-    """The commands `all` and `starter`."""
-    everything = command(commands, "all", "make every artifact that is missing, several at a time", _ALL)
-    everything.add_argument("names", nargs="*", metavar="NAME", help="artifacts to make; all when left out")
-    add_training(everything)
-    _add_jobs(everything)
-    everything.set_defaults(command=_make)
-    starter = command(commands, "starter", "make the starter models that are missing", _STARTER)
-    add_models(starter)
-    _add_jobs(starter)
-    starter.set_defaults(command=_make, names=jobs.STARTERS, **_STARTER_SETTINGS)
+    """Add the command `all`."""
+    parser = add_command(commands, "all", "train all artifacts that are missing, in parallel", _DESCRIPTION)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="artifacts to train (default: all)")
+    add_training(parser)
+    add_parallel_jobs(parser)
+    parser.set_defaults(command=train_missing)
 
 
-_STARTER_SETTINGS = {"preset": "starter", "format": "both", "seed": 0, "device": "cpu", "fresh": False}
-
-
-def _add_jobs(parser: argparse.ArgumentParser) -> None:
+def add_parallel_jobs(parser: argparse.ArgumentParser) -> None:
+    """Add --jobs."""
     parser.add_argument(
         "--jobs",
-        type=positive,
+        type=positive_integer,
         default=os.cpu_count() or 1,
-        help="trainings at a time, one thread each; as many as there are cores when left out (%(default)s)",
+        metavar="N",
+        help="trainings that run at the same time, with one thread each (default: one per core, %(default)s)",
     )
 
 
-def _make(options: argparse.Namespace) -> int:
-    started = time.monotonic()
-    todo = missing(jobs.jobs(options.names), options.models)
-    if not todo:
+def train_missing(options: argparse.Namespace) -> int:
+    """Train the artifacts of `options.names` that are missing; return the exit status."""
+    start = time.monotonic()
+    missing = select_missing(jobs.select_jobs(options.names), options.models)
+    if not missing:
         return 0
-    size = min(options.jobs, len(todo))
-    print(f"Making {len(todo)} artifact(s), {size} at a time.", flush=True)
-    crew = process_pool.ProcessPool(size, process_pool.display(size, len(todo)))
-    results = crew.run({job.name: _command(job, options) for job in todo})
+    size = min(options.jobs, len(missing))
+    logs = options.models / LOG_DIRECTORY
+    print(f"Training {len(missing)} artifact(s), {size} at a time; logs are in {logs}.", flush=True)
+    commands = {job.name: _train_command(job, options) for job in missing}
+    results = run_commands(commands, size, logs)
     _print_results(results, options.models)
     failed = [result.name for result in results if result.status]
-    print(f"{len(results) - len(failed)} made in {(time.monotonic() - started) / 60:.1f} minutes.")
+    minutes = (time.monotonic() - start) / 60
+    print(f"{len(results) - len(failed)} of {len(results)} artifact(s) trained in {minutes:.1f} minutes.")
     if failed:
         names = " ".join(failed)
-        print(f"FAILED: {names}. To try again: python -m export all {names}", file=sys.stderr)
+        print(f"FAILED: {names}. To retry: python -m export all {names}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def missing(jobs: Sequence[Job], models: Path) -> list[Job]:
-    """The jobs that are not done and can be; of the others it is said why not."""
+def select_missing(jobs: Sequence[Job], models: Path) -> list[Job]:
+    """Return the jobs without an artifact whose data is available; print why the others are skipped."""
+    missing = []
     for job in jobs:
-        if job.is_made(models):
-            print(f"{models / job.name} is there.")
-        elif job.lack:
+        if job.has_artifact(models):
+            print(f"{models / job.name} exists.")
+        elif job.missing_package:
             print(
-                f"{job.name} is left out: its data comes with the package {job.lack}, which is not installed."
+                f"{job.name} is skipped: its dataset needs the package {job.missing_package}, "
+                f"which is not installed; install it with: pip install {job.missing_package}"
             )
-    return [job for job in jobs if not job.is_made(models) and not job.lack]
+        else:
+            missing.append(job)
+    return missing
 
 
-def _command(job: Job, options: argparse.Namespace) -> list[str]:
+def _train_command(job: Job, options: argparse.Namespace) -> list[str]:
     settings = {
-        "data": job.data,
+        "data": job.dataset,
         "name": job.name,
         "models": options.models,
         "preset": options.preset,
@@ -92,19 +96,19 @@ def _command(job: Job, options: argparse.Namespace) -> list[str]:
         "device": options.device,
         "threads": 1,
     }
-    given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [
-        sys.executable, "-m", "export", "train", job.family, *given, *(["--fresh"] if options.fresh else [])
-    ]  # fmt: skip
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    if not options.resume:
+        arguments.append("--no-resume")
+    return [sys.executable, "-m", "export", "train", job.family, *arguments]
 
 
 def _print_results(results: Sequence[Result], models: Path) -> None:
-    print(f"\n{'artifact':<18} {'seconds':>7}  headline figure, on test rows")
+    print(f"\n{'artifact':<18} {'seconds':>7}  first quality figure, on test rows")
     for result in results:
-        print(f"{result.name:<18} {result.seconds:7.0f}  {_headline(result, models)}".rstrip())
+        print(f"{result.name:<18} {result.seconds:7.0f}  {_first_figure(result, models)}".rstrip())
 
 
-def _headline(result: Result, models: Path) -> str:
+def _first_figure(result: Result, models: Path) -> str:
     if result.status:
         return "FAILED"
     from export.artifacts import reader
@@ -112,4 +116,4 @@ def _headline(result: Result, models: Path) -> str:
 
     directory = models / result.name
     manifest = reader.read(directory / str(max(reader.versions(directory))))
-    return formatting.line(manifest.quality[0]) if manifest.quality else ""
+    return formatting.format_quality(manifest.quality[0]) if manifest.quality else ""

@@ -1,25 +1,26 @@
-"""python -m export verify: prove that an artifact computes what was recorded."""
+"""python -m export verify: check that an artifact computes the recorded results."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.commands.options import command
+from export.commands.options import add_command
 
 if TYPE_CHECKING:
     from export.commands.options import Commands
 
 _DESCRIPTION = """\
-Check the digests of an artifact's files, then replay its golden rows in every format: alone, among strangers,
-and one by one. Prints the largest difference of each check beside what is allowed; exit status 1 when one is
-larger."""
+Check the checksums of an artifact, and that its graphs are pure. Then replay its golden rows in every format:
+as one batch, mixed with unrelated rows, and the first row alone.
+
+Prints the largest difference and the tolerance of each check. The exit status is 1 if any check fails."""
 
 
 def add(commands: "Commands") -> None:
-    """The command `verify`."""
-    parser = command(commands, "verify", "check an artifact's files and golden rows", _DESCRIPTION)
-    parser.add_argument("path", type=Path, help="such as models/digits-vae/1")
+    """Add the command `verify`."""
+    parser = add_command(commands, "verify", "check the files and golden rows of an artifact", _DESCRIPTION)
+    parser.add_argument("path", type=Path, help="artifact directory, for example models/digits-vae/1")
     parser.set_defaults(command=_verify)
 
 

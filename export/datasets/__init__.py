@@ -1,1 +1,1 @@
-"""Built-in data sets and user data."""
+"""Datasets: the built-in ones and user folders, with fixed splits."""

@@ -1,7 +1,7 @@
-"""Text as rows of tokens: characters, a fixed split by contiguous parts, and a page to show them on.
+"""Text as rows of character tokens, with a fixed split into contiguous parts, and its picture panel.
 
-A token is an index into the vocabulary. Index 0 is the empty text: it stands before
-the beginning and after the end of a row, never inside. Knows no model.
+A token is an index into the vocabulary. Index 0 is the empty string: it pads a row before its beginning and
+after its end, and never occurs inside.
 """
 
 import re
@@ -15,19 +15,21 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Tokens of a row at most.
+# Maximum number of tokens in a row.
 CONTEXT = 512
-# The vocabulary of the standard library's text, whatever the version of Python: printable ASCII and newline.
+# Vocabulary of the standard library's text for every Python version: newline and printable ASCII.
 CHARACTERS = ("", "\n", *map(chr, range(32, 127)))
 MAX_CHARACTERS = 255
-VALIDATION_SHARE, TEST_SHARE = 0.05, 0.1
+VALIDATION_FRACTION, TEST_FRACTION = 0.05, 0.1
 
 Tokens = NDArray[np.uint8]
+
+_TO_ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of tokens, uint8 [N, context], 0 after a row's end, in three parts."""
+    """A vocabulary and three splits of token rows, uint8 [N, context], padded with 0."""
 
     vocabulary: tuple[str, ...]
     train: Tokens
@@ -36,25 +38,27 @@ class Corpus:
 
 
 def load_standard_library() -> Corpus:
-    """The language reference inside the standard library (pydoc_data.topics): about 370,000 characters.
+    """Load the language reference from the standard library (pydoc_data.topics), about 370,000 characters.
 
-    Each paragraph once, where the topics repeat each other; quotation marks and dashes become ASCII, what
-    else is not ASCII is dropped. The text differs a little between versions of Python, and so do figures.
+    A paragraph that several topics share is kept once. Quotation marks and dashes are converted to ASCII,
+    other non-ASCII characters are dropped. The text, and figures measured on it, differ slightly between
+    versions of Python.
     """
     from pydoc_data.topics import topics
 
     paragraphs = dict.fromkeys(
         paragraph for topic in sorted(topics) for paragraph in re.split(r"\n{2,}", topics[topic].strip("\n"))
     )
-    plain = "\n\n".join(paragraphs).translate(_PLAIN)
-    return make_corpus("".join(character for character in plain if character in CHARACTERS), CHARACTERS)
-
-
-_PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "..."})
+    ascii_text = "\n\n".join(paragraphs).translate(_TO_ASCII)
+    return make_corpus("".join(character for character in ascii_text if character in CHARACTERS), CHARACTERS)
 
 
 def read_corpus(path: Path) -> Corpus:
-    """A file of UTF-8 text with its own characters as vocabulary; ValueError when they are too many."""
+    """Read a UTF-8 text file; its vocabulary is the characters that occur in it.
+
+    Raises:
+        ValueError: If the file has more than MAX_CHARACTERS different characters, or is too short.
+    """
     text = path.read_bytes().decode()
     characters = sorted(set(text))
     if len(characters) > MAX_CHARACTERS:
@@ -66,53 +70,57 @@ def read_corpus(path: Path) -> Corpus:
 
 
 def make_corpus(text: str, vocabulary: tuple[str, ...]) -> Corpus:
-    """The last tenth of a text to test, the beginning of what is before it to validate, the rest to learn.
+    """Tokenize a text and split it into contiguous parts.
 
-    What is learned ends where the test begins, as it is usual: next to it, a text is most like it.
-    ValueError when there is not a full row for each part.
+    The last tenth is the test split. Of the text before it, the beginning is the validation split and the
+    rest the training split. The training split ends where the test split begins, as is usual: adjacent
+    text is the most similar.
+
+    Raises:
+        ValueError: If the text is too short for a full row in each split.
     """
     index = {character: number for number, character in enumerate(vocabulary)}
     tokens = np.array([index[character] for character in text], np.uint8)
-    learned = int(len(tokens) * (1 - TEST_SHARE))
-    chosen = int(learned * VALIDATION_SHARE)
-    if chosen < CONTEXT:
-        needed = round(CONTEXT / VALIDATION_SHARE / (1 - TEST_SHARE))
-        raise ValueError(f"expected a text of {needed} characters or more, got {len(tokens)}")
+    test_start = int(len(tokens) * (1 - TEST_FRACTION))
+    train_start = int(test_start * VALIDATION_FRACTION)
+    if train_start < CONTEXT:
+        minimum = round(CONTEXT / VALIDATION_FRACTION / (1 - TEST_FRACTION))
+        raise ValueError(f"text too short: expected at least {minimum} characters, got {len(tokens)}")
     return Corpus(
         vocabulary=vocabulary,
-        train=split_rows(tokens[chosen:learned]),
-        validation=split_rows(tokens[:chosen]),
-        test=split_rows(tokens[learned:]),
+        train=split_rows(tokens[train_start:test_start]),
+        validation=split_rows(tokens[:train_start]),
+        test=split_rows(tokens[test_start:]),
     )
 
 
 def split_rows(tokens: Tokens, context: int = CONTEXT) -> Tokens:
-    """A sequence cut into rows [N, context], the last one filled up with 0."""
-    filled = np.zeros(-(-len(tokens) // context) * context, np.uint8)
-    filled[: len(tokens)] = tokens
-    return filled.reshape(-1, context)
+    """Split a token sequence into rows [N, context]; the last row is padded with 0."""
+    padded = np.zeros(-(-len(tokens) // context) * context, np.uint8)
+    padded[: len(tokens)] = tokens
+    return padded.reshape(-1, context)
 
 
 def lengths(tokens: NDArray[Any]) -> NDArray[np.int64]:
-    """The number of tokens before the first 0 of each row of [N, context], int64 [N]."""
+    """Return the number of tokens before the first 0 of each row of [N, context], int64 [N]."""
     counts: NDArray[np.int64] = ((tokens == 0).cumsum(1) == 0).sum(1)
     return counts
 
 
 def to_strings(tokens: NDArray[Any], vocabulary: tuple[str, ...]) -> list[str]:
-    """Rows of tokens as text."""
+    """Return each row of tokens as text."""
     return ["".join(vocabulary[token] for token in row) for row in tokens.tolist()]
 
 
 @dataclass(frozen=True)
 class TextPanel:
-    """Titled lines of text in the picture beside an artifact."""
+    """Titled lines of text in the picture of an artifact."""
 
     title: str
     lines: tuple[str, ...]
 
-    def draw(self, axes: "Axes", levels: int) -> None:
-        """Write the lines from the top, in a typewriter's face."""
+    def draw(self, axes: "Axes", num_levels: int) -> None:
+        """Draw the lines from the top in a monospace font."""
         text = "\n".join(line.expandtabs(4) for line in self.lines)
         axes.text(0, 1, text, family="monospace", fontsize=5, va="top", parse_math=False, clip_on=True)
         axes.set_axis_off()

@@ -1,1 +1,1 @@
-"""Programs and graphs: their definition, export formats and purity checks."""
+"""Programs and graphs: definitions, file formats and purity checks."""

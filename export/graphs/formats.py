@@ -1,11 +1,11 @@
-"""The formats in which graphs are written: their names and endings, and what `--format` may say. No torch."""
+"""Graph file formats: names, file suffixes and the choices of `--format`. Imports no torch."""
 
 from collections.abc import Mapping
 
 SUFFIXES: Mapping[str, str] = {
     "onnx": ".onnx",
     "torchscript": ".pt",
-    # Upstream, this is what follows TorchScript.
+    # The successor of TorchScript upstream.
     "torch_export": ".pt2",
 }
 FORMATS = tuple(SUFFIXES)

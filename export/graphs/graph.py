@@ -1,8 +1,7 @@
-"""Graphs: modules as files, and files as functions of arrays.
+"""Graphs: export of modules to files, and loading of files as functions of arrays.
 
-A graph is a pure function of tensors with the batch axis first. A module that
-is none is refused before it is written, a file that is none after it is read.
-Knows nothing of programs beyond the names of a graph's tensors.
+A graph is a pure function of tensors with the batch axis first. An impure module is rejected before it
+is written, an impure file after it is read. Of a program, this module uses the names of its tensors only.
 """
 
 import logging
@@ -29,17 +28,17 @@ Array = NDArray[Any]
 GraphFunction = Callable[[Sequence[Array]], list[Array]]
 
 OPSET = 20
-# Two would let torch.export specialise on it, as it does on one; three is the smallest honest batch.
+# torch.export specializes on a batch of one row, and may on two. Three rows keep the batch axis dynamic.
 _EXAMPLE_ROWS = 3
 
 
 class GraphError(RuntimeError):
-    """A module that cannot become a graph, or a file that must not be one."""
+    """Raised for a module that cannot be exported, and for a file that is not a valid graph."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A named module with its arguments and results in order, all per row."""
+    """A named module; `inputs` and `outputs` describe one row of its arguments and results, in order."""
 
     name: str
     module: nn.Module
@@ -47,33 +46,35 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
 
     def path(self, format: str) -> str:
-        """The file name in a format."""
+        """Return the file name of the graph in a format."""
         return self.name + SUFFIXES[format]
 
 
 def collect(programs: Sequence[Program]) -> list[Graph]:
-    """The graphs of some programs; a module that several use is one graph.
+    """Return the graphs of some programs; a module that several programs share is one graph.
 
-    A program's only graph is named by its operation and method, the others by
-    their role too, such as `sample_inpaint_step`.
+    The graph of a program without init and step is named by operation and variant. All others also have
+    their role in the name, for example `sample_inpaint_step`.
+
+    Raises:
+        ProgramError: If two programs use a module with different tensors.
     """
     graphs: dict[int, Graph] = {}
     for program in programs:
+        has_one_graph = program.init is None and program.step is None
         for role, module, outputs in program.modules:
-            only = program.init is None and program.step is None
-            name = "_".join(filter(None, (program.operation, program.variant, "" if only else role)))
-            inputs = tuple(_bare(program.scope[argument]) for argument in argument_names(module))
-            graph = Graph(name, module, inputs, tuple(map(_bare, outputs)))
-            known = graphs.setdefault(id(module), graph)
-            _refuse_disagreement(known, graph)
+            name = "_".join(filter(None, (program.operation, program.variant, "" if has_one_graph else role)))
+            inputs = tuple(_without_doc(program.scope[argument]) for argument in argument_names(module))
+            graph = Graph(name, module, inputs, tuple(map(_without_doc, outputs)))
+            _check_same_tensors(graphs.setdefault(id(module), graph), graph)
     return list(graphs.values())
 
 
-def _bare(spec: TensorSpec) -> TensorSpec:
+def _without_doc(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, spec.shape)
 
 
-def _refuse_disagreement(first: Graph, second: Graph) -> None:
+def _check_same_tensors(first: Graph, second: Graph) -> None:
     if (first.inputs, first.outputs) != (second.inputs, second.outputs):
         raise ProgramError(
             f"{type(first.module).__name__} is used as {first.name} and as {second.name} with different "
@@ -83,7 +84,14 @@ def _refuse_disagreement(first: Graph, second: Graph) -> None:
 
 
 def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Path]:
-    """Write a graph, a file per format; GraphError when it is not a pure function of what it declares."""
+    """Write a graph as one file per format.
+
+    Returns:
+        The path of the file by format.
+
+    Raises:
+        GraphError: If the module is not a pure function of the declared tensors, or cannot be exported.
+    """
     check_module(graph)
     traces, paths = _TraceCache(graph), {format: directory / graph.path(format) for format in formats}
     for format, path in paths.items():
@@ -91,104 +99,114 @@ def write(graph: Graph, formats: Sequence[str], directory: Path) -> dict[str, Pa
             _WRITERS[format](graph, traces, path)
         except GraphError:
             raise
-        except Exception as error:  # what cannot be traced raises anything
+        except Exception as error:  # Exporters raise exceptions of many types.
             raise GraphError(
-                f"graph {graph.name}: {type(graph.module).__name__} cannot be written as {format}: "
-                f"{_cause(error)}"
+                f"graph {graph.name}: {type(graph.module).__name__} cannot be exported to {format}: "
+                f"{summarize_error(_root_cause(error))}"
             ) from error
     return paths
 
 
 def check_module(graph: Graph) -> None:
-    """Run a module on rows of zeros; GraphError when it is not pure or returns what it does not declare."""
-    training = [
-        name or type(graph.module).__name__
-        for name, module in graph.module.named_modules()
-        if module.training
-    ]
-    if training:
-        raise GraphError(
-            f"graph {graph.name}: {training[0]} is in training mode; call eval() before exporting"
-        )
-    results, impurities = purity.run_and_detect(graph.module, _examples(graph))
+    """Run a module on rows of zeros and check what it does and returns.
+
+    Raises:
+        GraphError: If the module is in training mode, is impure, or returns other tensors than declared.
+    """
+    for name, module in graph.module.named_modules():
+        if module.training:
+            raise GraphError(
+                f"graph {graph.name}: {name or type(module).__name__} is in training mode; "
+                "call eval() before exporting"
+            )
+    results, impurities = purity.run_and_detect(graph.module, _example_inputs(graph))
     if impurities:
         raise GraphError(f"graph {graph.name}: {'; '.join(impurities)}")
-    returned = list(map(_described, (results,) if isinstance(results, Tensor) else results))
+    returned = list(map(_describe, (results,) if isinstance(results, Tensor) else results))
     declared = [f"{spec.dtype}{[_EXAMPLE_ROWS, *spec.shape]}" for spec in graph.outputs]
     if returned != declared:
         names = ", ".join(spec.name for spec in graph.outputs)
         raise GraphError(
-            f"graph {graph.name}: {type(graph.module).__name__} should return {', '.join(declared)} for "
-            f"{names} of {_EXAMPLE_ROWS} rows, and returns {', '.join(returned)}"
+            f"graph {graph.name}: {type(graph.module).__name__}: for {_EXAMPLE_ROWS} rows, expected "
+            f"{', '.join(declared)} as {names}, got {', '.join(returned)}; "
+            "change forward or the declared tensors"
         )
 
 
-def _described(result: object) -> str:
+def _describe(result: object) -> str:
     if not isinstance(result, Tensor):
         return f"a {type(result).__name__}"
     return f"{str(result.dtype).removeprefix('torch.')}{list(result.shape)}"
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom; exporters wrap it in pages of advice."""
+def summarize_error(error: BaseException) -> str:
+    """Return an exception's type and full message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the exception that started a chain; exporters wrap it in pages of general advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return error
 
 
 def load(path: Path, format: str) -> GraphFunction:
-    """Read a graph as a function of arrays in argument order; GraphError when it is none, or not pure."""
+    """Load a graph file as a function of arrays in argument order.
+
+    Raises:
+        GraphError: If the file cannot be loaded in this format, or is impure.
+    """
     try:
         return _LOADERS[format](path)
     except GraphError:
         raise
-    except Exception as error:  # the libraries' exceptions share no narrower base
-        raise GraphError(f"{path.name}: expected a graph in {format}: {_cause(error)}") from error
+    except Exception as error:  # The exceptions of the libraries share no narrower base class.
+        raise GraphError(
+            f"{path.name}: expected a graph in {format}: {summarize_error(_root_cause(error))}"
+        ) from error
 
 
-def eager_function(module: nn.Module) -> GraphFunction:
-    """A module as a function of arrays in argument order."""
-    return _torch_call(module)
+def eager_function(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> GraphFunction:
+    """Return a module, or a function of tensors, as a function of arrays in argument order."""
 
-
-def _torch_call(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> GraphFunction:
-    def call(arrays: Sequence[Array]) -> list[Array]:
+    def run(arrays: Sequence[Array]) -> list[Array]:
         with torch.no_grad():
             results = function(*map(torch.tensor, arrays))
         return [result.numpy() for result in ((results,) if isinstance(results, Tensor) else results)]
 
-    return call
+    return run
 
 
-def _examples(graph: Graph) -> tuple[Tensor, ...]:
+def _example_inputs(graph: Graph) -> tuple[Tensor, ...]:
     return tuple(
         torch.zeros((_EXAMPLE_ROWS, *spec.shape), dtype=getattr(torch, spec.dtype)) for spec in graph.inputs
     )
 
 
 class _TraceCache:
-    """What a module does, taken down once for all formats that start from it."""
+    """The torch.export trace of a module, shared by all formats that start from it."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
     @cached_property
     def exported(self) -> torch.export.ExportedProgram:
-        """The module as torch.export sees it, for any number of rows."""
-        rows = {0: torch.export.Dim("batch", min=1, max=2**20)}
+        """The exported module, with a dynamic number of rows."""
+        batch = {0: torch.export.Dim("batch", min=1, max=2**20)}
         with _quiet(), torch.no_grad():
             return torch.export.export(
                 self._graph.module,
-                _examples(self._graph),
-                dynamic_shapes=tuple(rows for _ in self._graph.inputs),
+                _example_inputs(self._graph),
+                dynamic_shapes=tuple(batch for _ in self._graph.inputs),
                 strict=False,
             )
 
 
 def _write_torch_export(graph: Graph, traces: _TraceCache, path: Path) -> None:
     program = traces.exported
-    placeholders = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
-    _refuse_unused(graph, [placeholders[str(name)] for name in program.graph_signature.user_inputs])
+    is_used = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
+    _reject_unused(graph, [is_used[str(name)] for name in program.graph_signature.user_inputs])
     with _quiet():
         torch.export.save(program, path)
 
@@ -198,7 +216,7 @@ def _write_onnx(graph: Graph, traces: _TraceCache, path: Path) -> None:
         program = torch.onnx.export(
             traces.exported,
             input_names=[spec.name for spec in graph.inputs],
-            output_names=_onnx_outputs(graph),
+            output_names=_onnx_output_names(graph),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -207,16 +225,16 @@ def _write_onnx(graph: Graph, traces: _TraceCache, path: Path) -> None:
     program.save(path, external_data=False)
     model = onnx.load(path)
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-    _refuse_unused(graph, [spec.name in used for spec in graph.inputs])
+    _reject_unused(graph, [spec.name in used for spec in graph.inputs])
 
 
-def _onnx_outputs(graph: Graph) -> list[str]:
-    """ONNX has one name space for inputs and outputs, so a state that comes and goes changes its name."""
-    taken = {spec.name for spec in graph.inputs}
-    return [f"{spec.name}_out" if spec.name in taken else spec.name for spec in graph.outputs]
+def _onnx_output_names(graph: Graph) -> list[str]:
+    """Return the output names; ONNX names are unique, so an output named like an input gets a suffix."""
+    inputs = {spec.name for spec in graph.inputs}
+    return [f"{spec.name}_out" if spec.name in inputs else spec.name for spec in graph.outputs]
 
 
-def _refuse_unused(graph: Graph, used: Sequence[bool]) -> None:
+def _reject_unused(graph: Graph, used: Sequence[bool]) -> None:
     for spec, is_used in zip(graph.inputs, used, strict=True):
         if not is_used:
             raise GraphError(
@@ -228,10 +246,10 @@ def _refuse_unused(graph: Graph, used: Sequence[bool]) -> None:
 def _write_torchscript(graph: Graph, traces: _TraceCache, path: Path) -> None:
     with torch.no_grad(), _quiet():
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            graph.module, _examples(graph), check_trace=False
+            graph.module, _example_inputs(graph), check_trace=False
         )
         frozen = torch.jit.freeze(traced)
-    _refuse_unused(graph, [bool(value.uses()) for value in list(frozen.graph.inputs())[1:]])
+    _reject_unused(graph, [bool(value.uses()) for value in list(frozen.graph.inputs())[1:]])
     frozen.save(str(path))
 
 
@@ -240,7 +258,7 @@ _KNOWN_WARNINGS = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning, ""),
     (r"# The axis name: batch will not be used", UserWarning, ""),
     (r"No complete tensor found in the group", UserWarning, ""),
-    # Until 2.13 torch.export.load wraps the file's bytes; nobody writes to weights.
+    # Before 2.13, torch.export.load wraps the read-only bytes of the file; the weights are never written to.
     (r"The given buffer is not writable", UserWarning, ""),
     (r"Converting a tensor to a Python boolean", TracerWarning, r"torch\."),
 )
@@ -248,13 +266,13 @@ _KNOWN_WARNINGS = (
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """TorchScript is deprecated upstream, and the ONNX exporter warns of its own code."""
+    """Suppress the known warnings of the exporters: deprecations, and warnings about their own code."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # What is traced once for all rows may not branch on the numbers of some.
+            # A trace is used for all rows, so it must not branch on the values of the example rows.
             warnings.simplefilter("error", TracerWarning)
             for message, category, module in _KNOWN_WARNINGS:
                 warnings.filterwarnings("ignore", message, category, module)
@@ -265,31 +283,34 @@ def _quiet() -> Iterator[None]:
 
 def _load_onnx(path: Path) -> GraphFunction:
     model = onnx.load(path, load_external_data=False)
-    _refuse_impure(path, purity.onnx_impurities(model))
+    _reject_impure(path, purity.onnx_impurities(model))
     if any(map(onnx.external_data_helper.uses_external_data, model.graph.initializer)):
-        raise GraphError(f"{path.name}: expected its weights inside, because only its own bytes are sealed")
+        raise GraphError(
+            f"{path.name}: weights are in external files, which no checksum covers; "
+            "expected them inside the graph file; save it with external_data=False"
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
 
-    def call(arrays: Sequence[Array]) -> list[Array]:
+    def run(arrays: Sequence[Array]) -> list[Array]:
         results: list[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
         return results
 
-    return call
+    return run
 
 
 def _load_torchscript(path: Path) -> GraphFunction:
     with _quiet():
         module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    # The graph is kept while its nodes are read: they do not keep it.
+    # Nodes do not keep their graph alive, so keep a reference to it while they are read.
     inlined = module.inlined_graph
-    _refuse_impure(path, purity.torchscript_impurities(inlined))
-    return _torch_call(module)
+    _reject_impure(path, purity.torchscript_impurities(inlined))
+    return eager_function(module)
 
 
-def _refuse_impure(path: Path, impurities: Iterator[str]) -> None:
+def _reject_impure(path: Path, impurities: Iterator[str]) -> None:
     found = "; ".join(impurities)
     if found:
         raise GraphError(f"{path.name}: expected a pure function, but {found}")
@@ -298,8 +319,8 @@ def _refuse_impure(path: Path, impurities: Iterator[str]) -> None:
 def _load_torch_export(path: Path) -> GraphFunction:
     with _quiet():
         program = torch.export.load(path)
-    _refuse_impure(path, purity.exported_impurities(program))
-    return _torch_call(program.module())
+    _reject_impure(path, purity.exported_impurities(program))
+    return eager_function(program.module())
 
 
 _WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript, "torch_export": _write_torch_export}

@@ -1,12 +1,11 @@
-"""How a model is written down: programs of init -> step x n -> readout over rows.
+"""The definition of a model: programs of init -> step x n -> readout over rows.
 
-The authoring side of proto/samovar/v1/manifest.proto: a program names tensors and
-holds the modules that compute them. It knows no family, no file and no format.
+This is the authoring side of proto/samovar/v1/manifest.proto. A program names tensors and holds
+the modules that compute them. It does not depend on families, files or formats.
 
-A module's arguments are bound by name, each to the program's state, input,
-parameter or noise of that name, or to one of the int64 scalars `step_index` and
-`num_steps`. Every tensor has the batch axis first: states, inputs and noise are
-[B, *shape], parameters are [B].
+A module's arguments are bound by name. Each argument is a state, input, parameter or noise tensor
+of the program, or one of the int64 scalars `step_index` and `num_steps`. The batch axis comes
+first: states, inputs and noise are [B, *shape], parameters are [B].
 """
 
 import inspect
@@ -19,17 +18,17 @@ from typing import Literal
 from torch import nn
 
 DType = Literal["bool", "uint8", "int32", "int64", "float32", "float64"]
-_METHOD = re.compile(r"[a-z][a-z0-9_]*")
+_VARIANT = re.compile(r"[a-z][a-z0-9_]*")
 OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 
 class ProgramError(ValueError):
-    """A program that cannot be run as it is written."""
+    """Raised for a program definition that is inconsistent."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor of a row: `shape` lacks the batch axis, bounds are inclusive."""
+    """A named tensor of one row: `shape` excludes the batch axis, the bounds are inclusive."""
 
     name: str
     dtype: DType = "float32"
@@ -44,7 +43,7 @@ STEP_COUNTERS = (TensorSpec("step_index", "int64"), TensorSpec("num_steps", "int
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What one row of data is: for `image`, [height, width] or [height, width, channels]."""
+    """The type of one row of data; an `image` is [height, width] or [height, width, channels]."""
 
     kind: Literal["image", "vector", "tokens"]
     tensor: TensorSpec
@@ -55,10 +54,10 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting of a request; modules see it as a scalar per row, [B].
+    """A request parameter; modules receive it as one scalar per row, [B].
 
-    The dtype that modules see is float32, int64 or bool; for a choice it is the
-    int64 index of the chosen name, and `default` is an index too.
+    Modules receive float32, int64 or bool. A choice is the int64 index of the chosen name, and its
+    `default` is an index too.
     """
 
     name: str
@@ -78,20 +77,27 @@ class Parameter:
 
     @classmethod
     def choice(cls, name: str, choices: tuple[str, ...], doc: str, default: str | None = None) -> "Parameter":
-        """One of several names; the first is the default unless another is named."""
+        """Return a parameter that takes one of several names.
+
+        Args:
+            name: Parameter name.
+            choices: The allowed names.
+            doc: Description for users.
+            default: The default name; the first of `choices` if None.
+        """
         index = choices.index(default) if default is not None else 0
         return cls(name, "choice", index, 0, len(choices) - 1, choices, doc)
 
     @property
     def spec(self) -> TensorSpec:
-        """The scalar that modules see."""
+        """The scalar that modules receive."""
         dtypes: dict[str, DType] = {"float": "float32", "boolean": "bool"}
         return TensorSpec(self.name, dtypes.get(self.type, "int64"))
 
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor of the request; left out, when optional, every element is `default`."""
+    """A request tensor; an optional tensor that is omitted has `default` in every element."""
 
     tensor: TensorSpec
     optional: bool = False
@@ -100,7 +106,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random float32 numbers drawn anew for every row and call; `stream` is unique in a program."""
+    """Random float32 numbers, drawn for each row at each graph call; `stream` is unique in a program."""
 
     name: str
     distribution: Literal["normal", "uniform"]
@@ -110,15 +116,16 @@ class Noise:
 
     @property
     def spec(self) -> TensorSpec:
-        """The tensor that modules see."""
+        """The tensor that modules receive."""
         return TensorSpec(self.name, "float32", self.shape, doc=self.doc)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How many steps a row takes: `fixed`, or ceil(the integer parameter / units_per_step).
+    """The number of steps of a row: `fixed`, or ceil(`parameter` / `units_per_step`).
 
-    `done` names a boolean scalar of the state that ends the row early.
+    `parameter` names an integer parameter. `done_flag` names a boolean scalar of the state; a row
+    ends early when it is true.
     """
 
     fixed: int | None = None
@@ -129,10 +136,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Score:
-    """What kind of number a program returns, and of what density.
+    """The meaning of the number that a score or energy program returns.
 
-    `nats`, `standard_error` and `row_dimensions` name outputs, `draws` a parameter. With
-    `row_dimensions` rows differ in length, and `dimensions` is the greatest one.
+    The `*_output` fields name outputs, `draws_parameter` names a parameter. With `row_dimensions_output`
+    rows differ in length, and `dimensions` is the maximum.
     """
 
     kind: Literal["exact", "lower_bound", "estimate", "unnormalized"]
@@ -144,18 +151,21 @@ class Score:
     row_dimensions_output: str | None = None
 
 
-def program_name(operation: str, method: str) -> str:
-    """What a program is called: `sample`, or `sample:inpaint` for a method."""
-    return f"{operation}:{method}" if method else operation
+def program_name(operation: str, variant: str) -> str:
+    """Return the program's name: `sample`, or `sample:inpaint` for a variant."""
+    return f"{operation}:{variant}" if variant else operation
 
 
 @dataclass(frozen=True)
 class Program:
-    """One operation, or one method of doing it. ProgramError when its names do not fit together.
+    """One operation, or one variant of it.
 
-    `init` returns the state, `step` the next state, both in declared order;
-    `readout` returns the outputs in declared order. Without `init` the state
-    starts as zeros; without `step` there are no steps.
+    `init` returns the state and `step` returns the next state, both in declared order. `readout`
+    returns the outputs in declared order. Without `init` the state starts as zeros. Without `step`
+    there are no steps.
+
+    Raises:
+        ProgramError: On construction, if the names do not match each other.
     """
 
     operation: str
@@ -174,22 +184,22 @@ class Program:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        for problem in _problems(self):
+        for problem in _find_problems(self):
             raise ProgramError(f"program {self.name!r}: {problem}")
 
     @property
     def name(self) -> str:
-        """`sample`, or `sample:inpaint` for a method."""
+        """The operation, with the variant if there is one: `sample`, `sample:inpaint`."""
         return program_name(self.operation, self.variant)
 
     @property
     def scope(self) -> dict[str, TensorSpec]:
-        """Every tensor that a module of this program may take, by name."""
-        return {spec.name: spec for spec in _specs(self)}
+        """The tensors that a module of this program may take, by name."""
+        return {spec.name: spec for spec in _scope_specs(self)}
 
     @property
     def modules(self) -> Iterator[tuple[str, nn.Module, tuple[TensorSpec, ...]]]:
-        """Role, module and returned tensors of init, step and readout, as far as they exist."""
+        """Role, module and returned tensors of each of init, step and readout that exists."""
         if self.init is not None:
             yield "init", self.init, self.state
         if self.step is not None:
@@ -198,105 +208,126 @@ class Program:
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """The names by which a module's arguments are bound; ProgramError for *args and **kwargs."""
+    """Return the names of a module's `forward` arguments, which bind them.
+
+    Raises:
+        ProgramError: If `forward` takes *args, **kwargs or keyword-only arguments.
+    """
     parameters = inspect.signature(module.forward).parameters.values()
     if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
         raise ProgramError(
             f"{type(module).__name__}.forward{inspect.signature(module.forward)}: expected named positional "
-            "arguments only, because they are bound by name"
+            "arguments only, because arguments are bound by name; remove *args, **kwargs and keyword-only "
+            "arguments"
         )
     return tuple(parameter.name for parameter in parameters)
 
 
-def _specs(program: Program) -> list[TensorSpec]:
+def _scope_specs(program: Program) -> list[TensorSpec]:
     return [
         *program.state,
-        *(given.tensor for given in program.inputs),
+        *(entry.tensor for entry in program.inputs),
         *(parameter.spec for parameter in program.parameters),
         *(noise.spec for noise in program.noise),
         *STEP_COUNTERS,
     ]
 
 
-def _problems(program: Program) -> Iterator[str]:
-    yield from _operation_problems(program)
-    yield from _name_problems(program)
-    yield from _binding_problems(program)
-    yield from _noise_problems(program)
-    yield from _step_problems(program)
-    yield from _score_problems(program)
+def _find_problems(program: Program) -> Iterator[str]:
+    yield from _check_operation(program)
+    yield from _check_names(program)
+    yield from _check_bindings(program)
+    yield from _check_noise(program)
+    yield from _check_steps(program)
+    yield from _check_score(program)
 
 
-def _operation_problems(program: Program) -> Iterator[str]:
+def _check_operation(program: Program) -> Iterator[str]:
     if program.operation not in OPERATIONS:
-        yield f"expected one of {', '.join(OPERATIONS)} as the operation"
-    if program.variant and not _METHOD.fullmatch(program.variant):
-        yield "expected a method of lower-case letters, digits and underscores"
+        yield f"unknown operation {program.operation!r}; expected one of: {', '.join(OPERATIONS)}"
+    if program.variant and not _VARIANT.fullmatch(program.variant):
+        yield (
+            "variant: expected a lower-case letter followed by lower-case letters, digits or underscores, "
+            f"got {program.variant!r}"
+        )
     if not program.outputs:
-        yield "expected at least one output"
+        yield "outputs: expected at least one output, got none"
 
 
-def _name_problems(program: Program) -> Iterator[str]:
-    names = [spec.name for spec in _specs(program)]
+def _check_names(program: Program) -> Iterator[str]:
+    names = [spec.name for spec in _scope_specs(program)]
     outputs = [spec.name for spec in program.outputs]
-    for name in _repeated(names) + _repeated(outputs):
-        yield f"the name {name!r} means two things; within a program every name is unique"
-    for stream in _repeated([noise.stream for noise in program.noise]):
-        yield f"two noise tensors share stream {stream} and would be equal; give each its own"
+    for name in _duplicates(names) + _duplicates(outputs):
+        yield f"the name {name!r} is used twice; give every tensor and parameter of a program a unique name"
+    for stream in _duplicates([noise.stream for noise in program.noise]):
+        yield f"two noise tensors share stream {stream} and would be equal; give each its own stream"
 
 
-def _repeated(items: Sequence[Hashable]) -> list[Hashable]:
+def _duplicates(items: Sequence[Hashable]) -> list[Hashable]:
     return [item for item, count in Counter(items).items() if count > 1]
 
 
-def _binding_problems(program: Program) -> Iterator[str]:
+def _check_bindings(program: Program) -> Iterator[str]:
     for role, module, _ in program.modules:
         for name in argument_names(module):
             if name not in program.scope:
                 yield (
-                    f"{role} {type(module).__name__} takes {name!r}, which is none of this program's "
-                    f"tensors; there are {', '.join(program.scope)}"
+                    f"unknown argument {name!r} of {role} {type(module).__name__}; "
+                    f"expected one of: {', '.join(program.scope)}"
                 )
 
 
-def _noise_problems(program: Program) -> Iterator[str]:
-    read = Counter(name for _, module, _ in program.modules for name in argument_names(module))
+def _check_noise(program: Program) -> Iterator[str]:
+    readers = Counter(name for _, module, _ in program.modules for name in argument_names(module))
     for noise in program.noise:
-        if read[noise.name] > 1:
+        if readers[noise.name] > 1:
             yield (
-                f"noise {noise.name!r} is read by {read[noise.name]} modules, and init and the first step "
-                "would draw the same numbers; give each its own"
+                f"noise {noise.name!r} is read by {readers[noise.name]} modules, so init and the first step "
+                "would draw the same numbers; declare one noise tensor for each module"
             )
 
 
-def _step_problems(program: Program) -> Iterator[str]:
+def _check_steps(program: Program) -> Iterator[str]:
     steps = program.steps
     if (program.step is None) != (steps is None):
-        yield "expected both step and steps, or neither"
+        given = "step only" if steps is None else "steps only"
+        yield f"expected both step and steps, or neither; got {given}"
     if (program.step is not None or program.init is not None) and not program.state:
-        yield "expected state, because init or step must return some"
+        yield "state: expected at least one tensor, because init and step return the state; got none"
     if steps is None:
         return
     if (steps.fixed is None) == (steps.parameter is None) or steps.units_per_step < 1:
-        yield "expected steps to be either fixed or a parameter, with units_per_step of at least 1"
+        yield (
+            "steps: expected either fixed or a parameter, and units_per_step of at least 1, "
+            f"got fixed={steps.fixed}, parameter={steps.parameter!r}, units_per_step={steps.units_per_step}"
+        )
     integers = {parameter.name for parameter in program.parameters if parameter.type == "integer"}
     if steps.parameter is not None and steps.parameter not in integers:
-        yield f"steps come from {steps.parameter!r}, which is not an integer parameter"
+        yield (
+            f"steps.parameter: expected an integer parameter, got {steps.parameter!r}; "
+            f"the integer parameters are: {', '.join(sorted(integers)) or 'none'}"
+        )
     flags = {spec.name for spec in program.state if (spec.dtype, spec.shape) == ("bool", ())}
     if steps.done_flag is not None and steps.done_flag not in flags:
-        yield f"rows end by {steps.done_flag!r}, which is not a boolean scalar of the state"
+        yield f"steps.done_flag: expected a boolean scalar of the state, got {steps.done_flag!r}"
 
 
-def _score_problems(program: Program) -> Iterator[str]:
+def _check_score(program: Program) -> Iterator[str]:
     score = program.score
     if (program.operation in ("score", "energy")) != (score is not None):
-        yield "expected a score for the operations score and energy, and for no others"
+        yield (
+            "score: expected a Score for the operations score and energy and None for all others, "
+            f"got {'None' if score is None else 'a Score'} for {program.operation}"
+        )
     if score is None:
         return
+    outputs = [spec.name for spec in program.outputs]
     for name in filter(None, (score.nats_output, score.standard_error_output, score.row_dimensions_output)):
-        if name not in {spec.name for spec in program.outputs}:
-            yield f"the score names {name!r}, which is not an output"
-    if score.draws_parameter is not None and score.draws_parameter not in {
-        parameter.name for parameter in program.parameters
-    }:
-        yield f"the score counts draws by {score.draws_parameter!r}, which is not a parameter"
+        if name not in outputs:
+            yield f"score: unknown output {name!r}; expected one of: {', '.join(outputs)}"
+    parameters = [parameter.name for parameter in program.parameters]
+    if score.draws_parameter is not None and score.draws_parameter not in parameters:
+        yield (
+            f"score.draws_parameter: unknown parameter {score.draws_parameter!r}; "
+            f"expected one of: {', '.join(parameters) or 'none'}"
+        )

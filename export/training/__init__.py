@@ -1,1 +1,1 @@
-"""Training loop, checkpoints and signals."""
+"""Training loop, checkpoints and signal handling."""

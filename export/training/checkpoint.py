@@ -1,7 +1,6 @@
-"""An unfinished training run on disk: written atomically, and given back only to the run that it is of.
+"""Checkpoints of unfinished training runs, written atomically and loaded only by the same run.
 
-It lies in a directory beside the artifacts whose name starts with a dot: servers do not look there.
-Knows no family and nothing of what a run's state is made of.
+A checkpoint is in a hidden directory next to the versions of its model; servers ignore it.
 """
 
 import os
@@ -18,51 +17,62 @@ import torch
 State = dict[str, Any]
 
 DIRECTORY = ".training"
-SECONDS_BETWEEN = 20.0
+SAVE_INTERVAL_SECONDS = 20.0
 _FILE = "checkpoint.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that the run which found it must not go on from."""
+    """Raised for a checkpoint that is damaged or belongs to another run."""
 
 
 class Checkpoint:
-    """Where the training run of models/<name>/ is kept.
+    """The checkpoint file of one training run.
 
-    `identity` is everything that a run's result depends on, by names that a person
-    understands: another run may not go on from here.
+    Args:
+        model: The directory models/<name>.
+        identity: All settings that the trained weights depend on, by readable names. A run with another
+            identity cannot resume from this checkpoint.
+        save_interval_seconds: Seconds between two saves.
     """
 
     def __init__(
-        self, model: Path, identity: Mapping[str, str], seconds_between: float = SECONDS_BETWEEN
+        self, model: Path, identity: Mapping[str, str], save_interval_seconds: float = SAVE_INTERVAL_SECONDS
     ) -> None:
         self.path = model / DIRECTORY / _FILE
-        self._identity, self._seconds_between = dict(identity), seconds_between
-        self._saved = time.monotonic()
+        self._identity, self._save_interval_seconds = dict(identity), save_interval_seconds
+        self._last_save = time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether enough time has passed since it was last saved."""
-        return time.monotonic() - self._saved >= self._seconds_between
+        """Whether the save interval has passed since the last save."""
+        return time.monotonic() - self._last_save >= self._save_interval_seconds
 
     def load(self) -> State | None:
-        """The state that was saved, on the CPU; None without one, CheckpointError for that of another run."""
+        """Load the saved state onto the CPU; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: If the file is damaged, or belongs to another run.
+        """
         if not self.path.is_file():
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             identity, state = saved["identity"], saved["state"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error}); --fresh starts over") from error
+            raise CheckpointError(
+                f"{self.path}: cannot read the checkpoint: {' '.join(str(error).split())}; "
+                "start over with --no-resume"
+            ) from error
         if identity != self._identity:
             raise CheckpointError(
-                f"{self.path} is of another run ({_differences(identity, self._identity)}); "
-                "give the same settings to go on, another --name to keep both, or --fresh to start over"
+                f"{self.path}: the checkpoint belongs to another run: "
+                f"{_differences(identity, self._identity)}; repeat that run's settings to resume it, choose "
+                "another --name to keep both, or start over with --no-resume"
             )
         return dict(state)
 
     def save(self, state: State) -> None:
-        """Write the state of a run; whatever happens meanwhile, the file is the old one or the new one."""
+        """Write the state of a run atomically: a failure leaves the previous checkpoint."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}")
         try:
@@ -73,18 +83,19 @@ class Checkpoint:
             partial.replace(self.path)
         finally:
             partial.unlink(missing_ok=True)
-        self._saved = time.monotonic()
+        self._last_save = time.monotonic()
 
     def remove(self) -> None:
-        """Forget the run, because it is over or shall start over."""
+        """Delete the checkpoint, and the model's directory if it is empty."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
         with suppress(OSError):
-            # Stays where artifacts are in it.
+            # Fails, as intended, if the directory holds artifacts.
             self.path.parent.parent.rmdir()
 
 
-def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> str:
+    names = sorted(name for name in {*saved, *current} if saved.get(name) != current.get(name))
     return ", ".join(
-        f"{name}: {theirs.get(name, 'none')} there, {ours.get(name, 'none')} here" for name in names
+        f"{name} is {saved.get(name, 'unset')} in the checkpoint and {current.get(name, 'unset')} now"
+        for name in names
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until what must not be torn is whole."""
+"""Deferral of Ctrl-C and SIGTERM until a block of code has finished."""
 
 import signal
 import threading
@@ -8,31 +8,33 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether somebody has asked to stop."""
+    """A flag that is set when SIGINT or SIGTERM arrives."""
 
     is_set = False
 
 
 @contextmanager
 def defer_signals() -> Iterator[StopRequest]:
-    """Within the block a first Ctrl-C or SIGTERM only sets a flag; KeyboardInterrupt follows at its end.
+    """Defer the first SIGINT or SIGTERM to the end of the block.
 
-    A second one is raised at once. Signals reach the main thread only: elsewhere nothing is held back.
+    The signal sets the yielded flag, and the block raises KeyboardInterrupt when it ends. A second signal
+    raises KeyboardInterrupt immediately. Python delivers signals to the main thread only, so nothing is
+    deferred in other threads.
     """
-    interrupt = StopRequest()
+    stop = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if interrupt.is_set:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set:
             raise KeyboardInterrupt
-        interrupt.is_set = True
+        stop.is_set = True
 
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    previous_handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield interrupt
+        yield stop
     finally:
-        for number, handler in handlers.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    if interrupt.is_set:
+    if stop.is_set:
         raise KeyboardInterrupt

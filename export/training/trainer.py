@@ -1,14 +1,14 @@
-"""One training loop for every family.
+"""The training loop of all families.
 
-AdamW with a cosine schedule and gradient clipping; an exponential moving average
-of the weights is what is kept, taken where the validation loss was lowest. Knows
-nothing of the network but its loss, or the losses that it descends in turn.
+AdamW (Loshchilov & Hutter 2019) with a cosine schedule and gradient clipping. The result is the exponential
+moving average of the weights at the lowest validation loss. A network provides its loss, or a sequence of
+objectives that each step minimizes one after the other.
 """
 
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -21,32 +21,40 @@ from export.datasets.loading import Dataset, Split
 from export.training.checkpoint import Checkpoint, State
 from export.training.signals import defer_signals
 
-_CHUNK_ROWS = 256
-# Of how many steps the mean loss is shown.
-_RECENT = 50
-# Time left is that of the whole run, whether steps or seconds end it.
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+_VALIDATION_BATCH_ROWS = 256
+# Number of steps that the displayed mean loss covers.
+_LOSS_WINDOW = 50
+# The bar covers the whole run, so that the remaining time is correct whether steps or seconds end it.
+_BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class TrainingError(RuntimeError):
-    """A run from which no network came."""
+    """Raised when training produces no usable weights."""
 
 
 class Network(nn.Module):
-    """A module that can be trained; what it carries from step to step are parameters and buffers."""
+    """A trainable module; all state that it keeps between steps is in parameters and buffers."""
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each row [B], of rows [B, *shape] and int64 labels [B]; it draws its own noise."""
+        """Compute the loss of each row; random numbers come from torch's global generator.
+
+        Args:
+            rows: Data rows, [B, *shape].
+            labels: Class labels, int64 [B].
+
+        Returns:
+            The loss of each row, [B].
+        """
         raise NotImplementedError
 
     def objectives(self, rows: Tensor, labels: Tensor) -> Iterator["Objective"]:
-        """What one step descends, in turn, each computed after the one before has been descended."""
+        """Yield the objectives of one step; each is computed after the update by the previous one."""
         yield Objective(self.loss(rows, labels), tuple(self.parameters()))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of each row [B], and the only parameters that may move to lower it."""
+    """The loss of each row [B], and the parameters that are updated to minimize it."""
 
     loss: Tensor
     parameters: tuple[nn.Parameter, ...]
@@ -54,10 +62,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: `steps` batches, or as many as fit into `seconds` when those are fewer.
+    """Training settings.
 
-    Validation rows are looked at again, with other random numbers, until they are `validation_rows`:
-    once is enough for a loss that draws none.
+    Training ends after `steps` batches or `seconds` seconds, whichever comes first. It evaluates the
+    validation loss `evaluations` times. A validation split with fewer rows is evaluated repeatedly, with
+    other random numbers, until `validation_rows` rows are reached; 1 is enough for a loss without random
+    numbers.
     """
 
     steps: int
@@ -76,7 +86,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Of a training curve: the mean loss of the steps since the last point, and the validation loss."""
+    """A point of the training curve: the mean loss since the previous point, and the validation loss."""
 
     step: int
     training_loss: float
@@ -85,7 +95,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What became of a run; `best` is where the validation loss was lowest, `seconds` are of all sessions."""
+    """The result of a run: seconds over all sessions, the point of lowest validation loss, and the curve."""
 
     seconds: float
     best: CurvePoint
@@ -98,23 +108,36 @@ def fit(
     settings: Settings,
     title: str = "  training",
     checkpoint: Checkpoint | None = None,
+    on_resume: Callable[[str], None] = lambda message: None,
 ) -> TrainingResult:
-    """Train a network in place and leave it in eval mode with the best averaged weights, on the CPU.
+    """Train a network in place; leave it on the CPU, in eval mode, with the best averaged weights.
 
-    With a checkpoint, a run that was interrupted goes on where it stopped and, unless `seconds`
-    end it, ends as if it had not been: on a CPU, to the bit. TrainingError, and no checkpoint, when no
-    validation loss is a number.
+    An interrupted run resumes from its checkpoint. On a CPU it then ends with the same bits as an
+    uninterrupted run, unless `settings.seconds` ends it.
+
+    Args:
+        network: The network to train.
+        data: Its training and validation rows.
+        settings: The training settings.
+        title: Title of the progress bar.
+        checkpoint: Where the state of the run is saved; None saves nothing.
+        on_resume: Called with a message for the user if the run resumes.
+
+    Raises:
+        TrainingError: If no validation loss is finite. The checkpoint is then removed.
+        CheckpointError: If the checkpoint is damaged or belongs to another run.
+        KeyboardInterrupt: If SIGINT or SIGTERM arrived; the checkpoint is saved first.
     """
     torch.manual_seed(settings.seed)
     network.to(settings.device).train()
-    run = _Run(network, data, settings)
+    run = _TrainingRun(network, data, settings)
     if checkpoint and (saved := checkpoint.load()):
         run.load_state_dict(saved)
-        print(f"  going on at step {run.steps} of {settings.steps}, from {checkpoint.path}", flush=True)
-    with defer_signals() as interrupt, tqdm(**_bar(title, run.progress)) as bar:
-        while run.progress < 1 and not interrupt.is_set:
+        on_resume(f"resuming at step {run.steps} of {settings.steps}, from {checkpoint.path}")
+    with defer_signals() as stop, tqdm(**_bar_settings(title, run.progress)) as bar:
+        while run.progress < 1 and not stop.is_set:
             run.step()
-            if run.evaluation_due:
+            if run.is_evaluation_due:
                 run.evaluate()
             bar.set_postfix_str(run.summary, refresh=False)
             bar.update(run.progress - bar.n)
@@ -125,18 +148,20 @@ def fit(
     try:
         return run.finish()
     except TrainingError:
-        # The same command would find nothing else there.
+        # Resuming from this checkpoint would fail in the same way.
         if checkpoint:
             checkpoint.remove()
         raise
 
 
-def _bar(title: str, progress: float) -> dict[str, Any]:
-    return {"desc": title, "initial": progress, "total": 1.0, "bar_format": _BAR, "dynamic_ncols": True}
+def _bar_settings(title: str, progress: float) -> dict[str, Any]:
+    return {
+        "desc": title, "initial": progress, "total": 1.0, "bar_format": _BAR_FORMAT, "dynamic_ncols": True
+    }  # fmt: skip
 
 
-class _Run:
-    """A training run between two steps; all that the next ones depend on is in its state_dict."""
+class _TrainingRun:
+    """A training run between two steps; its state_dict holds everything that later steps depend on."""
 
     def __init__(self, network: Network, data: Dataset, settings: Settings) -> None:
         self._network, self._data, self._settings = network, data, settings
@@ -159,13 +184,13 @@ class _Run:
         self._best_weights: State = {}
 
     @property
-    def evaluation_due(self) -> bool:
+    def is_evaluation_due(self) -> bool:
         return self.progress >= min(1, (len(self._curve) + 1) / self._settings.evaluations)
 
     @property
     def summary(self) -> str:
-        """The step, the mean loss of the last few, and the best validation loss so far."""
-        recent = self._losses[-_RECENT:]
+        """The step, the mean loss of recent steps, and the best validation loss."""
+        recent = self._losses[-_LOSS_WINDOW:]
         loss = sum(recent) / len(recent) if recent else self._curve[-1].training_loss
         best = f", best {self._best.validation_loss:.4g} at step {self._best.step}" if self._best else ""
         return f"step {self.steps} of {self._settings.steps}, loss {loss:.4g}{best}"
@@ -173,12 +198,12 @@ class _Run:
     def step(self) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (1 + math.cos(math.pi * self.progress)) / 2
-        for objective in self._network.objectives(*self._batches.draw()):
+        for objective in self._network.objectives(*self._batches.next_batch()):
             loss = objective.loss.mean()
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward(inputs=objective.parameters)  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(objective.parameters, self._settings.clip)
-            # Parameters without a gradient stay, and so do their moments.
+            # Parameters without a gradient, and their moments, do not change.
             self._optimizer.step()
         self._average.update_parameters(self._network)
         self._losses.append(float(loss.detach()))
@@ -197,10 +222,10 @@ class _Run:
             self._best, self._best_weights = point, copy.deepcopy(average.state_dict())
 
     def finish(self) -> TrainingResult:
-        """Leave the network with the best weights."""
+        """Load the best weights into the network, and move it to the CPU in eval mode."""
         if self._best is None:
             raise TrainingError(
-                f"after {self.steps} steps no validation loss was a finite number, and nothing was kept; "
+                f"training failed: no finite validation loss after {self.steps} steps, nothing was saved; "
                 f"train again with a --learning-rate below {self._settings.learning_rate:g} or another --seed"
             )
         self._network.load_state_dict(self._best_weights)
@@ -242,20 +267,20 @@ class _Run:
 
 
 class _Batches:
-    """Training rows in a new random order every epoch; the few that would not fill a batch are left out."""
+    """Batches of training rows, in a new random order each epoch; an incomplete last batch is dropped."""
 
-    def __init__(self, part: Split, settings: Settings) -> None:
-        self._rows, self._labels = _tensors(part, settings)
-        self._size = min(settings.batch_rows, len(part))
+    def __init__(self, split: Split, settings: Settings) -> None:
+        self._rows, self._labels = _to_tensors(split, settings)
+        self._size = min(settings.batch_rows, len(split))
         self._order, self._start = torch.empty(0, dtype=torch.int64), 0
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """The next rows [B, *shape] and labels [B]."""
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the next rows [B, *shape] and labels int64 [B]."""
         if self._start + self._size > len(self._order):
             self._order, self._start = torch.randperm(len(self._rows)), 0
-        chosen = self._order[self._start : self._start + self._size].to(self._rows.device)
+        indices = self._order[self._start : self._start + self._size].to(self._rows.device)
         self._start += self._size
-        return self._rows[chosen], self._labels[chosen]
+        return self._rows[indices], self._labels[indices]
 
     def state_dict(self) -> State:
         return {"order": self._order, "start": self._start}
@@ -265,8 +290,8 @@ class _Batches:
 
 
 def _random_states(device: str) -> list[Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.startswith("cuda") else []
-    return [torch.get_rng_state(), *on_device]
+    cuda_states = [torch.cuda.get_rng_state(device)] if device.startswith("cuda") else []
+    return [torch.get_rng_state(), *cuda_states]
 
 
 def _set_random_states(states: list[Tensor], device: str) -> None:
@@ -275,19 +300,25 @@ def _set_random_states(states: list[Tensor], device: str) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def validation_loss(network: Network, held_out: Split, settings: Settings) -> float:
-    """Mean loss over held-out rows, over again when they are few, with the same random numbers every time."""
-    rows, labels = _tensors(held_out, settings)
+def validation_loss(network: Network, split: Split, settings: Settings) -> float:
+    """Return the mean loss over a split; each call uses the same random numbers.
+
+    A split with fewer than `settings.validation_rows` rows is evaluated repeatedly.
+    """
+    rows, labels = _to_tensors(split, settings)
     devices = [] if settings.device == "cpu" else [torch.device(settings.device)]
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(settings.seed)
         losses = [
-            network.loss(rows[start : start + _CHUNK_ROWS], labels[start : start + _CHUNK_ROWS])
+            network.loss(
+                rows[start : start + _VALIDATION_BATCH_ROWS], labels[start : start + _VALIDATION_BATCH_ROWS]
+            )
             for _ in range(max(1, settings.validation_rows // len(rows)))
-            for start in range(0, len(rows), _CHUNK_ROWS)
+            for start in range(0, len(rows), _VALIDATION_BATCH_ROWS)
         ]
     return float(torch.cat(losses).mean())
 
 
-def _tensors(part: Split, settings: Settings) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(part.rows).to(settings.device), torch.from_numpy(part.labels).to(settings.device)
+def _to_tensors(split: Split, settings: Settings) -> tuple[Tensor, Tensor]:
+    device = settings.device
+    return torch.from_numpy(split.rows).to(device), torch.from_numpy(split.labels).to(device)
