@@ -13,17 +13,15 @@ from torch.nn import functional
 from export.artifacts.interpreter import Interpreter, eager_interpreter, make_rows
 from export.datasets import loading
 from export.families.base import Preset
-from export.families.gan import (
+from export.families.gan import FAMILY, GAN, LATENT_DIMENSIONS
+from export.families.gan.losses import (
     BANDWIDTHS,
-    DRAWN,
-    FAMILY,
-    GAN,
-    LATENT_DIMENSIONS,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
     squared_mmd,
 )
+from export.families.gan.programs import UNSET
 from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Network, Objective, Settings, fit
 from samovar import noise
@@ -37,7 +35,7 @@ def untrained(dataset: loading.Dataset) -> GAN:
     """A network whose discriminator tells classes apart, as a trained one does."""
     torch.manual_seed(0)
     gan = FAMILY.build_network(dataset, TINY)
-    nn.init.normal_(gan.discriminator.direction.weight)
+    nn.init.normal_(gan.discriminator.label_embedding.weight)
     return gan
 
 
@@ -103,11 +101,11 @@ def test_the_discriminator_descends_the_relativistic_loss_with_both_penalties(
     torch.manual_seed(2)
     judge = network.discriminator.double()
     with torch.no_grad():
-        real, made = network.generator.scaled(rows).double(), network.generator.draw(labels).double()
+        real, made = network.generator.scale(rows).double(), network.generator.sample(labels).double()
         lengths = [squared_slope(judge, row, labels) for row in (real, made)]
         ahead = judge(real, labels) - judge(made, labels)
     network.float()
-    expected = functional.softplus(-ahead) + network.penalty / 2 * (lengths[0] + lengths[1])
+    expected = functional.softplus(-ahead) + network.penalty_weight / 2 * (lengths[0] + lengths[1])
     torch.testing.assert_close(objective.loss.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -152,8 +150,8 @@ def test_images_are_at_their_levels_and_pass_the_gradient_of_what_was_rounded(ne
     generator = network.generator
     latent, label = torch.tensor(LATENTS).requires_grad_(), torch.arange(4)
     scaled = generator(latent, label)
-    torch.testing.assert_close(scaled, generator.scaled(generator.value(scaled)), rtol=0, atol=1e-6)
-    unrounded = generator.layers(torch.cat([latent, generator.label(label)], 1)).squeeze(1).tanh()
+    torch.testing.assert_close(scaled, generator.scale(generator.to_rows(scaled)), rtol=0, atol=1e-6)
+    unrounded = generator.layers(torch.cat([latent, generator.label_embedding(label)], 1)).squeeze(1).tanh()
     assert (scaled - unrounded).abs().max() <= 1 / 16 + 1e-6
     weights = torch.randn_like(scaled)
     gradients = [
@@ -179,7 +177,7 @@ def test_images_of_other_sizes_fit(shape: tuple[int, ...]) -> None:
     gan = FAMILY.build_network(loading.Dataset("noise", value, part, part, part, ""), TINY)
     objectives = gan.objectives(torch.tensor(rows), torch.tensor(part.labels))
     assert [len(objective.loss) for objective in objectives] == [20, 20]
-    assert gan.generator.value(gan.generator.draw(torch.arange(3))).shape == (3, *shape)
+    assert gan.generator.to_rows(gan.generator.sample(torch.arange(3))).shape == (3, *shape)
 
 
 def test_squared_mmd_is_the_sum_over_pairs_of_one_label() -> None:
@@ -230,11 +228,11 @@ def test_decode_makes_what_sample_makes_of_the_same_latent(interpreter: Interpre
 
 def test_elements_of_a_latent_that_are_left_out_are_drawn(interpreter: Interpreter) -> None:
     labels, holes = np.zeros(4, np.int64), LATENTS.copy()
-    holes[:, ::2] = DRAWN
+    holes[:, ::2] = UNSET
     some = [play(interpreter, "sample", seed=seed, label=labels, latent=holes) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(some[0], some[1])
     assert (some[0] != some[2]).any()
-    nothing = np.full_like(LATENTS, DRAWN)
+    nothing = np.full_like(LATENTS, UNSET)
     np.testing.assert_array_equal(
         play(interpreter, "sample", seed=1, label=labels, latent=nothing),
         play(interpreter, "sample", seed=1, label=labels),
