@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml clients/python/pyproject.toml
 setup: $(VENV)/.ready ## Make the environment
 
 models: setup ## Train and export the starter models that are missing
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m export starter
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m export train-starters
 
 serve: models ## Serve the starter models (gRPC on 8001, metrics on 8002)
 	@$(BIN)/python -m server --models models --port $(PORT) --metrics-port $(METRICS)
