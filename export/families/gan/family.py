@@ -66,8 +66,8 @@ class Family:
     description = "Class-conditional GAN (Goodfellow et al. 2014) with the loss of R3GAN (Huang et al. 2024)."
     operations = ("sample", "decode")
     unsupported_operations: Mapping[str, str] = {
-        "score": "a GAN has no likelihood: the density of its generator cannot be evaluated, and the output of "
-        "its discriminator is not a density",
+        "score": "a GAN has no likelihood: its generator has no tractable density, and its discriminator's "
+        "output is not a density",
         "energy": "a GAN has no density, and the output of its discriminator is not an energy",
         "encode": "the generator has no inverse; a search for the latent of a row may fail",
         "reconstruct": "it needs the latent of a row, and the generator has no inverse",
