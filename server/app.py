@@ -23,7 +23,8 @@ from server import __version__
 from server.config import Config
 from server.core.errors import InvalidArtifact
 from server.engine.engine import Engine
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import BatchingPolicy, Limits, Scheduler
+from server.execution.program_runner import ProgramRunner
 from server.metrics import Metrics
 from server.models.registry import Model
 from server.models.repository import Repository
@@ -38,7 +39,13 @@ log = logging.getLogger("samovar")
 class App:
     """One server process: everything wired together, and started and stopped in order."""
 
-    def __init__(self, config: Config, runtimes: Mapping[str, OpenGraph] = RUNTIMES) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtimes: Mapping[str, OpenGraph] = RUNTIMES,
+        batching: BatchingPolicy | None = None,
+        runner: type[ProgramRunner] = ProgramRunner,
+    ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
         self.device = Device(_device_name(config.device), config.intra_op_threads, config.cuda_graphs)
@@ -48,11 +55,13 @@ class App:
                 max_queued_rows=config.max_queued_rows,
                 max_buffered_bytes=config.max_buffered_mib << 20,
                 drr_quantum_rows=config.drr_quantum_rows,
-                batching=config.batching,
-            )
+            ),
+            batching,
         )
-        self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes)
-        self.engine = Engine(scheduler, self.metrics, renew=self.repository.reload_graphs, on_death=self._end)
+        self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes, runner)
+        self.engine = Engine(
+            scheduler, self.metrics, reload_graphs=self.repository.reload_graphs, on_death=self._end
+        )
         self.frontend = self._build_frontend()
         self.port = 0
         self.metrics_port = 0
@@ -122,7 +131,10 @@ class App:
         if not models and self.num_rejected:
             return f"Serving nothing: all {self.num_rejected} artifacts were refused, for the reasons above."
         if not models:
-            return f"Serving nothing: no artifact under {self.config.models}. Try: python -m export starter"
+            return (
+                f"Serving nothing: no artifact under {self.config.models}. "
+                "Try: python -m export train-starters"
+            )
         lines = ["", "Serving:"]
         for model in models:
             operations = ", ".join(sorted(model.spec.programs))

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from server.core.spec import FORMATS
-from server.engine.scheduler import Batching
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_ROWS = 2**32 - 1
@@ -43,7 +42,6 @@ class Config:
     intra_op_threads: int = 1
     cuda_graphs: bool = False
     max_batch_rows: int = 64
-    batching: Batching = "step"
     drr_quantum_rows: int = 8
     max_queued_rows: int = 200_000
     max_buffered_mib: int = 1024
@@ -112,11 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "drr-quantum-rows", _integer(1, 65_536), "rows that a request may place at each turn when others wait"
     )
-    flag(
-        "batching",
-        _scheduling,
-        "step lets rows join at any step; request and none, for comparisons, batch whole requests or nothing",
-    )
     flag("max-rows-per-request", _integer(1, MAX_ROWS), "rows that one request may ask for")
     flag("max-message-mib", _integer(1, 2047), "largest gRPC message, either way, in MiB")
     flag(
@@ -156,12 +149,6 @@ def _seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
     return value
-
-
-def _scheduling(text: str) -> str:
-    if text not in get_args(Batching):
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(get_args(Batching))}, got {text!r}")
-    return text
 
 
 def _log_level(text: str) -> str:

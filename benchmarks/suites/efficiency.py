@@ -61,7 +61,7 @@ class Case:
         return next(
             size
             for size in itertools.count(bucket)
-            if size - math.ceil(self.level * size / RESERVED_SHARE) >= bucket
+            if size - math.ceil(self.level * size * RESERVED_SHARE) >= bucket
         )
 
     @property

@@ -16,7 +16,7 @@ from benchmarks.servers import Server, samovar_server
 from benchmarks.statistics import milliseconds, percentile, short, spread
 from benchmarks.suites.base import Bench
 from benchmarks.suites.calls import METHOD, request
-from server.core.request import Request, RowInputs
+from server.core.request import Request
 from server.core.spec import ProgramKey
 from server.engine.scheduler import Limits, Scheduler
 
@@ -96,8 +96,8 @@ def _scheduler() -> Scheduler:
 
 
 def _submit(scheduler: Scheduler) -> Request:
-    request = Request(KEY, 1, STEPS, _ignore, inputs=RowInputs({"steps": STEPS}, {}))
-    scheduler.submit(request)
+    request = Request(KEY, 1, STEPS, parameters={"steps": STEPS})
+    scheduler.submit(request, _ignore, 0.0)
     return request
 
 

@@ -30,7 +30,7 @@ class Request:
         max_unread_rows: rows that may be in progress or unread by the caller (backpressure).
         is_batch: whether interactive requests go first.
         has_early_exit: whether a row may end before its last step.
-        buffered_bytes: bytes of the inputs and of the unread rows, held until the caller releases the request.
+        buffered_bytes: bytes of the inputs and of the unread rows, held until the request is released.
     """
 
     program: ProgramKey

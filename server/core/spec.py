@@ -1,6 +1,6 @@
-"""What an artifact promises, as frozen data: models, programs, graphs, tensors.
+"""Specifications of models, programs, graphs and tensors, read from an artifact's manifest.
 
-Knows neither the file that it came from (manifest.py) nor how graphs run (runtime/).
+Knows neither the manifest's format (models/manifest.py) nor how graphs run (runtime/).
 """
 
 import math
@@ -15,7 +15,7 @@ NUM_STEPS = "num_steps"
 
 ITEM_SIZES = {"bool": 1, "uint8": 1, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
 
-# Of graphs, the one that a server prefers first; runtime/ has a way to run each.
+# Formats of graphs, in order of preference; runtime/ implements each.
 FORMATS = ("onnx", "torchscript", "torch_export")
 
 ParameterKind = Literal["float", "integer", "boolean", "choice"]
@@ -34,7 +34,7 @@ def program_name(operation: str, method: str) -> str:
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What a program is called inside a server."""
+    """Identity of a program inside a server."""
 
     model: str
     version: str
@@ -52,7 +52,7 @@ class ProgramKey:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor of a row, without the batch axis; dtype is NumPy's name."""
+    """One named tensor of a row, without the batch axis; `dtype` is a NumPy name."""
 
     name: str
     dtype: str
@@ -70,7 +70,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One setting of a request; graphs see it as a scalar per row."""
+    """One scalar parameter of a request; graphs read one scalar per row."""
 
     name: str
     kind: ParameterKind
@@ -86,7 +86,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor that a request gives; `default` fills every element when an optional one is left out."""
+    """One input tensor of a request; `default` fills an optional one that is omitted."""
 
     tensor: TensorSpec
     optional: bool = False
@@ -95,7 +95,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Random numbers that graphs consume, by the streams of samovar.noise."""
+    """Random numbers that graphs read, from a stream of samovar.noise."""
 
     tensor: TensorSpec
     distribution: Literal["normal", "uniform"]
@@ -104,7 +104,10 @@ class NoiseSpec:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """How many steps a row takes: `fixed`, or as many as cover the value of `parameter`."""
+    """Number of steps of a row: `fixed`, or the value of `parameter` over `units_per_step`, rounded up.
+
+    `done_flag` names a boolean scalar of the state that ends a row early; empty if there is none.
+    """
 
     fixed: int = 0
     parameter: str = ""
@@ -112,7 +115,7 @@ class StepSchedule:
     done_flag: str = ""
 
     def of(self, parameters: Mapping[str, float]) -> int:
-        """Steps of a row with these parameters."""
+        """Return the number of steps of a row with these parameters."""
         if not self.parameter:
             return self.fixed
         return math.ceil(parameters[self.parameter] / self.units_per_step)
@@ -120,7 +123,7 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """What kind of number a program returns; the strings name outputs and a parameter."""
+    """Meaning of a program's score; the strings name outputs and a parameter, empty if there is none."""
 
     dimensions: int
     is_normalized: bool
@@ -132,7 +135,7 @@ class ScoreSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A pure function of tensors: inputs and outputs in the order of the function's."""
+    """A pure function of tensors, with its inputs and outputs in order."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -141,7 +144,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One operation, or one method of doing it: init -> step x n -> readout over rows."""
+    """One operation, or a variant of it: init -> step x n -> readout over rows."""
 
     operation: str
     readout: GraphSpec
@@ -174,15 +177,15 @@ class ProgramSpec:
 
     @cached_property
     def least_steps(self) -> int:
-        """Steps of a row whose request asks for as few as it may."""
+        """Number of steps of the shortest rows that a request may ask for."""
         return self.steps.of({parameter.name: parameter.minimum for parameter in self.parameters})
 
     def defaults(self) -> dict[str, float]:
-        """The parameters of a request that gives none."""
+        """Return the default of every parameter."""
         return {parameter.name: parameter.default for parameter in self.parameters}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Everything that a graph's input may be bound to, by name."""
+        """Return every tensor that a graph's input may be bound to, by name."""
         counters = [TensorSpec(name, "int64") for name in (STEP_INDEX, NUM_STEPS)]
         declared = [
             *self.state,
@@ -195,7 +198,7 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class GoldenRows:
-    """A small request to a program, by name, with its known answer; arrays have the batch axis."""
+    """A request to a program, with its known outputs; arrays have the batch axis first."""
 
     program: str
     seed: int
@@ -209,7 +212,7 @@ class GoldenRows:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One artifact: its identity, its programs, and per format the file of every graph."""
+    """One artifact: its identity, its programs, and the file of every graph by format."""
 
     name: str
     version: str
@@ -220,9 +223,9 @@ class ModelSpec:
     unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
     def variants(self, operation: str) -> list[str]:
-        """The methods of an operation, "" among them."""
+        """Return the variants of an operation; "" is the default one."""
         return [program.variant for program in self.programs.values() if program.operation == operation]
 
     def graphs(self) -> dict[str, GraphSpec]:
-        """Every graph that a program calls, by name."""
+        """Return every graph of every program, by name."""
         return {graph.name: graph for program in self.programs.values() for graph in program.graphs}

@@ -1,13 +1,12 @@
-"""One program's requests: who waits for its slots, who has some, and who gets the next.
+"""Queue of one program: its queued requests, its slots, and which rows enter next.
 
-Pure policy, like scheduler.py: no tensors, no clock. Free slots go to waiting
-requests by deficit round robin (Shreedhar & Varghese, 1995): at each visit a request
-earns a quantum of row-steps, and a row costs its steps, so that requests share the
-slots' time whatever the length of their rows.
+Pure policy, like scheduler.py: no tensors, no clock. Free slots go to queued requests by deficit round
+robin (Shreedhar & Varghese, 1995): at each visit a request earns a quantum of row-steps, and a row costs
+its steps, so that requests share the slots' time regardless of the length of their rows.
 
-A row keeps its slot to its end, so a short one would have to wait for a long one. Rows
-have levels therefore, one for each factor of eight in their length and one for low
-priority, and each level leaves some slots to those below it.
+A row keeps its slot until it ends, so a short row could wait for a long one. Rows therefore have levels:
+one for each factor of eight in their length, and one more for batch priority. Each level leaves some slots
+to the levels below it.
 """
 
 import itertools
@@ -16,295 +15,368 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.core.request import Request
+from server.core.request import Admission, Deliver, Request
 from server.core.spec import ProgramKey
 
-# Of this many visits one is paid to requests of low priority while others wait as well.
+# One in this many visits goes to a request of batch priority while interactive ones are queued.
 BATCH_PRIORITY_INTERVAL = 8
-# A level leaves one of so many slots to each level below it.
-RESERVED_SHARE = 16
-# A program that only batch jobs use is due so much of the device time of one that somebody waits for.
+# Share of a program's slots that a level of rows leaves to each level below it.
+RESERVED_SHARE = 1 / 16
+# Device time of a program that serves only batch requests, relative to one interactive request.
 BATCH_SHARE = 0.25
-# A program that somebody waits for is due at least so much of the device time of one that serves many more.
+# Minimum device-time share of an interactive program, relative to the program with the largest share.
 MIN_DEVICE_SHARE = 1 / 8
-# A turn counts for at most so many of the fastest at its batch size: it may have been held up by others.
+# Largest step time that is charged, relative to the shortest at the same batch size; more is an outlier.
 MAX_STEP_TIME_RATIO = 4
 
 
-@dataclass(frozen=True)
-class Admission:
-    """Rows of a request that enter the batch: offsets first .. first + count."""
+@dataclass(eq=False)
+class QueueEntry:
+    """A request in the scheduler, from its submission until it is closed and its rows have left the slots.
+
+    Accessed under the engine's lock only.
+
+    Attributes:
+        request: the request.
+        deliver: takes the request's events.
+        submitted_at, started_at: when it was queued, and when its first row entered a batch, in seconds.
+        compute_seconds: duration of the steps that its rows took part in.
+        admitted: rows that have entered a slot.
+        finished: rows that have left their slots, read out.
+        acknowledged: finished rows that the caller has read.
+        nonfinite_rows: indices of finished rows that are not finite.
+        close_reason: why it was closed; empty while it is open.
+        deficit: row-steps that it may still spend in its current visit (deficit round robin).
+        level: level of its rows, see SlotQuota.
+    """
 
     request: Request
-    first: int
-    count: int
+    deliver: Deliver
+    submitted_at: float = 0.0
+    started_at: float = 0.0
+    compute_seconds: float = 0.0
+    admitted: int = 0
+    finished: int = 0
+    acknowledged: int = 0
+    nonfinite_rows: tuple[int, ...] = ()
+    close_reason: str = ""
+    deficit: int = 0
+    level: int = 0
+
+    @property
+    def row_cost(self) -> int:
+        """Slot time of a row, in steps."""
+        return max(1, self.request.steps)
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self.close_reason)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finished == self.request.rows
+
+    @property
+    def num_queued(self) -> int:
+        return self.request.rows - self.admitted
+
+    @property
+    def num_running(self) -> int:
+        return self.admitted - self.finished
+
+    @property
+    def num_admissible(self) -> int:
+        """Queued rows that may enter now, within the limit on unread rows."""
+        unread = self.admitted - self.acknowledged
+        return min(self.num_queued, self.request.max_unread_rows - unread)
 
 
 @dataclass
 class PriorityQueue:
-    """Requests of one priority and level that wait for slots, the one to be visited next in front.
+    """Requests of one priority and level that wait for slots, in the order of their visits.
 
-    Each has its number in the order of visits, so that the queues of a priority are visited as one; `costs`
-    counts what a row takes, over all queues.
+    Visit numbers are drawn from one sequence for all queues of a program, so that the queues of a priority
+    are visited like a single one. `costs` counts the row costs over all queues.
     """
 
     is_batch: bool
     level: int
     costs: Counter[int]
-    numbers: Iterator[int]
-    ring: OrderedDict[Request, int] = field(default_factory=OrderedDict)
-    _visited: Request | None = None
+    visit_numbers: Iterator[int]
+    ring: OrderedDict[QueueEntry, int] = field(default_factory=OrderedDict)
+    _visited: QueueEntry | None = None
 
     def __len__(self) -> int:
         return len(self.ring)
 
     @property
-    def number(self) -> int:
-        """That of the request in front."""
+    def next_visit(self) -> int:
+        """Visit number of the first request."""
         return next(iter(self.ring.values()))
 
-    def join(self, request: Request) -> None:
-        self.ring[request] = next(self.numbers)
-        self.costs[request.row_cost] += 1
+    def append(self, entry: QueueEntry) -> None:
+        self.ring[entry] = next(self.visit_numbers)
+        self.costs[entry.row_cost] += 1
 
-    def leave(self, request: Request) -> None:
-        """Forget a request; one that is not here is none of this queue's."""
-        if request in self.ring:
-            del self.ring[request]
-            request.deficit = 0
-            if self._visited is request:
-                self._visited = None
-            self.costs[request.row_cost] -= 1
-            if not self.costs[request.row_cost]:
-                del self.costs[request.row_cost]
+    def discard(self, entry: QueueEntry) -> None:
+        """Remove a request if it is present."""
+        if entry not in self.ring:
+            return
+        del self.ring[entry]
+        entry.deficit = 0
+        if self._visited is entry:
+            self._visited = None
+        self.costs[entry.row_cost] -= 1
+        if not self.costs[entry.row_cost]:
+            del self.costs[entry.row_cost]
 
-    def visit(self, quantum_rows: int, free: int) -> tuple[Request, int, bool]:
-        """The request in front, how many of its rows enter, and whether the visit is over."""
-        request = next(iter(self.ring))
-        if request is not self._visited:
-            self._visited = request
-            # The dearest row must be affordable, or a visit could pass without any.
-            request.deficit += quantum_rows * max(self.costs)
-        count = min(free, request.deficit // request.row_cost, request.num_admissible)
-        request.deficit -= count * request.row_cost
-        is_over = count == request.num_admissible or request.deficit < request.row_cost
+    def visit(self, quantum_rows: int, free_slots: int) -> tuple[QueueEntry, int, bool]:
+        """Return the first request, how many of its rows enter, and whether its visit is over."""
+        entry = next(iter(self.ring))
+        if entry is not self._visited:
+            self._visited = entry
+            # The quantum must pay for the most expensive row, or a visit could pass without any.
+            entry.deficit += quantum_rows * max(self.costs)
+        count = min(free_slots, entry.deficit // entry.row_cost, entry.num_admissible)
+        entry.deficit -= count * entry.row_cost
+        is_over = count == entry.num_admissible or entry.deficit < entry.row_cost
         if is_over:
             self._visited = None
-            self.ring.move_to_end(request)
-            self.ring[request] = next(self.numbers)
-        return request, count, is_over
+            self.ring.move_to_end(entry)
+            self.ring[entry] = next(self.visit_numbers)
+        return entry, count, is_over
 
 
 class SlotQuota:
-    """How many slots are free for rows of each level: no more than it and each below it may take."""
+    """Free slots by level: a level may take no more than it, and each level below it, has left.
 
-    def __init__(self, capacity: int, reserved: float) -> None:
+    Args:
+        capacity: number of slots.
+        reserved_share: share of the slots that a level leaves to each level below it.
+    """
+
+    def __init__(self, capacity: int, reserved_share: float) -> None:
         self.num_taken = 0
         self._capacity = capacity
-        self._reserved = reserved
-        # By level: what it and those above it may still take together.
-        self._left = [capacity]
+        self._reserved_share = reserved_share
+        # By level: slots that this level and those above it may still take together.
+        self._free = [capacity]
 
     @property
-    def is_full(self) -> bool:
-        """Whether no slot is free, for whatever level."""
+    def is_exhausted(self) -> bool:
+        """Whether no slot is free for any level."""
         return self.num_taken >= self._capacity
 
-    def of(self, level: int) -> int:
-        """Slots for rows of a level."""
-        while len(self._left) <= level:
-            kept = math.ceil(len(self._left) * self._reserved * self._capacity)
-            self._left.append(max(1, self._capacity - kept))
-        return min(self._left[: level + 1])
+    def free(self, level: int) -> int:
+        """Return the number of slots that rows of a level may take."""
+        while len(self._free) <= level:
+            reserved = math.ceil(len(self._free) * self._reserved_share * self._capacity)
+            self._free.append(max(1, self._capacity - reserved))
+        return min(self._free[: level + 1])
 
     def take(self, level: int, rows: int) -> None:
-        """So many rows of a level are in slots now."""
+        """Assign slots to `rows` rows of a level."""
         self.num_taken += rows
-        for each in range(level + 1):
-            self._left[each] -= rows
+        for index in range(level + 1):
+            self._free[index] -= rows
 
     def give_back(self, level: int, rows: int) -> None:
-        """So many rows of a level have left their slots."""
+        """Free the slots of `rows` rows of a level."""
         self.take(level, -rows)
 
 
 @dataclass
 class StepTimeEstimate:
-    """The least that a program's turns have taken, by bucket, in seconds, and what the latest counts for."""
+    """Shortest step time of a program by batch size, in seconds, and the time charged for the latest step."""
 
-    least: dict[int, float] = field(default_factory=dict)
+    shortest: dict[int, float] = field(default_factory=dict)
     latest: float = 0.0
-    is_proven: bool = False
+    is_reliable: bool = False
 
-    def learn(self, bucket: int, seconds: float) -> None:
-        """A turn took so long. A bucket's first, which may have warmed something up, is not charged."""
-        is_first = bucket not in self.least
-        least = self.least[bucket] = min(seconds, self.least.get(bucket, seconds))
-        self.latest = 0.0 if is_first else min(seconds, MAX_STEP_TIME_RATIO * least)
-        self.is_proven |= not is_first
+    def record(self, bucket: int, seconds: float) -> None:
+        """Record a step. The first one at a batch size may include warm-up and is not charged."""
+        is_first = bucket not in self.shortest
+        shortest = self.shortest[bucket] = min(seconds, self.shortest.get(bucket, seconds))
+        self.latest = 0.0 if is_first else min(seconds, MAX_STEP_TIME_RATIO * shortest)
+        self.is_reliable |= not is_first
 
-    def forget(self) -> None:
-        """Trust no time that was measured before."""
-        self.least.clear()
-        self.is_proven = False
-
-    @property
-    def fastest(self) -> float:
-        """No turn has taken less; 0 while there were only first ones, which prove nothing."""
-        return min(self.least.values()) if self.is_proven else 0.0
+    def reset(self) -> None:
+        """Discard all measurements."""
+        self.shortest.clear()
+        self.is_reliable = False
 
     @property
-    def full(self) -> float:
-        """What a turn of the largest batch takes at least, as far as is known."""
-        return self.least[max(self.least)] if self.least else 0.0
+    def minimum(self) -> float:
+        """Shortest step time at any batch size; 0 while only first steps have been recorded."""
+        return min(self.shortest.values()) if self.is_reliable else 0.0
+
+    @property
+    def full_batch(self) -> float:
+        """Shortest step time at the largest recorded batch size."""
+        return self.shortest[max(self.shortest)] if self.shortest else 0.0
 
 
 @dataclass(eq=False)
 class ProgramQueue:
-    """One program's queues and slots."""
+    """Queues, slots and device-time account of one program.
+
+    Attributes:
+        program: the program.
+        capacity: its number of slots.
+        least_steps: steps of the shortest rows that a request may ask for.
+        quota: free slots by level.
+        queues: requests that wait for slots, by (is_batch, level).
+        stalled: requests whose caller must read before more of their rows may enter.
+        running: requests with rows in slots.
+        dropped: closed requests whose rows must leave their slots at the next step.
+        step_time: measured step times.
+        num_served: interactive requests with rows in slots.
+        num_queued_steps: steps of all queued rows.
+        credit: device time that it may spend, in seconds; negative for a debt.
+        is_scheduled: whether it is in the scheduler's ring.
+    """
 
     program: ProgramKey
     capacity: int
     least_steps: int
     quota: SlotQuota
     queues: dict[tuple[bool, int], PriorityQueue] = field(default_factory=dict)
-    stalled: dict[Request, None] = field(default_factory=dict)
-    active: dict[Request, None] = field(default_factory=dict)
-    dropped: list[Request] = field(default_factory=list)
+    stalled: dict[QueueEntry, None] = field(default_factory=dict)
+    running: dict[QueueEntry, None] = field(default_factory=dict)
+    dropped: list[QueueEntry] = field(default_factory=list)
     step_time: StepTimeEstimate = field(default_factory=StepTimeEstimate)
     num_served: int = 0
-    width: int = 0
-    num_waiting_steps: int = 0
+    num_queued_steps: int = 0
     credit: float = 0.0
     is_scheduled: bool = False
-    _visits: int = 0
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _interactive_visits: int = 0
+    _visit_numbers: Iterator[int] = field(default_factory=itertools.count)
     _costs: Counter[int] = field(default_factory=Counter)
 
     @property
-    def num_active(self) -> int:
+    def num_running(self) -> int:
         return self.quota.num_taken
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_active or self.dropped or any(self.queues.values()))
+        return bool(self.num_running or self.dropped or any(self.queues.values()))
 
     @property
     def share(self) -> float:
-        """Device time due to this program beside others: that of its interactive requests, all alike.
+        """Device time due to this program, in interactive requests.
 
-        As many as have rows in the batch; one, while they only wait; together less than one, for batch jobs.
+        The number of interactive requests with rows in the batch, or 1 while they are only queued. Batch
+        requests count less than 1 together.
         """
-        is_awaited = any(queue for queue in self.queues.values() if not queue.is_batch)
-        return max(self.num_served, 1 if is_awaited else BATCH_SHARE)
+        has_interactive = any(queue for queue in self.queues.values() if not queue.is_batch)
+        return max(self.num_served, 1 if has_interactive else BATCH_SHARE)
 
     def relative_share(self, largest: float) -> float:
-        """Its device time over that of the program with the largest share."""
+        """Return its device time relative to that of the program with the largest share."""
         return max(self.share / largest, MIN_DEVICE_SHARE * min(1, self.share))
 
     @property
     def backlog_seconds(self) -> float:
-        """How long what waits would take in full batches."""
-        return self.num_waiting_steps * self.step_time.full / self.capacity
+        """Time that the queued rows need in full batches, in seconds."""
+        return self.num_queued_steps * self.step_time.full_batch / self.capacity
 
     @property
-    def requests(self) -> list[Request]:
-        """Every request that has not ended."""
-        waiting = itertools.chain.from_iterable(queue.ring for queue in self.queues.values())
-        return list(dict.fromkeys((*self.active, *waiting, *self.stalled)))
+    def open_entries(self) -> list[QueueEntry]:
+        """Every request that is not closed."""
+        queued = itertools.chain.from_iterable(queue.ring for queue in self.queues.values())
+        return list(dict.fromkeys((*self.running, *queued, *self.stalled)))
 
-    def open(self, request: Request) -> None:
-        """Let a new request wait."""
-        request.level = self._level(request)
-        self.num_waiting_steps += request.num_waiting * request.row_cost
-        self.join(request)
+    def add(self, entry: QueueEntry) -> None:
+        """Queue a new request."""
+        entry.level = self._level(entry)
+        self.num_queued_steps += entry.num_queued * entry.row_cost
+        self._enqueue(entry)
 
-    def join(self, request: Request) -> None:
-        """Let a request wait for slots, or for its reader."""
-        if request.num_admissible:
-            self._queue(request).join(request)
-        else:
-            self.stalled[request] = None
+    def resume(self, entry: QueueEntry) -> None:
+        """Queue a stalled request again once its caller has read some rows."""
+        if entry in self.stalled and entry.num_admissible:
+            del self.stalled[entry]
+            self._enqueue(entry)
 
-    def resume(self, request: Request) -> None:
-        """The reader of a request has room again."""
-        if request in self.stalled and request.num_admissible:
-            del self.stalled[request]
-            self.join(request)
+    def remove(self, entry: QueueEntry) -> None:
+        """Remove a closed request: its queued rows now, its running rows at the next step."""
+        self._queue_of(entry).discard(entry)
+        self.stalled.pop(entry, None)
+        self.num_queued_steps -= entry.num_queued * entry.row_cost
+        if entry in self.running:
+            self._stop_running(entry)
+            self.quota.give_back(entry.level, entry.num_running)
+            self.dropped.append(entry)
 
-    def remove(self, request: Request) -> None:
-        """A request has ended: its waiting rows go now, its active ones with the next turn."""
-        self._queue(request).leave(request)
-        self.stalled.pop(request, None)
-        self.num_waiting_steps -= request.num_waiting * request.row_cost
-        if request in self.active:
-            self._leave(request)
-            self.quota.give_back(request.level, request.num_active)
-            self.dropped.append(request)
+    def finish(self, entry: QueueEntry, rows: int) -> None:
+        """Free the slots of `rows` finished rows of a request."""
+        self.quota.give_back(entry.level, rows)
+        if not entry.num_running and entry in self.running:
+            self._stop_running(entry)
 
-    def finish(self, request: Request, rows: int) -> None:
-        """So many rows of a request have left their slots."""
-        self.quota.give_back(request.level, rows)
-        if not request.num_active and request in self.active:
-            self._leave(request)
-
-    def take_dropped(self) -> list[Request]:
-        """Requests whose rows must leave their slots."""
+    def pop_dropped(self) -> list[QueueEntry]:
+        """Return the requests whose rows must leave their slots, once."""
         dropped, self.dropped = self.dropped, []
         return dropped
 
     def admit(self, quantum_rows: int, max_requests: int | None = None) -> list[Admission]:
-        """Hand out the free slots; at most `max_requests` requests take part."""
-        admissions: dict[Request, Admission] = {}
-        while (queue := self._next_queue()) and not _is_full(admissions, queue, max_requests):
-            request, count, is_over = queue.visit(quantum_rows, self.quota.of(queue.level))
+        """Assign the free slots to queued rows, of at most `max_requests` requests."""
+        admissions: dict[QueueEntry, Admission] = {}
+        while (queue := self._next_queue()) is not None:
+            is_full = max_requests is not None and len(admissions) >= max_requests
+            if is_full and next(iter(queue.ring)) not in admissions:
+                break
+            entry, count, is_over = queue.visit(quantum_rows, self.quota.free(queue.level))
             if is_over:
-                self._visits = 0 if queue.is_batch else self._visits + 1
-            earlier = admissions.get(request)
-            admissions[request] = Admission(
-                request,
-                earlier.first if earlier else request.admitted,
-                count + (earlier.count if earlier else 0),
-            )
-            self._enter(request, count)
+                self._interactive_visits = 0 if queue.is_batch else self._interactive_visits + 1
+            if earlier := admissions.get(entry):
+                admissions[entry] = Admission(entry.request, earlier.first, earlier.count + count)
+            else:
+                admissions[entry] = Admission(entry.request, entry.admitted, count)
+            self._start_running(entry, count)
         return list(admissions.values())
 
-    def _level(self, request: Request) -> int:
-        """One for each factor of eight over the shortest rows that there may be, and one for low priority."""
-        length = request.row_cost // max(1, self.least_steps)
-        return max(0, length.bit_length() - 1) // 3 + request.is_batch
+    def _level(self, entry: QueueEntry) -> int:
+        """One for each factor of eight above the program's shortest rows, and one for batch priority."""
+        length = entry.row_cost // max(1, self.least_steps)
+        return max(0, length.bit_length() - 1) // 3 + entry.request.is_batch
 
-    def _queue(self, request: Request) -> PriorityQueue:
-        key = request.is_batch, request.level
+    def _enqueue(self, entry: QueueEntry) -> None:
+        if entry.num_admissible:
+            self._queue_of(entry).append(entry)
+        else:
+            self.stalled[entry] = None
+
+    def _queue_of(self, entry: QueueEntry) -> PriorityQueue:
+        key = entry.request.is_batch, entry.level
         if key not in self.queues:
-            self.queues[key] = PriorityQueue(*key, self._costs, self._numbers)
+            self.queues[key] = PriorityQueue(*key, self._costs, self._visit_numbers)
         return self.queues[key]
 
     def _next_queue(self) -> PriorityQueue | None:
-        """The queue whose request is visited next; None when nothing can enter."""
-        if self.quota.is_full:
+        """Return the queue whose first request is visited next; None when no row can enter."""
+        if self.quota.is_exhausted:
             return None
-        is_batch_due = self._visits >= BATCH_PRIORITY_INTERVAL - 1
-        able = [queue for queue in self.queues.values() if queue.ring and self.quota.of(queue.level) > 0]
-        return min(able, key=lambda queue: (queue.is_batch != is_batch_due, queue.number), default=None)
+        is_batch_due = self._interactive_visits >= BATCH_PRIORITY_INTERVAL - 1
+        eligible = [
+            queue for queue in self.queues.values() if queue.ring and self.quota.free(queue.level) > 0
+        ]
+        return min(
+            eligible, key=lambda queue: (queue.is_batch != is_batch_due, queue.next_visit), default=None
+        )
 
-    def _enter(self, request: Request, count: int) -> None:
-        request.admitted += count
-        self.quota.take(request.level, count)
-        self.num_waiting_steps -= count * request.row_cost
-        if request not in self.active:
-            self.active[request] = None
-            self.num_served += not request.is_batch
-        if not request.num_admissible:
-            self._queue(request).leave(request)
-            if request.num_waiting:
-                self.stalled[request] = None
+    def _start_running(self, entry: QueueEntry, count: int) -> None:
+        entry.admitted += count
+        self.quota.take(entry.level, count)
+        self.num_queued_steps -= count * entry.row_cost
+        if entry not in self.running:
+            self.running[entry] = None
+            self.num_served += not entry.request.is_batch
+        if not entry.num_admissible:
+            self._queue_of(entry).discard(entry)
+            if entry.num_queued:
+                self.stalled[entry] = None
 
-    def _leave(self, request: Request) -> None:
-        """None of a request's rows is in the batch any more."""
-        del self.active[request]
-        self.num_served -= not request.is_batch
-
-
-def _is_full(admissions: dict[Request, Admission], queue: PriorityQueue, most: int | None) -> bool:
-    return most is not None and len(admissions) >= most and next(iter(queue.ring)) not in admissions
+    def _stop_running(self, entry: QueueEntry) -> None:
+        del self.running[entry]
+        self.num_served -= not entry.request.is_batch

@@ -1,10 +1,9 @@
-"""Which program runs next, and which waiting rows join it.
+"""Scheduling policy: which program steps next, and which queued rows join its batch.
 
-Pure policy: no tensors, no clock (time is an argument), no threads. A row that has
-been admitted stays until it is finished or dropped; between steps, free slots go to
-waiting rows. Programs share the device by deficit round robin as well, in seconds: one
-whose step takes long has fewer turns, one that serves many requests has more time, since
-it is requests that wait. lane.py says who gets a program's slots.
+Pure policy: no tensors, no clock (time is an argument), no threads. A row that has entered a slot stays
+until it is finished or dropped; between steps, free slots go to queued rows (continuous batching).
+Programs share the device by deficit round robin in seconds: a program with long steps steps less often,
+and one that serves many requests gets more time. program_queue.py assigns a program's slots.
 """
 
 import heapq
@@ -12,289 +11,337 @@ import itertools
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, Violation
-from server.core.request import Request
+from server.core.request import Admission, Deliver, Request
 from server.core.spec import ProgramKey
-from server.engine.program_queue import RESERVED_SHARE, Admission, ProgramQueue, SlotQuota
+from server.engine.program_queue import RESERVED_SHARE, ProgramQueue, QueueEntry, SlotQuota
 
+# Smallest number of deadlines that is worth compacting.
 MIN_COMPACTION_SIZE = 64
-
-Batching = Literal["step", "request", "none"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may wait, and how it is dealt out.
+    """Limits of the queue.
 
-    `batching` is for comparisons: `step` lets rows join at any step; with `request` a batch is
-    formed when the device is idle, keeps its width to the end of its longest row and is answered then,
-    as where whole requests are batched (what Orca, OSDI 2022, calls request-level scheduling); with
-    `none` every request runs alone.
+    Attributes:
+        max_queued_rows: queued rows of all requests.
+        max_buffered_bytes: bytes of inputs and unread rows of all requests.
+        drr_quantum_rows: rows of the longest kind that a request may place in one visit.
+        min_retry_seconds, max_retry_seconds: bounds of the retry delay of a rejected request.
     """
 
     max_queued_rows: int = 200_000
     max_buffered_bytes: int = 1 << 30
     drr_quantum_rows: int = 8
-    batching: Batching = "step"
     min_retry_seconds: float = 0.1
     max_retry_seconds: float = 30.0
 
 
+class BatchingPolicy(Protocol):
+    """Decides when queued rows may join a program's batch.
+
+    Attributes:
+        reserved_share: share of the slots that a level of rows leaves to each level below it.
+        runs_to_completion: whether a program with running rows steps until they are finished.
+    """
+
+    reserved_share: float
+    runs_to_completion: bool
+
+    def max_new_requests(self, num_running: int) -> int | None:
+        """Return how many requests may join a batch of `num_running` rows; None for no limit."""
+        ...
+
+
+class ContinuousBatching:
+    """Rows join a batch at any step, as soon as slots are free."""
+
+    reserved_share = RESERVED_SHARE
+    runs_to_completion = False
+
+    def max_new_requests(self, num_running: int) -> int | None:
+        return None
+
+
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One turn of a program: drop these requests' rows, admit these rows, then step.
-
-    `width` is how many rows the batch began with when it is one of whole requests; otherwise 0.
-    """
+    """A step of a program: drop the rows of closed requests, admit rows, then step."""
 
     program: ProgramKey
     admissions: list[Admission]
-    dropped: list[Request]
-    width: int = 0
+    dropped: list[QueueEntry]
 
 
 class Scheduler:
-    """Admission, fairness, deadlines and cancellation over the lanes of all programs."""
+    """Admission control, fairness, deadlines and cancellation over the queues of all programs."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, batching: BatchingPolicy | None = None) -> None:
         self.limits = limits or Limits()
+        self._batching = batching or ContinuousBatching()
         self._queues: dict[ProgramKey, ProgramQueue] = {}
-        # Lanes with work, the one whose turn it is in front; `_granted` has had this round's quantum.
+        # Open requests, and closed ones whose rows are still in slots.
+        self._entries: dict[Request, QueueEntry] = {}
+        # Bytes of requests that their callers have not released.
+        self._buffered: dict[Request, int] = {}
+        # Programs with work, the next one first; `_granted` has received its quantum of this round.
         self._ring: deque[ProgramQueue] = deque()
         self._granted: ProgramQueue | None = None
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines: list[tuple[float, int, QueueEntry]] = []
         self._compaction_threshold = MIN_COMPACTION_SIZE
-        self._arrivals = itertools.count()
+        self._sequence = itertools.count()
         self.num_queued = 0
-        self.num_running = 0
         self.buffered_bytes = 0
 
-    def add_program(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
-        """Make a program known: at most `capacity` of its rows are active, and none takes fewer steps."""
-        reserved = 1 / RESERVED_SHARE if self.limits.batching == "step" else 0.0
-        self._queues[program] = ProgramQueue(program, capacity, least_steps, SlotQuota(capacity, reserved))
+    @property
+    def num_running(self) -> int:
+        """Rows in slots, of all programs."""
+        return sum(queue.num_running for queue in self._queues.values())
 
-    def submit(self, request: Request, now: float = -math.inf) -> None:
+    def add_program(self, program: ProgramKey, capacity: int, least_steps: int = 1) -> None:
+        """Add a program with `capacity` slots, whose rows take at least `least_steps` steps."""
+        quota = SlotQuota(capacity, self._batching.reserved_share)
+        self._queues[program] = ProgramQueue(program, capacity, least_steps, quota)
+
+    def submit(self, request: Request, deliver: Deliver, now: float) -> QueueEntry:
         """Queue a request.
 
-        InvalidRequest when it could never be taken; Overloaded when too much waits already;
-        DeadlineExceeded when even an idle device could not finish in time, at the fastest pace measured.
+        Raises:
+            Unavailable: the program is not loaded.
+            InvalidRequest: the request exceeds a limit even when nothing else is queued.
+            Overloaded: the queue is full; says when to retry.
+            DeadlineExceeded: an idle device could not finish before the deadline, at the shortest step time.
         """
-        lane = self._queues.get(request.program)
-        if lane is None:
+        queue = self._queues.get(request.program)
+        if queue is None:
             raise Unavailable(f"{request.program} is not loaded")
+        entry = QueueEntry(request, deliver, submitted_at=now)
         self._reject_if_too_large(request)
         self._reject_if_overloaded(request)
-        _reject_if_unmeetable(request, lane, now)
+        _reject_if_unmeetable(entry, queue, now)
+        self._entries[request] = entry
         self.num_queued += request.rows
-        self.buffered_bytes += request.buffered_bytes
-        request.is_buffered = True
-        lane.open(request)
-        self._schedule(lane)
+        if request.buffered_bytes:
+            self._buffered[request] = request.buffered_bytes
+            self.buffered_bytes += request.buffered_bytes
+        queue.add(entry)
+        self._schedule(queue)
         if request.deadline is not None:
             self._compact_deadlines()
-            self._schedule_deadline_check(request)
+            self._schedule_deadline_check(entry)
+        return entry
+
+    def entry(self, request: Request) -> QueueEntry | None:
+        """Return the entry of a request that is open or still has rows in slots."""
+        return self._entries.get(request)
 
     def close(self, request: Request, reason: str) -> bool:
-        """Stop a request: its waiting rows go now, its active rows at the next turn.
+        """Close a request: its queued rows leave now, its running rows at the next step.
 
-        False when it had ended before.
+        Returns whether it was open.
         """
-        if request.is_closed:
+        entry = self._entries.get(request)
+        if entry is None or entry.is_closed:
             return False
-        request.close_reason = reason
-        lane = self._queues[request.program]
-        self.num_queued -= request.num_waiting
-        self.num_running -= request.num_active
-        lane.remove(request)
-        self._schedule(lane)
+        entry.close_reason = reason
+        queue = self._queues[request.program]
+        self.num_queued -= entry.num_queued
+        queue.remove(entry)
+        if not entry.num_running:
+            del self._entries[request]
+        self._schedule(queue)
         return True
 
     def acknowledge(self, request: Request, rows: int) -> None:
-        """The reader has taken so many rows, and has room for as many more."""
-        request.acknowledged += rows
-        lane = self._queues[request.program]
-        lane.resume(request)
-        self._schedule(lane)
+        """Record that the caller has read `rows` rows, so that as many more may enter."""
+        entry = self._entries.get(request)
+        if entry is None:
+            return
+        entry.acknowledged += rows
+        queue = self._queues[request.program]
+        queue.resume(entry)
+        self._schedule(queue)
 
-    def expired(self, now: float) -> list[Request]:
-        """Open requests whose deadline has passed, or will before rows that still wait can be done.
+    def release(self, request: Request) -> None:
+        """Free the buffered bytes of a request that its caller no longer reads; later calls do nothing."""
+        self.buffered_bytes -= self._buffered.pop(request, 0)
 
-        Each is named once. What rows need is taken from the pace that was measured.
+    def finish(self, request: Request, rows: int) -> None:
+        """Record that `rows` rows of an open request have left the batch."""
+        entry = self._entries[request]
+        entry.finished += rows
+        self._queues[request.program].finish(entry, rows)
+        if entry.is_complete:
+            entry.close_reason = "completed"
+            del self._entries[request]
+
+    def expired(self, now: float) -> list[QueueEntry]:
+        """Return open requests that cannot finish before their deadlines, each once.
+
+        A request with queued rows expires once these cannot finish in time at the shortest step time.
         """
-        late = []
-        while (moment := self.next_deadline()) is not None and moment <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if self._latest_start(request) <= now:
-                late.append(request)
+        expired = []
+        while (check_at := self.next_deadline()) is not None and check_at <= now:
+            entry = heapq.heappop(self._deadlines)[2]
+            if self._latest_start(entry) <= now:
+                expired.append(entry)
             else:
-                self._schedule_deadline_check(request)
-        return late
+                self._schedule_deadline_check(entry)
+        return expired
 
     def next_deadline(self) -> float | None:
-        """When an open request may next turn out to be late."""
+        """Return the earliest time at which an open request may expire; None if none has a deadline."""
         while self._deadlines and self._deadlines[0][2].is_closed:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def next_step(self) -> ScheduledStep | None:
-        """The program whose turn it is, with the rows that join it; None when nothing can run."""
+        """Return the next step of the program that is due; None when no program has work."""
         while self._ring:
-            lane = self._ring[0]
-            if not lane.has_work:
-                self._retire(lane)
-            elif self._runs_on(lane) or self._has_credit(lane):
-                return ScheduledStep(lane.program, self._admit(lane), lane.take_dropped(), lane.width)
+            queue = self._ring[0]
+            if not queue.has_work:
+                self._retire(queue)
+            elif self._is_committed(queue) or self._has_credit(queue):
+                return ScheduledStep(queue.program, self._admit(queue), self._pop_dropped(queue))
             else:
                 self._rotate()
         return None
 
     def record_step_time(self, program: ProgramKey, bucket: int, seconds: float) -> None:
-        """The turn that was taken last, of this program, took so long in a batch of this size."""
-        lane = self._queues[program]
-        lane.step_time.learn(bucket, seconds)
-        lane.credit -= lane.step_time.latest
-        if lane.credit <= 0:
+        """Record the duration of the latest step, of this program, at this batch size."""
+        queue = self._queues[program]
+        queue.step_time.record(bucket, seconds)
+        queue.credit -= queue.step_time.latest
+        if queue.credit <= 0:
             self._rotate()
 
-    def finish(self, request: Request, rows: int) -> None:
-        """So many rows of an open request have left the batch."""
-        request.finished += rows
-        self.num_running -= rows
-        self._queues[request.program].finish(request, rows)
-        if request.is_complete:
-            request.close_reason = "completed"
-
-    def release(self, request: Request) -> None:
-        """What a request holds is held no longer: its reader has all that it wants. Once is enough."""
-        if request.is_buffered:
-            request.is_buffered = False
-            self.buffered_bytes -= request.buffered_bytes
-
     def forget_dropped(self) -> None:
-        """The slots have been emptied: nothing is left in them to be dropped."""
-        for lane in self._queues.values():
-            lane.take_dropped()
+        """Forget the closed requests with rows in slots, after all slots have been emptied."""
+        for queue in self._queues.values():
+            self._pop_dropped(queue)
 
     def open_requests(self) -> list[Request]:
-        """Every request that has not ended."""
-        return [request for lane in self._queues.values() for request in lane.requests]
+        """Return every request that is not closed."""
+        return [entry.request for queue in self._queues.values() for entry in queue.open_entries]
 
-    def _schedule(self, lane: ProgramQueue) -> None:
-        if lane.has_work and not lane.is_scheduled:
-            lane.is_scheduled = True
-            self._ring.append(lane)
+    def _schedule(self, queue: ProgramQueue) -> None:
+        if queue.has_work and not queue.is_scheduled:
+            queue.is_scheduled = True
+            self._ring.append(queue)
 
-    def _retire(self, lane: ProgramQueue) -> None:
-        """A lane without work leaves the ring and forfeits the time that it has not used."""
+    def _retire(self, queue: ProgramQueue) -> None:
+        """Remove a program without work from the ring; it forfeits its unspent time."""
         self._ring.popleft()
         self._granted = None
-        lane.is_scheduled = False
-        lane.credit = min(0.0, lane.credit)
+        queue.is_scheduled = False
+        queue.credit = min(0.0, queue.credit)
 
     def _rotate(self) -> None:
-        """The next lane is in front, and has not had its quantum yet."""
         self._ring.rotate(-1)
         self._granted = None
 
-    def _runs_on(self, lane: ProgramQueue) -> bool:
-        """Without step batching, what has begun runs to its end."""
-        return self.limits.batching != "step" and lane.num_active > 0
+    def _is_committed(self, queue: ProgramQueue) -> bool:
+        return self._batching.runs_to_completion and queue.num_running > 0
 
-    def _has_credit(self, lane: ProgramQueue) -> bool:
-        """Whether a lane may run, once it has had its quantum of this round."""
-        if self._granted is not lane:
-            self._granted = lane
-            lane.credit += self._quantum(lane)
-        return lane.credit >= 0
+    def _has_credit(self, queue: ProgramQueue) -> bool:
+        """Return whether a program may step, after it has received its quantum of this round."""
+        if self._granted is not queue:
+            self._granted = queue
+            queue.credit += self._quantum(queue)
+        return queue.credit >= 0
 
-    def _quantum(self, lane: ProgramQueue) -> float:
-        """Seconds that a lane earns in a round.
+    def _quantum(self, queue: ProgramQueue) -> float:
+        """Return the seconds that a program earns in a round.
 
-        The lane of the largest share gets the dearest turn or debt of any, the others their part of that:
-        small quanta, so that one which has just woken waits for little, and yet a few rounds pay any debt.
+        The program with the largest share earns the longest step time or debt of any program, the others
+        their share of it: quanta are small enough that a newly active program waits briefly, and large
+        enough that a few rounds pay any debt.
         """
-        dearest = max(max(each.step_time.latest, -each.credit) for each in self._ring)
+        max_cost = max(max(queue.step_time.latest, -queue.credit) for queue in self._ring)
         if len(self._ring) == 1:
-            return dearest
-        return dearest * lane.relative_share(max(each.share for each in self._ring))
+            return max_cost
+        return max_cost * queue.relative_share(max(queue.share for queue in self._ring))
 
-    def _admit(self, lane: ProgramQueue) -> list[Admission]:
-        if self._runs_on(lane):
-            return []
-        most = 1 if self.limits.batching == "none" else None
-        admissions = lane.admit(self.limits.drr_quantum_rows, most)
-        count = sum(admission.count for admission in admissions)
-        self.num_queued -= count
-        self.num_running += count
-        lane.width = 0 if self.limits.batching == "step" else lane.num_active
+    def _admit(self, queue: ProgramQueue) -> list[Admission]:
+        max_requests = self._batching.max_new_requests(queue.num_running)
+        admissions = queue.admit(self.limits.drr_quantum_rows, max_requests)
+        self.num_queued -= sum(admission.count for admission in admissions)
         return admissions
 
+    def _pop_dropped(self, queue: ProgramQueue) -> list[QueueEntry]:
+        dropped = queue.pop_dropped()
+        for entry in dropped:
+            del self._entries[entry.request]
+        return dropped
+
     def _reject_if_too_large(self, request: Request) -> None:
-        """InvalidRequest when it would not fit even if nothing else were open."""
-        most, given = self.limits.max_buffered_bytes, request.buffered_bytes
-        if given > most:
-            where = "inputs" if request.inputs.inputs else "rows"
-            expected = f"expected at most {most} bytes of inputs and unread answers, got {given}"
-            raise InvalidRequest([Violation(where, expected)])
+        limit = self.limits.max_buffered_bytes
+        if request.buffered_bytes > limit:
+            field = "inputs" if request.inputs else "rows"
+            expected = (
+                f"expected at most {limit} bytes of inputs and unread rows, got {request.buffered_bytes}"
+            )
+            raise InvalidRequest([Violation(field, expected)])
 
     def _reject_if_overloaded(self, request: Request) -> None:
         limits = self.limits
         if self.num_queued + request.rows > limits.max_queued_rows:
-            self._refuse(
-                f"{self.num_queued} rows wait and {request.rows} more would pass the limit of "
-                f"{limits.max_queued_rows}"
+            raise self._overloaded(
+                f"the queue is full: {self.num_queued} rows are queued, {request.rows} more exceed the limit "
+                f"of {limits.max_queued_rows}"
             )
         if self.buffered_bytes + request.buffered_bytes > limits.max_buffered_bytes:
-            self._refuse(
-                f"open requests hold {self.buffered_bytes} bytes of inputs and unread answers, and "
-                f"{request.buffered_bytes} more would pass the limit of {limits.max_buffered_bytes}"
+            raise self._overloaded(
+                f"the buffer is full: open requests hold {self.buffered_bytes} bytes of inputs and unread "
+                f"rows, {request.buffered_bytes} more exceed the limit of {limits.max_buffered_bytes}"
             )
 
-    def _refuse(self, reason: str) -> None:
-        """Overloaded, with the time in which half of what waits should be done."""
-        backlog = sum(lane.backlog_seconds for lane in self._queues.values())
+    def _overloaded(self, reason: str) -> Overloaded:
+        """Return an error whose retry delay is the time in which half of the queued rows finish."""
+        backlog = sum(queue.backlog_seconds for queue in self._queues.values())
         limits = self.limits
         delay = min(limits.max_retry_seconds, max(limits.min_retry_seconds, backlog / 2))
-        raise Overloaded(f"{reason}; try again in {delay:.1f} s", delay)
+        return Overloaded(f"{reason}; retry in {delay:.1f} s", delay)
 
-    def _schedule_deadline_check(self, request: Request) -> None:
-        heapq.heappush(self._deadlines, (self._latest_start(request), next(self._arrivals), request))
+    def _schedule_deadline_check(self, entry: QueueEntry) -> None:
+        heapq.heappush(self._deadlines, (self._latest_start(entry), next(self._sequence), entry))
 
-    def _latest_start(self, request: Request) -> float:
-        """When a request is too late, unless its waiting rows have entered; without any, its deadline."""
-        assert request.deadline is not None, "a request without a deadline was looked at. This is a bug."
-        if not request.num_waiting:
-            return request.deadline
-        return request.deadline - _steps_ahead(request) * self._queues[request.program].step_time.fastest
+    def _latest_start(self, entry: QueueEntry) -> float:
+        """Return the latest time at which queued rows may enter; the deadline if none are queued."""
+        deadline = entry.request.deadline
+        assert deadline is not None, "a request without a deadline has a deadline check. This is a bug."
+        if not entry.num_queued:
+            return deadline
+        return deadline - _min_steps(entry) * self._queues[entry.request.program].step_time.minimum
 
     def _compact_deadlines(self) -> None:
-        """Ended requests leave the heap from its top, or here, once they are as many as the open ones."""
+        """Remove closed requests from the heap once they may outnumber the open ones."""
         if len(self._deadlines) >= self._compaction_threshold:
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].is_closed]
+            self._deadlines = [check for check in self._deadlines if not check[2].is_closed]
             heapq.heapify(self._deadlines)
             self._compaction_threshold = 2 * len(self._deadlines) + MIN_COMPACTION_SIZE
 
 
-def _reject_if_unmeetable(request: Request, lane: ProgramQueue, now: float) -> None:
-    """DeadlineExceeded when the request's own steps alone take longer than it has."""
+def _reject_if_unmeetable(entry: QueueEntry, queue: ProgramQueue, now: float) -> None:
+    """Raise DeadlineExceeded when the request's own steps take longer than the time until its deadline."""
+    request = entry.request
     if request.deadline is None:
         return
-    waves = math.ceil(request.rows / lane.capacity)
-    pace = lane.step_time.fastest
-    needed = waves * _steps_ahead(request) * pace
+    batches = math.ceil(request.rows / queue.capacity)
+    step_time = queue.step_time.minimum
+    needed = batches * _min_steps(entry) * step_time
     if now + needed <= request.deadline:
         return
-    if not lane.has_work:  # nothing runs that could prove the pace wrong, so the next one may try
-        lane.step_time.forget()
+    if not queue.has_work:  # no step will correct a wrong estimate, so that the next request may try
+        queue.step_time.reset()
     raise DeadlineExceeded(
-        f"{request.rows} rows of {request.steps} steps take {needed:.3g} s at the fastest pace measured, "
-        f"{pace:.3g} s a step, and {max(0.0, request.deadline - now):.3g} s are left"
+        f"the deadline cannot be met: {request.rows} rows of {request.steps} steps take {needed:.3g} s at "
+        f"the shortest measured step time of {step_time:.3g} s, {max(0.0, request.deadline - now):.3g} s are left"
     )
 
 
-def _steps_ahead(request: Request) -> int:
-    """Steps that a row takes at least, from its first on."""
-    return 1 if request.has_early_exit else request.row_cost
+def _min_steps(entry: QueueEntry) -> int:
+    """Return the smallest number of steps that a row of a request may take."""
+    return 1 if entry.request.has_early_exit else entry.row_cost

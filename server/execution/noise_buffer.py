@@ -1,9 +1,8 @@
-"""The random numbers of a program's steps, drawn several steps at a time.
+"""Random numbers of a program's steps, drawn several steps ahead.
 
-A tape holds the numbers of the next steps for every slot. Rows of any age lie on it
-side by side: each has the numbers of its own steps, which depend on its seed, index
-and step alone (samovar.noise), so when they are drawn changes no bit. While the
-device works through one stretch of tape, a thread may draw the next.
+The numbers of a row depend only on its seed, index and step (samovar.noise), so the time at which they are
+drawn changes no bit. A buffer holds the numbers of the next steps of every slot, whose rows may be at any
+step. While the device works through one buffer, a thread may fill the next.
 """
 
 from collections.abc import Sequence
@@ -18,19 +17,19 @@ from numpy.typing import NDArray
 from samovar import noise
 from server.core.spec import NoiseSpec
 
-# To draw few numbers takes as long as to draw a thousand, so rows of a few draw more steps ahead; but what
-# is left of a stretch is drawn at once for a row that joins, which is much where a step has many.
-_LEAST_STEPS, _MOST_STEPS = 16, 64
+# A draw of few numbers takes as long as one of a thousand, so rows with few numbers are drawn more steps
+# ahead. The rest of a buffer is drawn at once for a row that joins, which is expensive for large rows.
+_MIN_STEPS, _MAX_STEPS = 16, 64
 _ROW_BYTES = 1 << 10
-_TAPE_BYTES = 4 << 20
+_BUFFER_BYTES = 4 << 20
 
 Array = NDArray[Any]
 _DRAW = {"normal": noise.normal, "uniform": noise.uniform}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Whose numbers: seed, row index, step and number of steps of each row, all [B]."""
+class NoiseKeys:
+    """Keys of the random numbers of rows: seed, row index, step and number of steps, all [B]."""
 
     seed: Array
     row: Array
@@ -40,35 +39,35 @@ class Rows:
     def __len__(self) -> int:
         return len(self.seed)
 
-    def __getitem__(self, chosen: slice | Array) -> "Rows":
-        return Rows(self.seed[chosen], self.row[chosen], self.step[chosen], self.num_steps[chosen])
+    def __getitem__(self, rows: slice | Array) -> "NoiseKeys":
+        return NoiseKeys(self.seed[rows], self.row[rows], self.step[rows], self.num_steps[rows])
 
-    def later(self, steps: int) -> "Rows":
-        """The same rows so many steps on."""
-        return Rows(self.seed, self.row, self.step + steps, self.num_steps)
+    def advanced_by(self, steps: int) -> "NoiseKeys":
+        """Return the keys of the same rows, `steps` steps later."""
+        return NoiseKeys(self.seed, self.row, self.step + steps, self.num_steps)
 
-    def copy(self) -> "Rows":
-        return Rows(self.seed.copy(), self.row.copy(), self.step.copy(), self.num_steps.copy())
+    def copy(self) -> "NoiseKeys":
+        return NoiseKeys(self.seed.copy(), self.row.copy(), self.step.copy(), self.num_steps.copy())
 
-    def same(self, other: "Rows") -> Array:
-        """Where two sets of rows hold the same row at the same step with as many to go, bool [B].
+    def equals(self, other: "NoiseKeys") -> Array:
+        """Return where both have the same key, bool [B].
 
-        A shorter twin's numbers end with its steps.
+        Equal rows with fewer steps differ: their numbers end earlier.
         """
-        same: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
-        same &= self.num_steps == other.num_steps
-        return same
+        equal: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
+        equal &= self.num_steps == other.num_steps
+        return equal
 
 
-def draw(item: NoiseSpec, rows: Rows) -> Array:
-    """The numbers of one step of each row, float32 [B, *shape]."""
-    return _DRAW[item.distribution](rows.seed, rows.row, rows.step, item.stream, item.tensor.shape)
+def draw(spec: NoiseSpec, keys: NoiseKeys) -> Array:
+    """Draw the numbers of one step of each row, float32 [B, *shape]."""
+    return _DRAW[spec.distribution](keys.seed, keys.row, keys.step, spec.stream, spec.tensor.shape)
 
 
-def _stretch(row_bytes: int, slots: int) -> int:
-    """How many steps to draw at a time, where one has so many bytes of numbers for each row."""
-    wanted = min(max(_LEAST_STEPS, _ROW_BYTES // max(1, row_bytes)), _MOST_STEPS)
-    return max(1, min(wanted, _TAPE_BYTES // max(1, slots * row_bytes)))
+def _num_buffered_steps(row_bytes: int, slots: int) -> int:
+    """Return how many steps a buffer holds, where one step of a row has `row_bytes` bytes of numbers."""
+    steps = min(max(_MIN_STEPS, _ROW_BYTES // max(1, row_bytes)), _MAX_STEPS)
+    return max(1, min(steps, _BUFFER_BYTES // max(1, slots * row_bytes)))
 
 
 def _table(shape: Sequence[int], device: torch.device | None) -> Array:
@@ -78,92 +77,97 @@ def _table(shape: Sequence[int], device: torch.device | None) -> Array:
 
 
 class NoiseBuffer:
-    """The numbers of the next `length` steps of every slot, for the noise that a step reads.
+    """Random numbers of the next `length` steps of every slot, in host memory.
 
-    They lie in the host's memory, from which `device` may copy them while the host goes on.
+    Args:
+        noise: the noise that a step reads.
+        slots: number of slots.
+        prefetch_executor: draws the next buffer in the background; without it numbers are drawn when needed.
+        device: a GPU that copies the numbers asynchronously, for which they are in pinned memory.
     """
 
     def __init__(
         self,
         noise: Sequence[NoiseSpec],
         slots: int,
-        ahead: Executor | None = None,
+        prefetch_executor: Executor | None = None,
         device: torch.device | None = None,
     ) -> None:
-        row_bytes = sum(item.tensor.row_bytes for item in noise)
-        self.length = _stretch(row_bytes, slots)
+        row_bytes = sum(spec.tensor.row_bytes for spec in noise)
+        self.length = _num_buffered_steps(row_bytes, slots)
         self._noise = tuple(noise)
         self._front, self._back = (
-            {item.tensor.name: _table((self.length, slots, *item.tensor.shape), device) for item in noise}
+            {spec.tensor.name: _table((self.length, slots, *spec.tensor.shape), device) for spec in noise}
             for _ in range(2)
         )
-        self._prefetch_executor = ahead
-        self._drawn: Future[None] | None = None
-        self._drawn_for: Rows | None = None
+        self._prefetch_executor = prefetch_executor
+        self._prefetch: Future[None] | None = None
+        self._prefetch_keys: NoiseKeys | None = None
         self._position = self.length
         self._num_ready = 0
 
     def numbers(self, name: str, count: int) -> Array:
-        """The numbers of the present step of the rows in the first slots, float32 [count, *shape]."""
+        """Return the numbers of the current step of the first `count` slots, float32 [count, *shape]."""
         numbers: Array = self._front[name][self._position, :count]
         return numbers
 
     @property
     def num_ready(self) -> int:
-        """Of so many slots the numbers of the present step are there."""
+        """Number of slots whose numbers for the current step are ready."""
         return self._num_ready if self._position < self.length else 0
 
-    def ensure(self, rows: Rows) -> None:
-        """Make sure that the numbers of these rows' present step are there."""
+    def ensure(self, keys: NoiseKeys) -> None:
+        """Draw the numbers of the current step of these rows, in the first slots, unless they are ready."""
         if self._position >= self.length:
-            self._swap_buffers(rows)
-        if self._num_ready < len(rows):
-            self._fill(self._front, rows, np.arange(self._num_ready, len(rows)), self._position)
-            self._num_ready = len(rows)
+            self._swap_buffers(keys)
+        if self._num_ready < len(keys):
+            self._fill(self._front, keys, np.arange(self._num_ready, len(keys)), self._position)
+            self._num_ready = len(keys)
 
     def advance(self) -> None:
-        """Every row has taken its step."""
+        """Move on to the next step."""
         self._position += 1
 
-    def move(self, to: Array, source: Array) -> None:
-        """Rows have moved from slots to others."""
+    def move(self, target: Array, source: Array) -> None:
+        """Move the numbers of rows from the `source` slots to the `target` slots."""
         for table in self._front.values():
-            table[self._position :, to] = table[self._position :, source]
+            table[self._position :, target] = table[self._position :, source]
 
     def truncate(self, slots: int) -> None:
-        """Only the first so many slots are still in use."""
+        """Record that only the first `slots` slots are in use."""
         self._num_ready = min(self._num_ready, slots)
 
-    def _swap_buffers(self, rows: Rows) -> None:
-        """Begin a new stretch: what was drawn ahead for rows that kept their slots, and the rest."""
-        lacking = np.ones(len(rows), bool)
-        drawn, self._drawn = self._drawn, None
-        if drawn is not None and self._drawn_for is not None:
-            drawn.result()
+    def _swap_buffers(self, keys: NoiseKeys) -> None:
+        """Start a new buffer: reuse what was prefetched for rows that kept their slots, and draw the rest."""
+        is_missing = np.ones(len(keys), bool)
+        prefetch, self._prefetch = self._prefetch, None
+        if prefetch is not None and self._prefetch_keys is not None:
+            prefetch.result()
             self._front, self._back = self._back, self._front
-            both = min(len(rows), len(self._drawn_for))
-            lacking[:both] = ~rows[:both].same(self._drawn_for[:both])
-        self._position, self._num_ready = 0, len(rows)
-        self._fill(self._front, rows, np.flatnonzero(lacking), 0)
-        self._draw_ahead(rows)
+            common = min(len(keys), len(self._prefetch_keys))
+            is_missing[:common] = ~keys[:common].equals(self._prefetch_keys[:common])
+        self._position, self._num_ready = 0, len(keys)
+        self._fill(self._front, keys, np.flatnonzero(is_missing), 0)
+        self._start_prefetch(keys)
 
-    def _draw_ahead(self, rows: Rows) -> None:
+    def _start_prefetch(self, keys: NoiseKeys) -> None:
         if self._prefetch_executor is None:
             return
-        later = rows.later(self.length)
-        self._drawn_for = later.copy()
-        self._drawn = self._prefetch_executor.submit(
-            self._fill, self._back, later.copy(), np.arange(len(rows)), 0
+        # Two copies: the rows move in the tables while the thread reads its keys.
+        next_keys = keys.advanced_by(self.length)
+        self._prefetch_keys = next_keys.copy()
+        self._prefetch = self._prefetch_executor.submit(
+            self._fill, self._back, next_keys.copy(), np.arange(len(keys)), 0
         )
 
-    def _fill(self, tables: dict[str, Array], rows: Rows, slots: Array, position: int) -> None:
-        """Draw the rest of a stretch for some slots; not beyond a row's last step."""
+    def _fill(self, tables: dict[str, Array], keys: NoiseKeys, slots: Array, position: int) -> None:
+        """Draw the numbers of some slots from a position on, up to the last step of each row."""
         steps = np.arange(self.length - position)
-        taken = (rows.step[slots, None] + steps) < rows.num_steps[slots, None]
-        which, offsets = np.nonzero(taken)
-        if not len(which):
+        is_needed = (keys.step[slots, None] + steps) < keys.num_steps[slots, None]
+        rows, offsets = np.nonzero(is_needed)
+        if not len(rows):
             return
-        chosen = rows[slots[which]]
-        wanted = Rows(chosen.seed, chosen.row, chosen.step + offsets, chosen.num_steps)
-        for item in self._noise:
-            tables[item.tensor.name][position + offsets, slots[which]] = draw(item, wanted)
+        selected = keys[slots[rows]]
+        step_keys = NoiseKeys(selected.seed, selected.row, selected.step + offsets, selected.num_steps)
+        for spec in self._noise:
+            tables[spec.tensor.name][position + offsets, slots[rows]] = draw(spec, step_keys)

@@ -1,8 +1,8 @@
-"""The rows that a program is working on, in slots.
+"""Slots: the rows that a program is working on.
 
-Active rows are a dense prefix of every table, so that a step reads and writes
-slices in place; rows that leave are swapped to the tail. Tables that graphs read
-lie on the device; what decides a row's fate lies on the host.
+Active rows are a dense prefix of every table, so that a step reads and writes slices in place; rows that
+leave are swapped to the tail first. Tables that graphs read are on the device; the bookkeeping of rows is
+on the host.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.core.request import Request
+from server.core.request import Admission, Request
 from server.core.spec import NUM_STEPS, STEP_INDEX, TensorSpec
-from server.execution.noise_buffer import NoiseBuffer, Rows
+from server.execution.noise_buffer import NoiseBuffer, NoiseKeys
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -23,11 +23,18 @@ _NEVER = 1 << 62
 
 
 class Slots:
-    """Tables of `capacity` rows: `device[name]` is a tensor [2 x capacity, *row shape].
+    """Tables of `capacity` slots.
 
-    The tables are twice as long as the capacity because a call that is padded to
-    its bucket may start at any active slot. The state's tables exist twice: a step
-    reads `device` and writes `next`, and then they change places.
+    `tables[name]` is a tensor [2 * capacity, *row shape]: a call that is padded to its bucket may start at
+    any active slot. The state's tables exist twice: a step reads `tables` and writes `next_state`, and then
+    they are swapped.
+
+    Args:
+        capacity: number of slots.
+        tensors: tensors that graphs read, without their batch axis.
+        device: device of the tables.
+        state: the tensors among them that a step writes.
+        noise: random numbers of the steps, which move with their rows.
     """
 
     def __init__(
@@ -36,124 +43,122 @@ class Slots:
         tensors: Iterable[TensorSpec],
         device: torch.device,
         state: Iterable[TensorSpec] = (),
-        tape: NoiseBuffer | None = None,
+        noise: NoiseBuffer | None = None,
     ) -> None:
         self.capacity = capacity
-        self.noise = tape or NoiseBuffer((), capacity)
+        self.noise = noise or NoiseBuffer((), capacity)
         self.num_active = 0
         self.num_started = 0
         self.has_previews = False
         self._is_cpu = device.type == "cpu"
         slots = 2 * capacity
-        self.device = {
+        self.tables = {
             tensor.name: torch.zeros(
                 (slots, *tensor.shape), dtype=getattr(torch, tensor.dtype), device=device
             )
             for tensor in tensors
         }
-        self.next = {tensor.name: torch.zeros_like(self.device[tensor.name]) for tensor in state}
-        index = self.device.get(STEP_INDEX)
-        # On a CPU by numpy, of which a call takes a tenth of one of torch's.
+        self.next_state = {tensor.name: torch.zeros_like(self.tables[tensor.name]) for tensor in state}
+        index = self.tables.get(STEP_INDEX)
+        # On a CPU a NumPy operator takes a tenth of the time of a torch operator.
         self._step_index: Any = index.numpy() if index is not None and self._is_cpu else index
         self.side = 0
         self.seed = np.zeros(slots, np.uint64)
-        # One table, so that rows are written and moved in one go; its columns by name. When a row ends is
-        # counted in steps taken by whatever rows, so that a step changes nothing here.
-        self._facts = np.zeros((slots, 5), np.int64)
-        self._owner, self.row, self.num_steps, self.preview_every, self._ends = self._facts.T
-        self._num_taken = 0
+        # One table, so that a row is written and moved by one assignment. The end of a row is a value of the
+        # step counter that all rows share, so that a step changes nothing here.
+        self._columns = np.zeros((slots, 5), np.int64)
+        self._owner, self.row, self.num_steps, self.preview_every, self._end = self._columns.T
+        self._step_counter = 0
         self._next_end = _NEVER
         self._requests: dict[int, Request] = {}
-        self._arriving: list[tuple[Request, int, int]] = []
 
     @property
     def requests(self) -> list[Request]:
-        """The requests that have active rows."""
+        """Requests with active rows."""
         return list(self._requests.values())
 
-    def admit(self, request: Request, first: int, count: int) -> None:
-        """Rows first .. first + count of a request take free slots after the active ones.
-
-        What the rows are is written by `fill`, for all arrivals at once.
-        """
-        self.num_active += count
-        assert self.num_active <= self.capacity, "more rows admitted than there are slots. This is a bug."
-        self._requests[id(request)] = request
-        self.has_previews |= request.preview_every > 0
-        self._arriving.append((request, first, count))
-
-    def fill(self) -> None:
-        """Write the rows that were admitted since this was last done into their slots."""
-        if not self._arriving:
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Write rows into the free slots after the active ones; all of them, or none if one does not fit."""
+        if not admissions:
             return
-        arriving, self._arriving = self._arriving, []
-        requests, counts = [request for request, _, _ in arriving], [count for _, _, count in arriving]
-        new = slice(self.num_active - sum(counts), self.num_active)
-        self.seed[new] = _column([request.seed for request in requests], counts, np.uint64)
-        now = self._num_taken
-        facts = [
-            (id(each), each.first_row + first, each.steps, each.preview_every, now + each.steps)
-            for each, first, _ in arriving
+        requests = [admission.request for admission in admissions]
+        counts = [admission.count for admission in admissions]
+        end = self.num_active + sum(counts)
+        assert end <= self.capacity, "more rows admitted than slots are free. This is a bug."
+        new = slice(self.num_active, end)
+        self.seed[new] = _repeat([request.seed for request in requests], counts, np.uint64)
+        now = self._step_counter
+        columns = [
+            (
+                id(admission.request),
+                admission.request.first_row + admission.first,
+                admission.request.steps,
+                admission.request.preview_every,
+                now + admission.request.steps,
+            )
+            for admission in admissions
         ]
-        self._facts[new] = _column(facts, counts, np.int64)
-        self._next_end = min(self._next_end, now + min(request.steps for request in requests))
+        self._columns[new] = _repeat(columns, counts, np.int64)
         self.row[new] += _offsets(counts)
-        for name, column in self._columns(requests, arriving, new):
-            if name in self.device:
-                self._put(name, new, column)
+        for name, rows in self._graph_inputs(admissions, counts, new):
+            if name in self.tables:
+                self._put(name, new, rows)
+        self.num_active = end
+        self._next_end = min(self._next_end, now + min(request.steps for request in requests))
+        self._requests.update((id(request), request) for request in requests)
+        self.has_previews |= any(request.preview_every for request in requests)
 
-    def _columns(
-        self, requests: Sequence[Request], arriving: Sequence[tuple[Request, int, int]], new: slice
+    def _graph_inputs(
+        self, admissions: Sequence[Admission], counts: Sequence[int], new: slice
     ) -> Iterator[tuple[str, Array]]:
-        """What graphs may read of new rows: the step counters, parameters and inputs."""
+        """Yield what graphs may read of new rows: the step counters, parameters and inputs."""
         yield STEP_INDEX, self.steps_done[new]
         yield NUM_STEPS, self.num_steps[new]
-        counts = [count for _, _, count in arriving]
-        for name in requests[0].inputs.parameters:
-            yield name, _column([request.inputs.parameters[name] for request in requests], counts, np.float64)
-        for name in requests[0].inputs.inputs:
-            rows = [
-                _slice_rows(request.inputs.inputs[name], first, count) for request, first, count in arriving
-            ]
-            yield name, np.concatenate(rows)
+        requests = [admission.request for admission in admissions]
+        for name in requests[0].parameters:
+            yield name, _repeat([request.parameters[name] for request in requests], counts, np.float64)
+        for name in requests[0].inputs:
+            yield name, np.concatenate([_input_rows(admission, name) for admission in admissions])
 
     def count_step(self) -> None:
-        """All active rows have taken one more step, whose state is in `next`."""
-        for name in self.next:
-            self.device[name], self.next[name] = self.next[name], self.device[name]
+        """Record that all active rows have taken a step, which wrote `next_state`."""
+        for name in self.next_state:
+            self.tables[name], self.next_state[name] = self.next_state[name], self.tables[name]
         self.side = 1 - self.side
-        self._num_taken += 1
+        self._step_counter += 1
         if self._step_index is not None:
-            # In place, and on a GPU without a copy from the host, which would wait for the step.
+            # In place: a copy from the host would wait for the step on a GPU.
             self._step_index[: self.num_active] += 1
 
     @property
     def steps_done(self) -> Array:
-        """Steps that each slot's row has taken."""
-        ahead = self._ends - self._num_taken
-        done: Array = self.num_steps - ahead
+        """Steps that the row in each slot has taken, int64 [2 * capacity]."""
+        done: Array = self.num_steps - (self._end - self._step_counter)
         return done
 
     @property
     def has_ended(self) -> bool:
         """Whether an active row has taken all its steps."""
-        return self._next_end <= self._num_taken
+        return self._next_end <= self._step_counter
 
     @property
     def ended(self) -> Mask:
-        """Which of the active rows have taken all their steps."""
-        ended: Mask = self._ends[: self.num_active] <= self._num_taken
+        """Which active rows have taken all their steps, bool [num_active]."""
+        ended: Mask = self._end[: self.num_active] <= self._step_counter
         return ended
 
-    def rows(self, slots: slice) -> Rows:
-        """Whose numbers the rows in some slots draw."""
-        return Rows(self.seed[slots], self.row[slots], self.steps_done[slots], self.num_steps[slots])
+    def noise_keys(self, slots: slice) -> NoiseKeys:
+        """Return the keys of the random numbers of the rows in some slots."""
+        return NoiseKeys(self.seed[slots], self.row[slots], self.steps_done[slots], self.num_steps[slots])
 
     def move_to_tail(self, leaving: Mask) -> int:
-        """Reorder the active rows so that the leaving ones come last; returns the first one's slot.
+        """Reorder the active rows so that the leaving ones come last.
 
         Args:
-            leaving: which of the active rows leave, [num_active].
+            leaving: which active rows leave, bool [num_active].
+
+        Returns:
+            The slot of the first leaving row.
         """
         boundary = self.num_active - int(leaving.sum())
         if not boundary:
@@ -161,80 +166,78 @@ class Slots:
         holes = np.flatnonzero(leaving[:boundary])
         movers = boundary + np.flatnonzero(~leaving[boundary:])
         if len(holes):
-            to, source = np.concatenate([holes, movers]), np.concatenate([movers, holes])
-            self.seed[to] = self.seed[source]
-            self._facts[to] = self._facts[source]
-            self._move(to, source)
-            self.noise.move(to, source)
+            target, source = np.concatenate([holes, movers]), np.concatenate([movers, holes])
+            self.seed[target] = self.seed[source]
+            self._columns[target] = self._columns[source]
+            self._move(target, source)
+            self.noise.move(target, source)
         return boundary
 
     def _put(self, name: str, slots: slice, rows: Array) -> None:
-        """Write rows into a table."""
         if self._is_cpu:
-            self.device[name].numpy()[slots] = rows
+            self.tables[name].numpy()[slots] = rows
         else:
-            self.device[name][slots] = torch.from_numpy(np.ascontiguousarray(rows))
+            self.tables[name][slots] = torch.from_numpy(np.ascontiguousarray(rows))
 
-    def _move(self, to: Array, source: Array) -> None:
-        """Copy rows of every table over others."""
-        for table in self.device.values():
+    def _move(self, target: Array, source: Array) -> None:
+        for table in self.tables.values():
             if self._is_cpu:
                 rows = table.numpy()
-                rows[to] = rows[source]
+                rows[target] = rows[source]
             else:
-                table[torch.from_numpy(to)] = table[torch.from_numpy(source)]
+                table[torch.from_numpy(target)] = table[torch.from_numpy(source)]
 
     def release(self, boundary: int) -> None:
         """Free the slots from `boundary` on."""
-        self.num_active = self.num_started = boundary
+        self.num_active = boundary
+        self.num_started = min(self.num_started, boundary)
         self.noise.truncate(boundary)
-        staying = set(self._owner[:boundary].tolist())
-        self._requests = {owner: request for owner, request in self._requests.items() if owner in staying}
+        remaining = set(self._owner[:boundary].tolist())
+        self._requests = {owner: request for owner, request in self._requests.items() if owner in remaining}
         self.has_previews = any(request.preview_every for request in self._requests.values())
-        self._next_end = int(self._ends[:boundary].min(initial=_NEVER))
+        self._next_end = int(self._end[:boundary].min(initial=_NEVER))
 
     def drop(self, request: Request) -> int:
-        """Free the slots of one request; returns how many steps its rows had taken."""
-        self.fill()
-        mine = self._owner[: self.num_active] == id(request)
-        steps = int(self.steps_done[: self.num_active][mine].sum())
-        self.release(self.move_to_tail(mine))
+        """Free the slots of a request, and return the number of steps that its rows had taken."""
+        owned = self._owner[: self.num_active] == id(request)
+        steps = int(self.steps_done[: self.num_active][owned].sum())
+        self.release(self.move_to_tail(owned))
         return steps
 
     def empty(self) -> dict[Request, int]:
-        """Free every slot without the device's help; returns how many steps each request's rows had taken."""
-        written = self.num_active - sum(count for _, _, count in self._arriving)
-        owner, steps_done = self._owner[:written], self.steps_done[:written]
+        """Free every slot without using the device, and return the steps that each request had taken."""
+        owner, steps_done = self._owner[: self.num_active], self.steps_done[: self.num_active]
         steps = {request: int(steps_done[owner == id(request)].sum()) for request in self.requests}
-        self._arriving.clear()
         self.release(0)
         return steps
 
-    def by_request(self, slots: Array) -> Sequence[tuple[Request, Array | slice]]:
-        """Group slots by the request that owns their rows: positions within `slots`."""
+    def group_by_request(self, slots: Array) -> Sequence[tuple[Request, Array | slice]]:
+        """Group slots by the request that owns their rows; the groups index `slots`."""
         owners = self._owner[slots]
-        if len(self._requests) == 1:  # a slice spares copies of what is large
+        if len(self._requests) == 1:  # a slice avoids a copy of large outputs
             return [(self._requests[int(owners[0])], slice(0, len(slots)))]
         order = np.argsort(owners, kind="stable")
         ends = np.flatnonzero(np.diff(owners[order])) + 1
         return [(self._requests[int(owners[group[0]])], group) for group in np.split(order, ends)]
 
 
-def _column(values: Sequence[Any], counts: Sequence[int], dtype: type) -> Array:
-    """What is said of each request, for each of its rows."""
+def _repeat(values: Sequence[Any], counts: Sequence[int], dtype: type) -> Array:
+    """Repeat a value of each admission for each of its rows."""
     column: Array = np.array(values, dtype)
     return column if max(counts) == 1 else np.repeat(column, counts, axis=0)
 
 
 def _offsets(counts: Sequence[int]) -> Array | int:
-    """The place of each row in its request's part of the arrivals."""
+    """Return the position of each row in its admission."""
     return 0 if max(counts) == 1 else np.concatenate([np.arange(count) for count in counts])
 
 
-def _slice_rows(array: Array, first: int, count: int) -> Array:
-    """The rows of an input that is given for every row, or once for all."""
+def _input_rows(admission: Admission, name: str) -> Array:
+    """Return an input's rows for an admission; the input may hold one row for all rows of the request."""
+    array: Array = admission.request.inputs[name]
+    count = admission.count
     if len(array) == count:
         return array
     if len(array) == 1:
         return np.broadcast_to(array, (count, *array.shape[1:]))
-    return array[first : first + count]
+    return array[admission.first : admission.first + count]

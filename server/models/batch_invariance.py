@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from server.core.errors import InvalidArtifact
-from server.core.request import Request, RowInputs
+from server.core.request import Admission, Request
 from server.core.spec import GoldenRows, ProgramKey, ProgramSpec
 from server.execution.program_runner import ProgramRunner
 from server.models.default_inputs import default_inputs
@@ -111,8 +111,8 @@ class Probe:
         indices = range(golden.first_row + start, golden.first_row + start + size)
         _admit(program, golden, indices)
         finished = {}
-        while program.slots.num_active:
-            for readout in program.advance():
+        while program.num_active:
+            for readout in program.advance().readouts:
                 finished[readout.rows.indices[0]] = readout.rows.outputs
         rows = [finished[index] for index in indices]
         return {tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.outputs}
@@ -141,8 +141,8 @@ def _first_states(program: ProgramRunner, golden: GoldenRows, rows: int) -> list
     _admit(program, golden, range(golden.first_row, golden.first_row + rows))
     program.advance()
     order = np.argsort(program.slots.row[:rows])
-    states = [program.slots.device[tensor.name][:rows].cpu().numpy()[order] for tensor in program.spec.state]
-    program.slots.empty()
+    states = [program.slots.tables[tensor.name][:rows].cpu().numpy()[order] for tensor in program.spec.state]
+    program.empty()
     return states
 
 
@@ -150,6 +150,7 @@ def _admit(program: ProgramRunner, golden: GoldenRows, indices: Iterable[int]) -
     """Let golden rows and their successors enter, whose inputs are those of the golden rows again."""
     spec = program.spec
     parameters = {**spec.defaults(), **golden.parameters}
+    admissions = []
     for index in indices:
         position = (index - golden.first_row) % golden.rows
         inputs = default_inputs(spec) | {
@@ -159,12 +160,13 @@ def _admit(program: ProgramRunner, golden: GoldenRows, indices: Iterable[int]) -
             program=ProgramKey("probe", "", "", spec.operation, spec.variant),
             rows=1,
             steps=spec.steps.of(parameters),
-            deliver=lambda events: None,
             seed=golden.seed,
             first_row=index,
-            inputs=RowInputs(parameters, inputs),
+            parameters=parameters,
+            inputs=inputs,
         )
-        program.slots.admit(request, 0, 1)
+        admissions.append(Admission(request, 0, 1))
+    program.admit(admissions)
 
 
 def _compare(name: str, given: Array, expected: Array, tolerance: float) -> None:

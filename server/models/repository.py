@@ -31,6 +31,7 @@ class Repository:
         formats: Sequence[str],
         max_batch_rows: int,
         runtimes: Mapping[str, OpenGraph] = RUNTIMES,
+        runner: type[ProgramRunner] = ProgramRunner,
     ) -> None:
         set_deterministic()
         if device.cuda_graphs and formats[0] == "onnx":
@@ -38,6 +39,7 @@ class Repository:
         self._device = device
         self._formats = tuple(formats)
         self._runtimes = runtimes
+        self._runner = runner
         self._prefetch_executor = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._buckets = _buckets(max_batch_rows)
         self.registry = ModelRegistry()
@@ -98,7 +100,7 @@ class Repository:
             is_stable = all(stable[graph.name] for graph in program.graphs)
             buckets = sorted(common) if is_stable else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.variant)
-            ready = ProgramRunner(program, graphs, buckets, self._device.torch, self._prefetch_executor)
+            ready = self._runner(program, graphs, buckets, self._device.torch, self._prefetch_executor)
             # On a CPU little is prepared, and one step shows as much as two.
             steps = 2 if self._device.is_cuda else 1
             is_bitwise = is_batch_invariant(ready, golden[name], steps) and is_stable
@@ -128,7 +130,7 @@ def _buckets(largest: int) -> tuple[int, ...]:
     paths whose logarithms differ once in thousands of rows, too rarely for a probe to notice.
     """
     powers = [SMALLEST_BUCKET << exponent for exponent in range(largest.bit_length())]
-    reserved = (largest - level * largest // RESERVED_SHARE for level in (1, 2))
+    reserved = (largest - int(level * largest * RESERVED_SHARE) for level in (1, 2))
     sizes = {*powers, *(3 * power for power in powers), *reserved}
     is_packed = (size for size in sizes if size < largest and size % SMALLEST_BUCKET == 0)
     return tuple(sorted({*is_packed, largest}))

@@ -14,10 +14,11 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server.config import Config
 from server.models.registry import ModelRegistry
+from server.rpc.codec import RequestLimits
 from server.rpc.health import Health
-from server.rpc.instrumentation import InstrumentedHandler
-from server.rpc.response_stream import CallObserver, EngineClient
-from server.rpc.servicer import InferenceService, ServiceLimits
+from server.rpc.instrumentation import CallObserver, InstrumentedHandler
+from server.rpc.response_stream import EngineClient
+from server.rpc.servicer import InferenceService
 
 DRAIN_NOTICE_SECONDS = 0.2
 
@@ -34,8 +35,8 @@ class GrpcServer:
         info: pb.ServerInfo,
     ) -> None:
         self._config = config
-        limits = ServiceLimits(config.max_message_mib << 20, info.max_rows_per_request)
-        self._service = InferenceService(catalogue, engine, observer, limits, info)
+        limits = RequestLimits(config.max_message_mib << 20, info.max_rows_per_request)
+        self._service = InferenceService(catalogue, engine, limits, info)
         self._methods = InstrumentedHandler(observer, catalogue.is_known, config.max_concurrent_calls)
         self._health = Health()
         self._server: grpc.aio.Server | None = None

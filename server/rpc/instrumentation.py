@@ -6,13 +6,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from server.core.errors import InvalidRequest, Overloaded, SamovarError, Violation
-from server.rpc.response_stream import CallObserver
 from server.rpc.status import status_of
 
 log = logging.getLogger(__name__)
@@ -21,6 +20,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # A call takes milliseconds at the least; one that found no room need not wait longer to look again.
 RETRY_SECONDS = 0.1
+
+
+class CallObserver(Protocol):
+    """Callbacks for calls, invoked on the event loop."""
+
+    def on_call_start(self) -> None:
+        """A call arrived."""
+
+    def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None:
+        """A call of RPC `method` ended with a status code; `model` is a served one, or empty."""
 
 
 @dataclass(frozen=True)

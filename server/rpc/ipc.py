@@ -1,8 +1,8 @@
-"""The engine from another process: requests go over a connection in bunches, events come back likewise.
+"""Engine access from another process: requests and events cross a connection in batches.
 
-`Link` is the front end's end, on its event loop; `Host` is the engine's, on two threads. Both
-speak in pickled lists of (verb, arguments), each verb a method of the other end. Deadlines may
-travel as they are: the monotonic clock is one for all processes of a machine.
+IpcEngineClient is the worker's end, on its event loop; IpcEngineServer is the engine's end, on two threads.
+Both send pickled lists of (verb, arguments); each verb is a method of the other end. Deadlines need no
+conversion: the monotonic clock is the same for all processes of a machine.
 """
 
 import asyncio
@@ -16,75 +16,65 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from server.core.errors import SamovarError, Unavailable
-from server.core.request import Completed, Event, Failed, Request, RowInputs
-from server.core.spec import ProgramKey
+from server.core.errors import Unavailable
+from server.core.request import Completed, Deliver, Event, Failed, Request
 from server.models.registry import Model
-from server.rpc.response_stream import CallObserver, EngineClient
+from server.rpc.instrumentation import CallObserver
+from server.rpc.response_stream import EngineClient
 
 log = logging.getLogger(__name__)
 
 Message = tuple[Any, ...]
 
-# What counts calls may go with the next request, or after so long.
+# Metrics and releases of ended requests wait this long for a request to be sent with.
 FLUSH_INTERVAL_SECONDS = 0.05
-# What a request's owner knows of it; the counts and times are the scheduler's and the engine's.
-_REQUEST_FIELDS = (
-    "program",
-    "rows",
-    "steps",
-    "seed",
-    "first_row",
-    "deadline",
-    "preview_every",
-    "max_unread_rows",
-    "is_batch",
-    "has_early_exit",
-    "buffered_bytes",
-)
 
 
 class IpcEngineClient:
-    """The engine, as a front end sees it, and whom it tells of calls.
+    """Engine client and call observer in a gRPC worker process.
 
-    `opened` is told the models once they are ready, `closed` when the engine's process wants this
-    one to end, or is gone: then every open request fails with ServerUnavailable.
+    Args:
+        connection: the connection to the engine's process.
+        loop: the worker's event loop.
+        on_open: called with the served models once they are ready.
+        on_close: called when the engine's process asks this one to stop, or has exited; in the second case
+            every open request fails with Unavailable first.
     """
 
     def __init__(
         self,
         connection: Connection,
         loop: asyncio.AbstractEventLoop,
-        opened: Callable[[Sequence[Model]], None],
-        closed: Callable[[], None],
+        on_open: Callable[[Sequence[Model]], None],
+        on_close: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._loop = loop
-        self._closed = closed
-        self._numbers = itertools.count()
-        self._requests: dict[int, Request] = {}
-        self._numbered: dict[Request, int] = {}
+        self._on_close = on_close
+        self._ids = itertools.count()
+        self._id_of: dict[Request, int] = {}
+        # Receivers of the events of requests that have not ended.
+        self._receivers: dict[int, Deliver] = {}
         self._unsent: list[Message] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._is_lost = False
+        self._is_disconnected = False
         self._verbs: dict[str, Callable[..., None]] = {
-            "open": opened,
+            "open": on_open,
             "deliver": self._deliver,
-            "close": closed,
+            "close": on_close,
         }
         loop.add_reader(connection.fileno(), self._receive)
 
-    def submit(self, request: Request, wakes: bool = True) -> None:
-        """Send a request; should the engine refuse it, the error is delivered."""
-        number = next(self._numbers)
-        self._requests[number], self._numbered[request] = request, number
-        facts = tuple(getattr(request, name) for name in _REQUEST_FIELDS)
-        self._unsent.append(("submit", number, facts, request.inputs.parameters, request.inputs.inputs))
-        if wakes:
+    def submit(self, request: Request, deliver: Deliver, notify: bool = True) -> None:
+        """Queue a request in the engine's process."""
+        number = next(self._ids)
+        self._id_of[request], self._receivers[number] = number, deliver
+        self._unsent.append(("submit", number, request))
+        if notify:
             self.notify()
 
     def notify(self) -> None:
-        """Send what there is."""
+        """Send all unsent messages."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -93,50 +83,45 @@ class IpcEngineClient:
             try:
                 self._connection.send_bytes(pickle.dumps(messages, pickle.HIGHEST_PROTOCOL))
             except OSError:
-                self._lose()
+                self._disconnect()
 
     def acknowledge(self, request: Request, rows: int) -> None:
-        """The reader of a request has taken so many of its rows."""
-        if (number := self._numbered.get(request)) is not None:
+        """Record that the caller has read `rows` rows."""
+        if (number := self._id_of.get(request)) is not None:
             self._unsent.append(("acknowledge", number, rows))
             self.notify()
 
     def release(self, request: Request) -> None:
-        """Nobody reads a request any more."""
-        if (number := self._numbered.pop(request, None)) is not None:
-            self._requests.pop(number, None)
-            self._unsent.append(("leave", number))
-            if request.is_closed:
-                self._send_soon()
-            else:
-                self.notify()
+        """Free a request's buffers, and cancel it if it is open."""
+        if (number := self._id_of.pop(request, None)) is None:
+            return
+        is_open = self._receivers.pop(number, None) is not None
+        self._unsent.append(("release", number))
+        if is_open:
+            self.notify()
+        else:
+            self._send_soon()
 
     def on_call_start(self) -> None:
-        """A call has come in."""
-        self._count("began")
+        """Count a call in the engine's process."""
+        self._unsent.append(("call_start",))
+        self._send_soon()
 
     def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None:
-        """A call has ended."""
-        self._count("ended", method, model, code, seconds)
-
-    def on_dequeued(self, program: ProgramKey, seconds: float) -> None:
-        """A request that has ended had waited so long for its first step."""
-        self._count("queued", program, seconds)
+        """Count the end of a call in the engine's process."""
+        self._unsent.append(("call_end", method, model, code, seconds))
+        self._send_soon()
 
     def listening(self) -> None:
-        """This front end can be reached."""
+        """Report that this worker accepts connections."""
         self._unsent.append(("listening",))
         self.notify()
 
     def close(self) -> None:
-        """Send what is left, and hang up."""
+        """Send all unsent messages and close the connection."""
         self.notify()
         self._loop.remove_reader(self._connection.fileno())
         self._connection.close()
-
-    def _count(self, *message: Any) -> None:
-        self._unsent.append(message)
-        self._send_soon()
 
     def _send_soon(self) -> None:
         if self._timer is None:
@@ -146,40 +131,41 @@ class IpcEngineClient:
         try:
             messages = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
-            self._lose()
+            self._disconnect()
             return
         for verb, *arguments in messages:
             self._verbs[verb](*arguments)
 
     def _deliver(self, number: int, events: Sequence[Event]) -> None:
-        if (request := self._requests.get(number)) is None:
-            return
-        if isinstance(events[-1], Completed | Failed):
-            request.close_reason = "ended"
-        request.deliver(events)
+        has_ended = isinstance(events[-1], Completed | Failed)
+        deliver = self._receivers.pop(number, None) if has_ended else self._receivers.get(number)
+        if deliver is not None:
+            deliver(events)
 
-    def _lose(self) -> None:
-        """The engine's process is gone."""
-        if self._is_lost:
+    def _disconnect(self) -> None:
+        """Fail all open requests: the engine's process has exited."""
+        if self._is_disconnected:
             return
-        self._is_lost = True
+        self._is_disconnected = True
         self._loop.remove_reader(self._connection.fileno())
-        lost = [Failed(Unavailable("the engine's process has ended"))]
-        for number in list(self._requests):
-            self._deliver(number, lost)
-        self._closed()
+        failed = [Failed(Unavailable("the engine's process exited"))]
+        for number in list(self._receivers):
+            self._deliver(number, failed)
+        self._on_close()
 
 
 class WorkerObserver(CallObserver, Protocol):
-    """Whom the engine's end tells of calls; called on its own thread."""
+    """Callbacks for calls and workers, invoked on the connection's thread in the engine's process."""
 
-    def on_worker_lost(self, calls: int) -> None: ...
+    def on_worker_lost(self, calls: int) -> None:
+        """A worker disconnected with `calls` calls in flight."""
 
-    def on_worker_restart(self) -> None: ...
+    def on_worker_restart(self) -> None:
+        """A worker that exited unexpectedly was replaced."""
 
 
 class IpcEngineServer:
-    """The engine's end of a link: a thread hands requests over, another one sends events."""
+    """The engine's end of a worker's connection: one thread receives requests, another sends events."""
 
     def __init__(self, connection: Connection, engine: EngineClient, observer: WorkerObserver) -> None:
         self._connection = connection
@@ -190,21 +176,21 @@ class IpcEngineServer:
         self._num_calls = 0
         self.is_listening = threading.Event()
         self._threads = [
-            threading.Thread(target=self._receive, name="link-in", daemon=True),
-            threading.Thread(target=self._send, name="link-out", daemon=True),
+            threading.Thread(target=self._receive, name="ipc-receive", daemon=True),
+            threading.Thread(target=self._send, name="ipc-send", daemon=True),
         ]
 
     def start(self) -> None:
-        """Listen to the front end, until it hangs up."""
+        """Serve the worker until it disconnects."""
         for thread in self._threads:
             thread.start()
 
     def open(self, models: Sequence[Model]) -> None:
-        """Tell the front end what is served."""
+        """Send the served models to the worker, which then accepts calls."""
         self._unsent.put(("open", models))
 
     def close(self) -> None:
-        """Ask the front end to finish its calls and end."""
+        """Ask the worker to finish its calls and exit."""
         self._unsent.put(("close",))
 
     def _receive(self) -> None:
@@ -212,10 +198,9 @@ class IpcEngineServer:
             "listening": self.is_listening.set,
             "submit": self._submit,
             "acknowledge": self._acknowledge,
-            "leave": self._leave,
-            "began": self._began,
-            "ended": self._ended,
-            "queued": self._observer.on_dequeued,
+            "release": self._release,
+            "call_start": self._count_call_start,
+            "call_end": self._count_call_end,
         }
         try:
             while True:
@@ -223,39 +208,30 @@ class IpcEngineServer:
                     verbs[verb](*arguments)
                 self._engine.notify()
         except (EOFError, OSError):
-            self._hang_up()
+            self._disconnect()
 
-    def _hang_up(self) -> None:
-        """The front end is gone, and with it all who read."""
+    def _disconnect(self) -> None:
+        """Release all requests of a worker that has exited."""
         for number in list(self._requests):
-            self._leave(number)
+            self._release(number)
         self._observer.on_worker_lost(self._num_calls)
         self._unsent.put(None)
 
-    def _submit(self, number: int, facts: tuple[Any, ...], parameters: Any, inputs: Any) -> None:
-        known = dict(zip(_REQUEST_FIELDS, facts, strict=True))
-        request = Request(**known, inputs=RowInputs(parameters, inputs), deliver=partial(self._post, number))
+    def _submit(self, number: int, request: Request) -> None:
         self._requests[number] = request
-        try:
-            self._engine.submit(request, wakes=False)
-        except Exception as error:  # whatever it was, the call is where it is answered
-            request.close_reason = "refused"
-            travels = isinstance(error, SamovarError)
-            self._post(number, [Failed(error if travels else RuntimeError(str(error)))])
+        self._engine.submit(request, partial(self._post, number), notify=False)
 
     def _acknowledge(self, number: int, rows: int) -> None:
-        request = self._requests[number]
-        if not request.is_closed:
-            self._engine.acknowledge(request, rows)
+        self._engine.acknowledge(self._requests[number], rows)
 
-    def _leave(self, number: int) -> None:
+    def _release(self, number: int) -> None:
         self._engine.release(self._requests.pop(number))
 
-    def _began(self) -> None:
+    def _count_call_start(self) -> None:
         self._num_calls += 1
         self._observer.on_call_start()
 
-    def _ended(self, method: str, model: str, code: str, seconds: float) -> None:
+    def _count_call_end(self, method: str, model: str, code: str, seconds: float) -> None:
         self._num_calls -= 1
         self._observer.on_call_end(method, model, code, seconds)
 
@@ -263,18 +239,17 @@ class IpcEngineServer:
         self._unsent.put(("deliver", number, events))
 
     def _send(self) -> None:
-        """Send what there is, together, until there is nobody to send to."""
+        """Send all queued messages together, until the worker has disconnected."""
         try:
             while (message := self._unsent.get()) is not None:
-                self._connection.send_bytes(
-                    pickle.dumps([message, *_waiting(self._unsent)], pickle.HIGHEST_PROTOCOL)
-                )
+                messages = [message, *_pop_all(self._unsent)]
+                self._connection.send_bytes(pickle.dumps(messages, pickle.HIGHEST_PROTOCOL))
         except OSError:
-            log.debug("a front end hung up while it was told something")
+            log.debug("worker disconnected while events were being sent")
 
 
-def _waiting(queue: SimpleQueue[Message | None]) -> list[Message]:
-    """What else is in a queue; a None stays for the next look."""
+def _pop_all(queue: SimpleQueue[Message | None]) -> list[Message]:
+    """Return the messages in a queue; a None stays in it."""
     messages: list[Message] = []
     while True:
         try:

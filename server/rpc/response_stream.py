@@ -1,120 +1,109 @@
-"""One call's side of a request: where the engine's events reach the event loop."""
+"""Response stream of a call: the engine's events, moved from the device thread to the event loop."""
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from server.core.request import Completed, Event, Failed, Preview, Request, Rows
-from server.core.spec import ProgramKey
+from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, Rows
 
 MAX_PREVIEWS = 16
 
-# While other calls are open, a bunch of requests waits for more: so many rounds of the event loop for each
-# that the last bunch had. One that comes by itself is soon handed over, and where many come bunches grow.
-ROUNDS_EACH = 32
-MOST_ROUNDS = 1024
+# While other calls are open, submission is delayed by this many iterations of the event loop for each request
+# of the previous submission, so that requests that arrive together are submitted together.
+ROUNDS_PER_REQUEST = 32
+MAX_ROUNDS = 1024
 
 
 class EngineClient(Protocol):
-    """Who computes requests: the engine, or a link to the process that it runs in."""
+    """The engine as callers see it: the engine itself, or a connection to its process."""
 
-    def submit(self, request: Request, wakes: bool = True) -> None:
-        """Queue a request, whose events go to its `deliver`; refused, it raises or delivers the error."""
+    def submit(self, request: Request, deliver: Deliver, notify: bool = True) -> None:
+        """Queue a request. A rejected request is delivered its error; nothing is raised."""
         ...
 
     def notify(self) -> None:
-        """See to what was submitted."""
+        """Start the requests that were submitted with `notify=False`."""
         ...
 
     def acknowledge(self, request: Request, rows: int) -> None:
-        """The reader of a request has taken so many of its rows."""
+        """Record that the caller has read `rows` rows; ignored once the request has ended."""
         ...
 
     def release(self, request: Request) -> None:
-        """Nobody reads a request any more, whether or not it has ended."""
+        """Free a request's buffers, and cancel it if it is open."""
         ...
 
 
-class CallObserver(Protocol):
-    """Whom the edge tells of calls; called on the event loop."""
-
-    def on_call_start(self) -> None: ...
-
-    def on_call_end(self, method: str, model: str, code: str, seconds: float) -> None: ...
-
-    def on_dequeued(self, program: ProgramKey, seconds: float) -> None: ...
-
-
 class ThreadBridge:
-    """Between an event loop and the device thread: what is ready goes over together.
+    """Moves requests from the event loop to the engine, and events back, in batches.
 
-    Each time that one thread wakes the other they contend for the interpreter, which costs more than a
-    small graph does. So requests are handed over after some rounds of the event loop, which take
-    microseconds where there is nothing else to do; and one wake-up tells all calls what a turn had for them.
+    Each time that one thread wakes the other they contend for the GIL, which costs more than a small graph.
+    Requests are therefore submitted after some iterations of the event loop, which take microseconds when
+    it is idle; and one wake-up of the event loop delivers the events of all calls.
     """
 
     def __init__(self, engine: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
         self._loop = loop
-        self._requests: dict[Request, ResponseStream] = {}
-        self._news: deque[tuple[ResponseStream, Sequence[Event]]] = deque()
-        self._has_rung = False
-        self._rounds = ROUNDS_EACH
+        self._unsubmitted: dict[Request, ResponseStream] = {}
+        self._undelivered: deque[tuple[ResponseStream, Sequence[Event]]] = deque()
+        self._is_delivery_scheduled = False
+        self._rounds = ROUNDS_PER_REQUEST
         self.num_open = 0
 
-    def submit(self, request: Request, call: "ResponseStream") -> None:
-        """Have a request submitted, on the event loop; if the engine will not, the call gets the error."""
-        if not self._requests:
-            self._hand_over(self._rounds if self.num_open else 0)
-        self._requests[request] = call
+    def submit(self, request: Request, stream: "ResponseStream") -> None:
+        """Submit a request soon; called on the event loop."""
+        if not self._unsubmitted:
+            self._submit_after(self._rounds if self.num_open else 0)
+        self._unsubmitted[request] = stream
 
     def release(self, request: Request) -> None:
-        """Nobody reads a request any more, whether or not it has been handed over."""
-        if self._requests.pop(request, None) is None:
+        """Release a request, whether or not it has been submitted."""
+        if self._unsubmitted.pop(request, None) is None:
             self._engine.release(request)
 
-    def put(self, call: "ResponseStream", events: Sequence[Event]) -> None:
-        """Leave events for a call, on any thread."""
-        self._news.append((call, events))
-        if not self._has_rung:
-            self._has_rung = True
-            self._loop.call_soon_threadsafe(self._tell)
+    def deliver(self, stream: "ResponseStream", events: Sequence[Event]) -> None:
+        """Deliver events to a stream on the event loop; called on any thread."""
+        self._undelivered.append((stream, events))
+        if not self._is_delivery_scheduled:
+            self._is_delivery_scheduled = True
+            self._loop.call_soon_threadsafe(self._deliver_all)
 
-    def _hand_over(self, rounds: int) -> None:
-        """Submit what there is, after so many rounds."""
+    def _submit_after(self, rounds: int) -> None:
+        """Submit all requests after `rounds` iterations of the event loop."""
         if rounds >= 0:
-            self._loop.call_soon(self._hand_over, rounds - 1)
+            self._loop.call_soon(self._submit_after, rounds - 1)
             return
-        requests, self._requests = self._requests, {}
-        self._rounds = min(ROUNDS_EACH * len(requests), MOST_ROUNDS)
-        for request, call in requests.items():
-            try:
-                self._engine.submit(request, wakes=False)
-            except Exception as error:  # whatever it was, the call is where it is answered
-                request.close_reason = "refused"
-                call.take([Failed(error)])
+        requests, self._unsubmitted = self._unsubmitted, {}
+        self._rounds = min(ROUNDS_PER_REQUEST * len(requests), MAX_ROUNDS)
+        for request, stream in requests.items():
+            self._engine.submit(request, stream.deliver, notify=False)
         self._engine.notify()
 
-    def _tell(self) -> None:
-        # Before the news are read: what comes later rings again.
-        self._has_rung = False
-        while self._news:
-            call, events = self._news.popleft()
-            call.take(events)
+    def _deliver_all(self) -> None:
+        # Cleared first: an event that arrives during the loop schedules another delivery.
+        self._is_delivery_scheduled = False
+        while self._undelivered:
+            stream, events = self._undelivered.popleft()
+            stream.receive(events)
 
 
 class ResponseStream:
-    """The events of one request, in order. As a context manager it leaves the request at the end.
+    """Events of one request, in order; a context manager that releases the request at its end.
 
-    Rows that have been read are acknowledged to the engine: it computes no more
-    rows ahead of a slow reader than the request's window. Of previews such a reader
-    gets the newest. One who wants the `whole` answer is not woken before its end.
+    Rows that were read are acknowledged to the engine, which computes no more unread rows than the request
+    allows. A slow reader gets the newest previews only.
+
+    Args:
+        engine: acknowledges rows.
+        bridge: submits the request and delivers its events.
+        whole: deliver all events at the request's end, with one wake-up.
     """
 
-    def __init__(self, engine: EngineClient, exchange: ThreadBridge, whole: bool = False) -> None:
+    def __init__(self, engine: EngineClient, bridge: ThreadBridge, whole: bool = False) -> None:
         self._engine = engine
-        self._exchange = exchange
+        self._bridge = bridge
         self._whole = whole
         self._withheld: list[Event] = []
         self._previews: deque[Event] = deque(maxlen=MAX_PREVIEWS)
@@ -122,45 +111,48 @@ class ResponseStream:
         self._read: list[Event] = []
         self._arrival: asyncio.Future[None] | None = None
         self._request: Request | None = None
+        self._has_ended = False
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Take events, on the thread that computes."""
+        """Take events from the engine, on its thread."""
         if self._whole:
             self._withheld += events
             if not isinstance(events[-1], Completed | Failed):
                 return
             events = self._withheld
-        self._exchange.put(self, events)
+        self._bridge.deliver(self, events)
 
-    def take(self, events: Sequence[Event]) -> None:
-        """Take events, on the event loop."""
-        if isinstance(events[-1], Preview):
+    def receive(self, events: Sequence[Event]) -> None:
+        """Take events on the event loop, and wake the reader."""
+        last = events[-1]
+        if isinstance(last, Preview):
             self._previews.extend(events)
         else:
             self._results += events
+            self._has_ended = isinstance(last, Completed | Failed)
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
     def submit(self, request: Request) -> None:
-        """Hand the request to the engine, once; if it will not take it, `next` raises why."""
-        self._exchange.submit(request, self)
+        """Submit the request, once; `next` raises the error if the engine rejects it."""
+        self._bridge.submit(request, self)
         self._request = request
 
     def __enter__(self) -> "ResponseStream":
-        self._exchange.num_open += 1
+        self._bridge.num_open += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._exchange.num_open -= 1
+        self._bridge.num_open -= 1
         if self._request is not None:
-            self._exchange.release(self._request)
+            self._bridge.release(self._request)
 
     async def next(self) -> list[Event]:
-        """What has arrived since it was last asked, once there is any; nothing after the request's end.
+        """Return the events since the last call, once there are any; an empty list after the end.
 
-        Raises the error that the request failed with, once what came before it has been read.
+        Raises the error of a failed request once all earlier events have been read.
         """
-        self._acknowledge()
+        self._acknowledge_read()
         if self._read and isinstance(self._read[-1], Completed):
             return []
         while not self._results and not self._previews:
@@ -169,20 +161,16 @@ class ResponseStream:
         results, self._results = self._results, []
         if len(results) > 1 and isinstance(results[-1], Failed):
             self._results.append(results.pop())
-        # Results last: no preview of a row ever follows the row itself.
-        self._read = [*_drained(self._previews), *results]
+        previews = [self._previews.popleft() for _ in range(len(self._previews))]
+        # Results last: a preview of a row never follows the row itself.
+        self._read = [*previews, *results]
         if isinstance(last := self._read[-1], Failed):
             raise last.error
         return self._read
 
-    def _acknowledge(self) -> None:
-        """Tell the engine what was read since it was last told, while that still matters to it."""
-        if self._request is None or self._request.is_closed:
+    def _acknowledge_read(self) -> None:
+        if self._request is None or self._has_ended:
             return
-        taken = sum(len(event.indices) for event in self._read if isinstance(event, Rows))
-        if taken:
-            self._engine.acknowledge(self._request, taken)
-
-
-def _drained(events: deque[Event]) -> list[Event]:
-    return [events.popleft() for _ in range(len(events))]
+        rows = sum(len(event.indices) for event in self._read if isinstance(event, Rows))
+        if rows:
+            self._engine.acknowledge(self._request, rows)

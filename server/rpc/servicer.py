@@ -1,12 +1,12 @@
-"""The Inference service: one method per RPC. Decodes, submits, encodes.
+"""Inference service: one method for each RPC, which decodes, submits and encodes.
 
-Reads each request against the model's own program; branches on no family.
-Errors are raised as they are: interceptors.py turns them into codes.
+Reads each request against the program of the model that it names; never branches on a family. Errors are
+raised as they are; instrumentation.py converts them to status codes.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -18,77 +18,59 @@ from numpy.typing import NDArray
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from server.core.errors import InvalidRequest, Unavailable, Violation
-from server.core.request import UNBOUNDED, Completed, Preview, Request, Rows, Timings
+from server.core.errors import Unavailable
+from server.core.request import Completed, Event, Preview, Request, Rows, Timings
 from server.core.spec import ProgramSpec
 from server.models.manifest import name_of, public
 from server.models.registry import LoadedProgram, Model, ModelRegistry
 from server.rpc import codec
-from server.rpc.codec import Job
-from server.rpc.response_stream import MAX_PREVIEWS, CallObserver, EngineClient, ResponseStream, ThreadBridge
+from server.rpc.codec import RequestLimits
+from server.rpc.response_stream import EngineClient, ResponseStream, ThreadBridge
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Arrays = dict[str, NDArray[Any]]
 
 PAGE_SIZE = 100
-# Headroom for what a message holds besides its tensors.
-MESSAGE_OVERHEAD_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class ServiceLimits:
-    """What one call may ask for."""
-
-    max_message_bytes: int = 64 << 20
-    max_rows: int = 100_000
-    chunk_bytes: int = 1 << 20
-    window_bytes: int = 2 << 20
 
 
 @dataclass(frozen=True)
 class ResolvedProgram:
-    """The program that a request means."""
+    """The program that a request names, and its model."""
 
     model: Model
-    loaded: LoadedProgram
+    program: LoadedProgram
 
     @property
     def score(self) -> manifest_pb2.Score:
-        """What the program's number means, as the artifact says it."""
-        return next(
-            each.score for each in self.model.manifest.programs if name_of(each) == self.loaded.spec.name
-        )
+        """Meaning of the program's score, from the manifest."""
+        name = self.program.spec.name
+        return next(program.score for program in self.model.manifest.programs if name_of(program) == name)
 
 
 class InferenceService(pb_grpc.InferenceServicer):
-    """Serves the catalogue's models through the engine, wherever that runs."""
+    """Serves the models of a registry through an engine, in this process or another one."""
 
     def __init__(
-        self,
-        catalogue: ModelRegistry,
-        engine: EngineClient,
-        observer: CallObserver,
-        limits: ServiceLimits,
-        info: pb.ServerInfo,
+        self, registry: ModelRegistry, engine: EngineClient, limits: RequestLimits, info: pb.ServerInfo
     ) -> None:
-        self._catalogue = catalogue
+        self._registry = registry
         self._engine = engine
-        self._observer = observer
         self._limits = limits
         self._info = info
-        self._exchange = ThreadBridge(engine, asyncio.get_running_loop())
+        self._bridge = ThreadBridge(engine, asyncio.get_running_loop())
         self.is_ready = False
 
     async def Sample(self, request: pb.SampleRequest, context: Context) -> AsyncIterator[pb.SampleResponse]:
-        target = self._target(request, "sample")
-        job = codec.sample_job(request, target.loaded.spec, self._limits.max_rows)
-        first = pb.SampleResponse(run=codec.run(job, target.model, target.loaded))
-        with self._submit(job, target, context, self._window(target), request.preview_every) as call:
-            while batch := await call.next():
-                for message in self._messages(batch, target):
-                    first.MergeFrom(message)
-                    yield first
-                    first = pb.SampleResponse()
+        target = self._resolve(request, "sample")
+        rows = codec.sample_request(request, target.program, self._limits, _deadline(context))
+        header = pb.SampleResponse(run=codec.run_info_to_proto(rows, target.model, target.program))
+        with ResponseStream(self._engine, self._bridge) as stream:
+            stream.submit(rows)
+            while events := await stream.next():
+                for message in self._sample_messages(events, target.program.spec):
+                    header.MergeFrom(message)
+                    yield header
+                    header = pb.SampleResponse()
 
     async def Reconstruct(self, request: pb.TransformRequest, context: Context) -> pb.TransformResponse:
         return await self._transform(request, context, "reconstruct")
@@ -106,17 +88,18 @@ class InferenceService(pb_grpc.InferenceServicer):
         return await self._transform(request, context, "classify")
 
     async def Score(self, request: pb.TransformRequest, context: Context) -> pb.ScoreResponse:
-        target = self._target(request, "score")
-        job, outputs, timings = await self._collect(request, context, target)
-        response = codec.score(outputs, target.loaded.spec, job)
-        response.run.CopyFrom(codec.run(job, target.model, target.loaded))
+        target = self._resolve(request, "score")
+        rows = codec.transform_request(request, target.program, self._limits, _deadline(context))
+        outputs, timings = await self._collect(rows, target.program.spec)
+        response = codec.score_to_proto(outputs, target.program.spec, rows)
+        response.run.CopyFrom(codec.run_info_to_proto(rows, target.model, target.program))
         response.score.CopyFrom(target.score)
-        response.timings.CopyFrom(codec.timings(timings))
+        response.timings.CopyFrom(codec.timings_to_proto(timings))
         return response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         self._check_ready()
-        models = list(self._catalogue)
+        models = list(self._registry)
         start = _page_start(request, len(models))
         end = start + (min(request.page_size, PAGE_SIZE) or PAGE_SIZE)
         return pb.ListModelsResponse(
@@ -126,7 +109,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         self._check_ready()
-        model = self._catalogue.select(request.model.name, request.model.version)
+        model = self._registry.select(request.model.name, request.model.version)
         model.check_format(request.model.format)
         return self._describe(model)
 
@@ -135,11 +118,13 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     def _check_ready(self) -> None:
         if not self.is_ready:
-            raise Unavailable("the server is loading its models or stopping; health says when it serves")
+            raise Unavailable(
+                "the server is loading its models or stopping; wait until its health check reports SERVING"
+            )
 
-    def _target(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> ResolvedProgram:
+    def _resolve(self, request: pb.SampleRequest | pb.TransformRequest, operation: str) -> ResolvedProgram:
         self._check_ready()
-        model = self._catalogue.select(request.model.name, request.model.version)
+        model = self._registry.select(request.model.name, request.model.version)
         return ResolvedProgram(model, model.program(operation, request.variant, request.model.format))
 
     def _describe(self, model: Model) -> pb.Model:
@@ -147,119 +132,72 @@ class InferenceService(pb_grpc.InferenceServicer):
             manifest=public(model.manifest),
             artifact_sha256=model.spec.digest,
             formats=model.formats,
-            is_default=model is self._catalogue.default(model.spec.name),
+            is_default=model is self._registry.default(model.spec.name),
         )
-
-    def _window(self, target: ResolvedProgram) -> int:
-        """How many rows of a stream are computed ahead of its reader."""
-        row_bytes = max(1, target.loaded.spec.output_row_bytes)
-        return max(2 * target.loaded.capacity, self._limits.window_bytes // row_bytes)
-
-    def _submit(
-        self,
-        job: Job,
-        target: ResolvedProgram,
-        context: Context,
-        window: int = UNBOUNDED,
-        preview_every: int = 0,
-    ) -> ResponseStream:
-        spec, capacity = target.loaded.spec, target.loaded.capacity
-        previews = MAX_PREVIEWS * min(capacity, job.rows) if preview_every else 0
-        unread = min(window, job.rows) + previews
-        call = ResponseStream(self._engine, self._exchange, whole=window == UNBOUNDED)
-        remaining = context.time_remaining()
-        call.submit(
-            Request(
-                program=target.loaded.key,
-                rows=job.rows,
-                steps=job.steps,
-                deliver=call.deliver,
-                seed=job.seed,
-                first_row=job.first_row,
-                inputs=job.work,
-                deadline=None if remaining is None else time.monotonic() + remaining,
-                preview_every=preview_every,
-                max_unread_rows=window,
-                is_batch=job.is_batch(capacity),
-                has_early_exit=bool(spec.steps.done_flag),
-                buffered_bytes=job.work.num_bytes + unread * spec.output_row_bytes,
-            )
-        )
-        return call
 
     async def _transform(
         self, request: pb.TransformRequest, context: Context, operation: str
     ) -> pb.TransformResponse:
-        target = self._target(request, operation)
-        job, outputs, timings = await self._collect(request, context, target)
+        target = self._resolve(request, operation)
+        rows = codec.transform_request(request, target.program, self._limits, _deadline(context))
+        outputs, timings = await self._collect(rows, target.program.spec)
         return pb.TransformResponse(
-            run=codec.run(job, target.model, target.loaded),
-            outputs=codec.packed(outputs),
-            timings=codec.timings(timings),
+            run=codec.run_info_to_proto(rows, target.model, target.program),
+            outputs=codec.tensors_to_proto(outputs),
+            timings=codec.timings_to_proto(timings),
         )
 
-    async def _collect(
-        self, request: pb.TransformRequest, context: Context, target: ResolvedProgram
-    ) -> tuple[Job, Arrays, Timings]:
-        """All rows of a transform in the order of the request."""
-        program = target.loaded.spec
-        job = codec.transform_job(request, program, self._limits.max_rows)
-        self._check_fits(job, target)
+    async def _collect(self, request: Request, spec: ProgramSpec) -> tuple[Arrays, Timings]:
+        """Compute all rows of a request, in order of their indices."""
         finished: list[Rows] = []
-        with self._submit(job, target, context) as call:
-            while batch := await call.next():
-                finished += [event for event in batch if isinstance(event, Rows)]
-                last = batch[-1]
+        with ResponseStream(self._engine, self._bridge, whole=True) as stream:
+            stream.submit(request)
+            while events := await stream.next():
+                finished += [event for event in events if isinstance(event, Rows)]
+                last = events[-1]
         assert isinstance(last, Completed), "a request ended without its timings. This is a bug."
-        self._observer.on_dequeued(target.loaded.key, last.timings.queue)
-        return job, _in_order(finished, program, job), last.timings
+        return _in_order(finished, spec, request), last.timings
 
-    def _check_fits(self, job: Job, target: ResolvedProgram) -> None:
-        limit = self._limits.max_message_bytes - MESSAGE_OVERHEAD_BYTES
-        # A score comes back twice: in nats and in bits per dimension.
-        row_bytes = target.loaded.spec.output_row_bytes + (8 if target.loaded.spec.score else 0)
-        if job.rows * row_bytes > limit:
-            most = limit // row_bytes
-            raise InvalidRequest(
-                [
-                    Violation(
-                        "inputs",
-                        f"expected at most {most} rows, whose answer fits into one message, got {job.rows}: "
-                        f"send the rest with first_row {job.first_row + most}",
-                    )
-                ]
-            )
-
-    def _messages(self, batch: list[Any], target: ResolvedProgram) -> list[pb.SampleResponse]:
-        """A batch of events in as few messages as the chunk size allows."""
-        size = max(1, self._limits.chunk_bytes // max(target.loaded.spec.output_row_bytes, 1))
-        previews = [event for event in batch if isinstance(event, Preview)]
-        finished = [event for event in batch if isinstance(event, Rows)]
-        messages = [pb.SampleResponse(previews=[codec.preview(chunk)]) for chunk in _previews(previews, size)]
-        messages += [pb.SampleResponse(rows=codec.rows(chunk)) for chunk in _chunks(finished, size)]
-        if isinstance(batch[-1], Completed):
-            messages[-1].timings.CopyFrom(codec.timings(batch[-1].timings))
-            self._observer.on_dequeued(target.loaded.key, batch[-1].timings.queue)
+    def _sample_messages(self, events: Sequence[Event], spec: ProgramSpec) -> list[pb.SampleResponse]:
+        """Encode events in as few messages as the chunk size allows."""
+        size = max(1, self._limits.chunk_bytes // max(spec.output_row_bytes, 1))
+        previews = [event for event in events if isinstance(event, Preview)]
+        finished = [event for event in events if isinstance(event, Rows)]
+        messages = [
+            pb.SampleResponse(previews=[codec.preview_to_proto(chunk)])
+            for chunk in _preview_chunks(previews, size)
+        ]
+        messages += [
+            pb.SampleResponse(rows=codec.rows_to_proto(chunk)) for chunk in _row_chunks(finished, size)
+        ]
+        if isinstance(last := events[-1], Completed):
+            messages[-1].timings.CopyFrom(codec.timings_to_proto(last.timings))
         return messages
 
 
-def _chunks(finished: list[Rows], size: int) -> list[Rows]:
-    """Finished rows, regrouped to at most `size` each."""
+def _deadline(context: Context) -> float | None:
+    """Return a call's deadline on the monotonic clock."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _row_chunks(finished: list[Rows], size: int) -> list[Rows]:
+    """Join finished rows, and split them into chunks of at most `size` rows."""
     if not finished:
         return []
-    indices = [index for event in finished for index in event.indices]
-    outputs = {
-        name: np.concatenate([event.outputs[name] for event in finished]) for name in finished[0].outputs
-    }
-    return [_slice(Rows(indices, outputs), start, start + size) for start in range(0, len(indices), size)]
+    rows = Rows(
+        [index for event in finished for index in event.indices],
+        {name: np.concatenate([event.outputs[name] for event in finished]) for name in finished[0].outputs},
+    )
+    return [_slice(rows, start, start + size) for start in range(0, len(rows.indices), size)]
 
 
-def _previews(previews: list[Preview], size: int) -> list[Preview]:
-    """Previews of at most `size` rows each."""
+def _preview_chunks(previews: list[Preview], size: int) -> list[Preview]:
+    """Split previews into chunks of at most `size` rows."""
     return [
-        Preview(_slice(event.rows, start, start + size), event.steps_done[start : start + size])
-        for event in previews
-        for start in range(0, len(event.steps_done), size)
+        Preview(_slice(preview.rows, start, start + size), preview.steps_done[start : start + size])
+        for preview in previews
+        for start in range(0, len(preview.steps_done), size)
     ]
 
 
@@ -267,14 +205,14 @@ def _slice(rows: Rows, start: int, end: int) -> Rows:
     return Rows(rows.indices[start:end], {name: array[start:end] for name, array in rows.outputs.items()})
 
 
-def _in_order(finished: list[Rows], program: ProgramSpec, job: Job) -> Arrays:
-    """All rows of a job, however they were delivered, in the order of their indices."""
-    if len(finished) == 1 and list(finished[0].indices) == list(job.indices):
+def _in_order(finished: list[Rows], spec: ProgramSpec, request: Request) -> Arrays:
+    """Return the outputs of all rows of a request in order of their indices."""
+    if len(finished) == 1 and list(finished[0].indices) == list(request.indices):
         return dict(finished[0].outputs)
-    outputs = {tensor.name: np.empty((job.rows, *tensor.shape), tensor.dtype) for tensor in program.outputs}
-    for event in finished:
-        positions = np.asarray(event.indices) - job.first_row
-        for name, array in event.outputs.items():
+    outputs = {tensor.name: np.empty((request.rows, *tensor.shape), tensor.dtype) for tensor in spec.outputs}
+    for rows in finished:
+        positions = np.asarray(rows.indices) - request.first_row
+        for name, array in rows.outputs.items():
             outputs[name][positions] = array
     return outputs
 
@@ -291,7 +229,7 @@ def _page_start(request: pb.ListModelsRequest, count: int) -> int:
 
 
 def library_versions() -> dict[str, str]:
-    """The libraries that decide what graphs compute and how calls travel, as far as they are installed."""
+    """Return the versions of the installed libraries that compute rows or carry calls."""
     libraries = ("torch", "onnxruntime", "onnxruntime-gpu", "grpcio", "protobuf", "numpy")
     return {name: version for name in libraries if (version := _version(name))}
 

@@ -1,13 +1,14 @@
-"""Toy programs and graphs: enough to test everything below the edge, with nothing trained."""
+"""Small programs, graphs and requests, to test the engine without a trained model."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
 
-from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, RowInputs, Rows
+from server.core.request import Admission, Completed, Event, Failed, Preview, Request, Rows
 from server.core.spec import (
     GraphSpec,
     InputSpec,
@@ -31,7 +32,7 @@ START = InputSpec(TensorSpec("start", "float32", (2,)), optional=True, default=0
 STEPS = ParameterSpec("steps", "integer", default=3, minimum=1, maximum=1000)
 SCALE = ParameterSpec("scale", "float", default=1.0, minimum=0.0, maximum=10.0)
 
-# A random walk: the sum of its start and of every step's scaled noise and step index.
+# A random walk: the start plus the scaled noise and the index of every step.
 WALK = ProgramSpec(
     operation="sample",
     init=GraphSpec("begin", (START.tensor,), (TOTAL,)),
@@ -45,7 +46,7 @@ WALK = ProgramSpec(
     previewable=True,
 )
 
-# One call and no step, as a classifier or a decoder has.
+# A program without steps, like a classifier or a decoder.
 ECHO = ProgramSpec(
     operation="decode",
     readout=GraphSpec("end", (START.tensor,), (TensorSpec("value", "float32", (2,)),)),
@@ -65,18 +66,19 @@ def identity(inputs: Tensors) -> Tensors:
 GRAPHS: Mapping[str, Graph] = {"begin": identity, "walk": walk, "end": identity}
 
 
-def program(
+def new_runner(
     spec: ProgramSpec = WALK,
     graphs: Mapping[str, Graph] = GRAPHS,
     buckets: Sequence[int] = (1, 2, 4, 8),
-    ahead: Executor | None = None,
+    prefetch_executor: Executor | None = None,
+    runner: type[ProgramRunner] = ProgramRunner,
 ) -> ProgramRunner:
-    return ProgramRunner(spec, graphs, buckets, torch.device("cpu"), ahead)
+    return runner(spec, graphs, buckets, torch.device("cpu"), prefetch_executor)
 
 
 @dataclass
 class Reader:
-    """Collects a request's events; `wait` returns them once the request has ended."""
+    """Collects the events of a request; `wait` returns them once the request has ended."""
 
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -90,8 +92,21 @@ class Reader:
         assert self.ended.wait(30), "the request did not end within 30 s"
         return self.events
 
+    @property
+    def num_rows(self) -> int:
+        """Finished rows so far."""
+        return sum(len(event.indices) for event in self.events if isinstance(event, Rows))
+
+    def await_rows(self, rows: int) -> None:
+        """Wait until `rows` rows have finished."""
+        for _ in range(30_000):
+            if self.num_rows >= rows:
+                return
+            time.sleep(0.001)
+        raise AssertionError(f"only {self.num_rows} of {rows} rows finished within 30 s")
+
     def rows(self) -> dict[int, bytes]:
-        """Every finished row's bytes, by row index."""
+        """Wait, and return the bytes of each finished row by its index."""
         found: dict[int, bytes] = {}
         for event in self.wait():
             if isinstance(event, Rows):
@@ -110,39 +125,43 @@ class Reader:
 
 
 def request(
-    reader: Reader | None = None,
-    rows: int = 1,
-    steps: int = 3,
-    parameters: Mapping[str, float] | None = None,
-    **settings: object,
+    rows: int = 1, steps: int = 3, parameters: Mapping[str, float] | None = None, **fields: object
 ) -> Request:
-    """A request of the walk."""
-    inputs = RowInputs({"steps": steps, "scale": 1.0, **(parameters or {})}, {})
-    deliver: Deliver = (reader or Reader()).deliver
-    return Request(KEY, rows, steps, **{"deliver": deliver, "inputs": inputs, **settings})  # type: ignore[arg-type]
+    """Return a request of the random walk."""
+    values = {"steps": steps, "scale": 1.0, **(parameters or {})}
+    return Request(KEY, rows, steps, parameters=values, **fields)  # type: ignore[arg-type]
+
+
+def admit(runner: ProgramRunner, *requests: Request) -> None:
+    """Put all rows of requests into slots."""
+    runner.admit([Admission(queued, 0, queued.rows) for queued in requests])
 
 
 @dataclass
 class RecordingObserver:
-    """An observer that remembers."""
+    """Engine observer that records all callbacks."""
 
-    turns: list[int] = field(default_factory=list)
-    wasted_steps: dict[str, int] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    dequeued: int = 0
+    step_rows: list[int] = field(default_factory=list)
+    discarded_steps: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
     restarts: int = 0
     rows: int = 0
 
+    def on_dequeued(self, program: ProgramKey, seconds: float) -> None:
+        self.dequeued += 1
+
     def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
-        self.turns.append(rows)
+        self.step_rows.append(rows)
 
     def on_rows_delivered(self, program: ProgramKey, rows: int) -> None:
         self.rows += rows
 
     def on_steps_discarded(self, program: ProgramKey, steps: int, reason: str) -> None:
-        self.wasted_steps[reason] = self.wasted_steps.get(reason, 0) + steps
+        self.discarded_steps[reason] = self.discarded_steps.get(reason, 0) + steps
 
     def on_error(self, program: ProgramKey, kind: str) -> None:
-        self.faults.append(kind)
+        self.errors.append(kind)
 
     def on_restart(self) -> None:
         self.restarts += 1

@@ -1,4 +1,4 @@
-"""The loop: every row is delivered once, with the bytes that it would have alone."""
+"""Engine loop: every row is delivered once, with the bytes that it has alone."""
 
 import contextlib
 import itertools
@@ -13,25 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, Unavailable
-from server.core.request import Completed, Event, Request, RowInputs, Rows
+from server.core.request import Completed, Event, Failed, Request, Rows
 from server.engine.engine import MAX_NONFINITE_ROWS, MAX_RESTARTS, Engine
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import BatchingPolicy, Limits, Scheduler
+from server.execution.program_runner import ProgramRunner
 from server.runtime import Graph
 from tests.support import programs
-from tests.support.programs import KEY, Reader, RecordingObserver, request
+from tests.support.programs import KEY, Reader, RecordingObserver, admit, new_runner, request
+
+Tensors = Sequence[torch.Tensor]
 
 
 class Gate:
-    """A graph that waits for permission: each `step` lets one call of the wrapped graph through."""
+    """A graph that waits for permission: `open` lets that many calls of the wrapped graph through."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._allowed = threading.Semaphore(0)
         self._entered = threading.Semaphore(0)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Tensors:
         self._entered.release()
-        assert self._allowed.acquire(timeout=30), "nobody opened the gate"
+        assert self._allowed.acquire(timeout=30), "the gate was not opened"
         return self._graph(inputs)
 
     def await_call(self) -> None:
@@ -42,7 +45,7 @@ class Gate:
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that advances only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,27 +55,32 @@ class Clock:
 
 
 class Bench:
-    """An engine over one toy program."""
+    """A running engine over one small program."""
 
-    def __init__(self, graphs: Mapping[str, Graph] = programs.GRAPHS, limits: Limits | None = None) -> None:
-        self.ledger = RecordingObserver()
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph] = programs.GRAPHS,
+        limits: Limits | None = None,
+        batching: BatchingPolicy | None = None,
+        runner: type[ProgramRunner] = ProgramRunner,
+    ) -> None:
+        self.observer = RecordingObserver()
         self.clock = Clock()
-        self.engine = Engine(Scheduler(limits), self.ledger, self.clock)
-        self.engine.add(KEY, programs.program(graphs=graphs))
+        self.engine = Engine(Scheduler(limits, batching), self.observer, self.clock)
+        self.engine.add(KEY, new_runner(graphs=graphs, runner=runner))
         self.engine.start()
 
-    def submit(self, **settings: object) -> tuple[Request, Reader]:
-        reader = Reader()
-        asked = request(reader, **settings)  # type: ignore[arg-type]
-        self.engine.submit(asked)
-        return asked, reader
+    def submit(self, **fields: object) -> tuple[Request, Reader]:
+        reader, submitted = Reader(), request(**fields)  # type: ignore[arg-type]
+        self.engine.submit(submitted, reader.deliver)
+        return submitted, reader
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    made.engine.stop()
+    started = Bench()
+    yield started
+    started.engine.stop()
 
 
 @pytest.fixture
@@ -82,18 +90,18 @@ def gate() -> Gate:
 
 @pytest.fixture
 def gated(gate: Gate) -> Iterator[Bench]:
-    made = Bench({**programs.GRAPHS, "walk": gate})
-    yield made
+    started = Bench({**programs.GRAPHS, "walk": gate})
+    yield started
     gate.open(10_000)
-    made.engine.stop()
+    started.engine.stop()
 
 
-def alone(seed: int, index: int, steps: int, scale: float) -> bytes:
-    """A row's bytes when it is the only one in the world."""
-    program = programs.program(buckets=(8,))
-    program.slots.admit(request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}), 0, 1)
+def bytes_alone(seed: int, index: int, steps: int, scale: float = 1.0) -> bytes:
+    """Return a row's bytes when no other row is computed."""
+    runner = new_runner(buckets=(8,))
+    admit(runner, request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}))
     while True:
-        for readout in program.advance():
+        for readout in runner.advance().readouts:
             value: bytes = readout.rows.outputs["value"].tobytes()
             return value
 
@@ -111,79 +119,39 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(requests)
-def test_rows_have_the_bytes_that_they_have_alone(asked: list[tuple[int, int, int, int, float]]) -> None:
+def test_rows_of_concurrent_requests_have_the_bytes_that_they_have_alone(
+    submitted: list[tuple[int, int, int, int, float]],
+) -> None:
     bench = Bench()
     readers = [
         bench.submit(rows=rows, steps=steps, seed=seed, first_row=first, parameters={"scale": scale})[1]
-        for rows, steps, seed, first, scale in asked
+        for rows, steps, seed, first, scale in submitted
     ]
-    for reader, (rows, steps, seed, first, scale) in zip(readers, asked, strict=True):
+    for reader, (rows, steps, seed, first, scale) in zip(readers, submitted, strict=True):
         delivered = reader.rows()
         assert sorted(delivered) == list(range(first, first + rows))
         for index in (first, first + rows - 1):
-            assert delivered[index] == alone(seed, index, steps, scale)
+            assert delivered[index] == bytes_alone(seed, index, steps, scale)
     bench.engine.stop()
 
 
-def test_one_request_of_many_rows_equals_many_of_one(bench: Bench) -> None:
+def test_one_request_of_many_rows_equals_many_requests_of_one_row(bench: Bench) -> None:
     _, together = bench.submit(rows=64, seed=5)
-    apart = [bench.submit(rows=1, seed=5, first_row=row)[1] for row in range(64)]
-    assert together.rows() == {row: reader.rows()[row] for row, reader in enumerate(apart)}
+    separate = [bench.submit(rows=1, seed=5, first_row=row)[1] for row in range(64)]
+    assert together.rows() == {row: reader.rows()[row] for row, reader in enumerate(separate)}
 
 
-def test_rows_that_come_later_share_the_steps(gated: Bench, gate: Gate) -> None:
+def test_rows_that_arrive_later_join_the_running_batch(gated: Bench, gate: Gate) -> None:
     _, long = gated.submit(steps=3)
     gate.await_call()
     _, short = gated.submit(steps=1)
     gate.open(3)
     short.wait()
     long.wait()
-    assert gated.ledger.turns == [1, 2, 1]
-
-
-def test_a_batch_of_whole_requests_keeps_its_width_and_is_answered_together() -> None:
-    sizes: list[int] = []
-
-    def walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        sizes.append(len(inputs[0]))
-        return programs.walk(inputs)
-
-    gate = Gate(walk)
-    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(batching="request"))
-    bench.submit(rows=1, steps=1)
-    gate.await_call()
-    _, short = bench.submit(rows=5, steps=1, seed=1)
-    _, long = bench.submit(rows=1, steps=3, seed=2)
-    gate.open(2)
-    gate.await_call()
-    gate.await_call()
-    assert not short.events
-    gate.open(2)
-    assert len(short.rows()) == 5
-    assert long.rows() == {0: alone(2, 0, 3, 1.0)}
-    assert sizes == [1, 8, 8, 8]
-    bench.engine.stop()
-
-
-def test_rows_that_are_done_fail_with_the_whole_batch_that_they_wait_for() -> None:
-    calls = iter([False, False, True])
-
-    def breaks_later(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if next(calls):
-            raise RuntimeError("no more")
-        return programs.walk(inputs)
-
-    gate = Gate(breaks_later)
-    bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(batching="request"))
-    bench.submit(rows=1, steps=1)
-    gate.await_call()
-    readers = [bench.submit(steps=steps)[1] for steps in (1, 3)]
-    gate.open(3)
-    assert all(isinstance(reader.error(), ModelFailed) for reader in readers)
-    bench.engine.stop()
-    assert bench.ledger.wasted_steps == {"failed": 2}
+    assert gated.observer.step_rows == [1, 2, 1]
+    assert gated.observer.dequeued == 2
 
 
 def test_previews_come_every_k_steps_and_not_of_finished_rows(bench: Bench) -> None:
@@ -199,25 +167,25 @@ def test_cancelled_rows_leave_at_the_next_step(gated: Bench, gate: Gate) -> None
     gated.engine.release(cancelled)
     gate.open(1000)
     other.wait()
-    assert gated.ledger.turns == [3, 1, 1, 1]
-    assert gated.ledger.wasted_steps["cancelled"] == 3
+    assert gated.observer.step_rows == [3, 1, 1, 1]
+    assert gated.observer.discarded_steps["cancelled"] == 3
     assert reader.events == []
     assert gated.engine.num_running == 0
 
 
-def test_a_passed_deadline_drops_what_is_unfinished(gated: Bench, gate: Gate) -> None:
+def test_passed_deadline_drops_unfinished_rows(gated: Bench, gate: Gate) -> None:
     _, late = gated.submit(rows=2, steps=100, deadline=5.0)
     gate.await_call()
     gated.clock.now = 6.0
     gate.open(1)
     assert isinstance(late.error(), DeadlineExceeded)
-    _, next_one = gated.submit(rows=1, steps=1)
+    _, following = gated.submit(rows=1, steps=1)
     gate.open(1)
-    next_one.wait()
-    assert gated.ledger.wasted_steps == {"deadline": 2}
+    following.wait()
+    assert gated.observer.discarded_steps == {"deadline": 2}
 
 
-def test_after_a_cancelled_neighbour_rows_have_the_bytes_that_they_have_alone(
+def test_rows_have_the_bytes_that_they_have_alone_after_a_neighbor_is_cancelled(
     gated: Bench, gate: Gate
 ) -> None:
     cancelled, _ = gated.submit(rows=3, steps=100, seed=1)
@@ -228,10 +196,10 @@ def test_after_a_cancelled_neighbour_rows_have_the_bytes_that_they_have_alone(
         gate.await_call()
     gated.engine.release(cancelled)
     gate.open(1000)
-    assert other.rows() == {index: alone(2, index, 40, 1.0) for index in range(4)}
+    assert other.rows() == {index: bytes_alone(2, index, 40) for index in range(4)}
 
 
-def test_rows_that_leave_in_the_step_in_which_they_are_cancelled_are_wasted(gated: Bench, gate: Gate) -> None:
+def test_rows_that_finish_in_the_step_of_their_cancellation_are_discarded(gated: Bench, gate: Gate) -> None:
     cancelled, _ = gated.submit(rows=3, steps=2)
     gate.open(1)
     gate.await_call()
@@ -240,10 +208,10 @@ def test_rows_that_leave_in_the_step_in_which_they_are_cancelled_are_wasted(gate
     _, other = gated.submit(rows=1, steps=1)
     gate.open(2)
     other.wait()
-    assert gated.ledger.wasted_steps == {"cancelled": 6}
+    assert gated.observer.discarded_steps == {"cancelled": 6}
 
 
-def test_what_a_caller_gives_up_after_its_deadline_is_wasted_by_that(gated: Bench, gate: Gate) -> None:
+def test_release_after_the_deadline_counts_as_deadline(gated: Bench, gate: Gate) -> None:
     late, _ = gated.submit(rows=2, steps=100, deadline=5.0)
     gate.await_call()
     _, other = gated.submit(rows=1, steps=1)
@@ -251,111 +219,109 @@ def test_what_a_caller_gives_up_after_its_deadline_is_wasted_by_that(gated: Benc
     gated.engine.release(late)
     gate.open(2)
     other.wait()
-    assert gated.ledger.wasted_steps == {"deadline": 2}
+    assert gated.observer.discarded_steps == {"deadline": 2}
 
 
-def test_a_graph_that_raises_fails_its_rows_and_no_others(bench: Bench) -> None:
+def test_graph_that_raises_fails_its_requests_only(bench: Bench) -> None:
     calls = iter([True])
 
-    def breaks_once(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def raises_once(inputs: Tensors) -> Tensors:
         if next(calls, False):
             raise RuntimeError("secret detail")
         return programs.walk(inputs)
 
-    broken = Bench({**programs.GRAPHS, "walk": breaks_once})
+    broken = Bench({**programs.GRAPHS, "walk": raises_once})
     _, failed = broken.submit(rows=3)
     error = failed.error()
     assert isinstance(error, ModelFailed)
     assert "secret" not in str(error)
-    _, fine = broken.submit(rows=3)
-    assert len(fine.rows()) == 3
-    assert broken.ledger.faults == ["graph"]
+    _, following = broken.submit(rows=3)
+    assert len(following.rows()) == 3
+    assert broken.observer.errors == ["graph"]
     broken.engine.stop()
 
 
-def poisoned_walk(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The walk, but for rows whose scale is 9, which lose all that they were."""
+def nan_at_scale_9(inputs: Tensors) -> Tensors:
+    """The walk, but rows whose scale is 9 become NaN."""
     (total,) = programs.walk(inputs)
     return [torch.where(inputs[2][:, None] == 9.0, torch.nan, total)]
 
 
-def test_rows_that_are_no_numbers_leave_other_requests_alone() -> None:
-    bench = Bench({**programs.GRAPHS, "walk": poisoned_walk})
-    _, poisoned = bench.submit(rows=2, steps=5, parameters={"scale": 9.0})
-    _, neighbour = bench.submit(rows=2, steps=7, seed=1)
-    error = poisoned.error()
+def test_nonfinite_rows_leave_other_requests_unchanged() -> None:
+    bench = Bench({**programs.GRAPHS, "walk": nan_at_scale_9})
+    _, nonfinite = bench.submit(rows=2, steps=5, parameters={"scale": 9.0})
+    _, neighbor = bench.submit(rows=2, steps=7, seed=1)
+    error = nonfinite.error()
     assert isinstance(error, ModelFailed)
     assert "rows 0, 1 came out non-finite" in str(error)
-    assert neighbour.rows() == {index: alone(1, index, 7, 1.0) for index in range(2)}
-    assert bench.ledger.faults == ["non_finite"] * 2
-    assert bench.ledger.wasted_steps == {"failed": 10}
+    assert neighbor.rows() == {index: bytes_alone(1, index, 7) for index in range(2)}
+    assert bench.observer.errors == ["non_finite"] * 2
+    assert bench.observer.discarded_steps == {"failed": 10}
     bench.engine.stop()
 
 
-def test_a_non_finite_row_fails_alone_and_is_named() -> None:
+def test_nonfinite_row_fails_its_request_after_all_other_rows_are_delivered() -> None:
     start = np.zeros((20, 2), np.float32)
     start[13] = np.nan
     bench = Bench()
-    work = RowInputs({"steps": 2, "scale": 1.0}, {"start": start})
-    _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, inputs=work)
-    assert "row 113 came out non-finite; all others are done" in str(reader.error())
-    assert reader.rows() == {100 + i: alone(1, 100 + i, 2, 1.0) for i in range(20) if i != 13}
-    assert bench.ledger.rows == 19
+    _, reader = bench.submit(rows=20, steps=2, seed=1, first_row=100, inputs={"start": start})
+    assert "row 113 came out non-finite; all other rows are done" in str(reader.error())
+    assert reader.rows() == {100 + i: bytes_alone(1, 100 + i, 2) for i in range(20) if i != 13}
+    assert bench.observer.rows == 19
     assert bench.engine.num_running == 0
     bench.engine.stop()
 
 
-def test_lost_rows_take_no_room_in_the_window_of_a_reader() -> None:
+def test_nonfinite_rows_do_not_count_as_unread() -> None:
     start = np.zeros((20, 2), np.float32)
     start[:9] = np.nan
     bench, reader = Bench(), Reader()
-    work = RowInputs({"steps": 1, "scale": 1.0}, {"start": start})
-    asked = request(reader, rows=20, steps=1, inputs=work, max_unread_rows=2)
+    submitted = request(rows=20, steps=1, inputs={"start": start}, max_unread_rows=2)
 
     def read(events: Sequence[Event]) -> None:
         reader.deliver(events)
-        if not asked.is_closed:
-            bench.engine.acknowledge(asked, sum(len(e.indices) for e in events if isinstance(e, Rows)))
+        rows = sum(len(event.indices) for event in events if isinstance(event, Rows))
+        bench.engine.acknowledge(submitted, rows)
 
-    asked.deliver = read
-    bench.engine.submit(asked)
+    bench.engine.submit(submitted, read)
     assert sorted(reader.rows()) == list(range(9, 20))
     bench.engine.stop()
 
 
-def test_a_request_that_loses_many_rows_is_dropped() -> None:
-    bench = Bench({**programs.GRAPHS, "walk": poisoned_walk})
-    request, reader = bench.submit(rows=10_000, steps=2, parameters={"scale": 9.0})
-    assert "what was left has been dropped" in str(reader.error())
-    assert MAX_NONFINITE_ROWS <= len(request.nonfinite_rows) <= MAX_NONFINITE_ROWS + 8
-    assert request.finished < 100
-    _, fine = bench.submit(rows=3)
-    assert len(fine.rows()) == 3
+def test_request_with_many_nonfinite_rows_is_dropped() -> None:
+    bench = Bench({**programs.GRAPHS, "walk": nan_at_scale_9})
+    _, reader = bench.submit(rows=10_000, steps=2, parameters={"scale": 9.0})
+    assert "unfinished rows were dropped" in str(reader.error())
+    assert MAX_NONFINITE_ROWS <= bench.observer.errors.count("non_finite") <= MAX_NONFINITE_ROWS + 8
+    _, following = bench.submit(rows=3)
+    assert len(following.rows()) == 3
     bench.engine.stop()
 
 
-def test_too_many_waiting_rows_are_refused_at_once(gate: Gate) -> None:
+def test_submit_above_the_queue_limit_is_delivered_its_rejection_at_once(gate: Gate) -> None:
     bench = Bench({**programs.GRAPHS, "walk": gate}, Limits(max_queued_rows=10))
     bench.submit(rows=1)
     gate.await_call()
     bench.submit(rows=10)
-    with pytest.raises(Overloaded, match="limit of 10"):
-        bench.submit(rows=1)
+    _, rejected = bench.submit(rows=1)
+    assert isinstance(rejected.error(), Overloaded)
+    assert "limit of 10" in str(rejected.error())
     gate.open(10_000)
     bench.engine.stop()
 
 
-def test_a_slow_reader_holds_back_its_own_request_only(bench: Bench) -> None:
+def test_slow_reader_delays_its_own_request_only(bench: Bench) -> None:
     slow, reader = bench.submit(rows=100, steps=1, max_unread_rows=8)
-    _, quick = bench.submit(rows=100, steps=1)
-    assert len(quick.rows()) == 100
-    assert slow.admitted == 8
-    while not slow.is_complete:
-        bench.engine.acknowledge(slow, slow.finished - slow.acknowledged)
+    _, fast = bench.submit(rows=100, steps=1)
+    assert len(fast.rows()) == 100
+    assert reader.num_rows == 8
+    for rows in range(8, 100, 4):
+        reader.await_rows(rows)
+        bench.engine.acknowledge(slow, 4)
     assert len(reader.rows()) == 100
 
 
-def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
+def test_stop_fails_unfinished_requests(gate: Gate) -> None:
     bench = Bench({**programs.GRAPHS, "walk": gate})
     _, reader = bench.submit(rows=100, steps=1000)
     gate.await_call()
@@ -365,49 +331,52 @@ def test_stopping_fails_what_is_unfinished(gate: Gate) -> None:
     gate.open(10)
     assert isinstance(reader.error(), Unavailable)
     stopper.join()
-    assert bench.ledger.wasted_steps["failed"] >= 6
-    with pytest.raises(Unavailable):
-        bench.submit()
+    assert bench.observer.discarded_steps["failed"] >= 6
+    _, rejected = bench.submit()
+    assert isinstance(rejected.error(), Unavailable)
 
 
-def test_a_row_that_cannot_be_admitted_fails_with_those_that_came_with_it(bench: Bench) -> None:
-    wide = RowInputs({"steps": 1, "scale": 1.0}, {"start": np.zeros((1, 5), np.float32)})
-    _, misfit = bench.submit(steps=1, inputs=wide)
+def test_row_that_does_not_fit_fails_the_requests_admitted_with_it(bench: Bench) -> None:
+    _, misfit = bench.submit(steps=1, inputs={"start": np.zeros((1, 5), np.float32)})
     assert isinstance(misfit.error(), ModelFailed)
-    _, fine = bench.submit(rows=3)
-    assert len(fine.rows()) == 3
+    _, following = bench.submit(rows=3)
+    assert len(following.rows()) == 3
     assert bench.engine.num_running == 0
 
 
-def test_a_deadline_in_the_far_future_is_waited_for(bench: Bench) -> None:
+def test_deadline_in_the_far_future_does_not_overflow(bench: Bench) -> None:
     slow, _ = bench.submit(rows=20, steps=1, max_unread_rows=4, deadline=1e12)
-    _, quick = bench.submit(rows=20, steps=1)
-    assert len(quick.rows()) == 20
+    _, fast = bench.submit(rows=20, steps=1)
+    assert len(fast.rows()) == 20
     bench.engine.release(slow)
 
 
-def submit_when_up(engine: Engine, asked: Request) -> None:
-    """Submit, as a client that retries what was UNAVAILABLE."""
+def submit_until_available(engine: Engine, submitted: Request) -> Reader:
+    """Submit a request, and again whenever it is rejected as Unavailable, like a client that retries."""
     for _ in range(10_000):
-        try:
-            return engine.submit(asked)
-        except Unavailable:
-            time.sleep(0.001)
-    raise AssertionError("the engine did not come up again")
+        reader = Reader()
+        engine.submit(submitted, reader.deliver)
+        last = reader.wait()[-1]
+        if isinstance(last, Completed):
+            return reader
+        assert isinstance(last, Failed)
+        assert isinstance(last.error, Unavailable)
+        time.sleep(0.001)
+    raise AssertionError("the engine did not recover")
 
 
-class Strike(BaseException):
-    """What no graph should raise."""
+class Crash(BaseException):
+    """An exception that no graph should raise."""
 
 
-class Struck:
-    """A graph that strikes the device thread down, once, in its third call."""
+class CrashingGraph:
+    """A graph that raises an error once, in its third call."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
         self._calls = itertools.count(1)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Tensors:
         if next(self._calls) == 3:
             raise self._error
         return programs.walk(inputs)
@@ -416,81 +385,81 @@ class Struck:
 @pytest.mark.parametrize(
     "error",
     [
-        Strike(),
+        Crash(),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA failure 710: device-side assert triggered ; GPU=0"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_device_thread_that_is_struck_down_fails_what_is_open_and_goes_on(error: BaseException) -> None:
-    renewed = threading.Event()
-    ledger = RecordingObserver()
-    engine = Engine(Scheduler(), ledger, renew=renewed.set)
-    engine.add(KEY, programs.program(graphs={**programs.GRAPHS, "walk": Struck(error)}))
+def test_crashed_device_thread_fails_open_requests_and_restarts(error: BaseException) -> None:
+    reloaded = threading.Event()
+    observer = RecordingObserver()
+    engine = Engine(Scheduler(), observer, reload_graphs=reloaded.set)
+    engine.add(KEY, new_runner(graphs={**programs.GRAPHS, "walk": CrashingGraph(error)}))
     readers = [Reader(), Reader()]
     for reader in readers:
-        engine.submit(request(reader, rows=3, steps=50))
+        engine.submit(request(rows=3, steps=50), reader.deliver)
     engine.start()
     for reader in readers:
         assert isinstance(reader.error(), Unavailable)
-    assert renewed.wait(30)
-    later = Reader()
-    submit_when_up(engine, request(later, rows=3, steps=2, seed=1))
-    assert later.rows() == {index: alone(1, index, 2, 1.0) for index in range(3)}
-    assert ledger.restarts == 1
-    assert ledger.faults == []
-    assert ledger.wasted_steps == {"failed": 2 * 6}
+    assert reloaded.wait(30)
+    later = submit_until_available(engine, request(rows=3, steps=2, seed=1))
+    assert later.rows() == {index: bytes_alone(1, index, 2) for index in range(3)}
+    assert observer.restarts == 1
+    assert observer.errors == []
+    assert observer.discarded_steps == {"failed": 2 * 6}
     engine.stop()
 
 
-def test_one_that_is_struck_down_again_and_again_gives_up_and_says_so() -> None:
+def test_engine_that_crashes_repeatedly_gives_up_and_reports_it() -> None:
     died = threading.Event()
-    ledger = RecordingObserver()
-    engine = Engine(Scheduler(), ledger, on_death=died.set)
-    engine.add(KEY, programs.program())
+    observer = RecordingObserver()
+    engine = Engine(Scheduler(), observer, on_death=died.set)
+    engine.add(KEY, new_runner())
 
     def unreachable(events: Sequence[Event]) -> None:
         raise RuntimeError("the event loop is closed")
 
     engine.start()
     while not died.wait(0.001):
-        with contextlib.suppress(Unavailable):
-            engine.submit(request(steps=1, deliver=unreachable))
-    assert ledger.restarts == MAX_RESTARTS + 1
-    with pytest.raises(Unavailable):
-        engine.submit(request())
+        with contextlib.suppress(RuntimeError):
+            engine.submit(request(steps=1), unreachable)
+    assert observer.restarts == MAX_RESTARTS + 1
+    reader = Reader()
+    engine.submit(request(), reader.deliver)
+    assert isinstance(reader.error(), Unavailable)
     engine.stop()
 
 
-class Cramped:
-    """A graph for which only so many rows fit into memory."""
+class LimitedMemory:
+    """A graph for which at most `rows` rows fit into memory."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Tensors:
         if len(inputs[0]) > self.rows:
             raise RuntimeError("CUDA error: out of memory")
         return programs.walk(inputs)
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does() -> None:
-    bench = Bench({**programs.GRAPHS, "walk": Cramped(2)})
+def test_batch_that_does_not_fit_into_memory_is_halved_until_it_does() -> None:
+    bench = Bench({**programs.GRAPHS, "walk": LimitedMemory(2)})
     _, reader = bench.submit(rows=20, steps=3, seed=1)
-    assert reader.rows() == {index: alone(1, index, 3, 1.0) for index in range(20)}
-    assert bench.ledger.faults == ["out_of_memory"] * 2
+    assert reader.rows() == {index: bytes_alone(1, index, 3) for index in range(20)}
+    assert bench.observer.errors == ["out_of_memory"] * 2
     bench.engine.stop()
 
 
-def test_one_row_that_does_not_fit_fails_its_model_only() -> None:
-    bench = Bench({**programs.GRAPHS, "walk": Cramped(0)})
+def test_single_row_that_does_not_fit_into_memory_fails_its_request() -> None:
+    bench = Bench({**programs.GRAPHS, "walk": LimitedMemory(0)})
     _, reader = bench.submit(rows=1)
     assert isinstance(reader.error(), ModelFailed)
-    assert bench.ledger.faults[-1] == "graph"
+    assert bench.observer.errors[-1] == "graph"
     bench.engine.stop()
 
 
-def test_timings_add_up(gated: Bench, gate: Gate) -> None:
+def test_timings_are_those_of_queue_and_batch(gated: Bench, gate: Gate) -> None:
     _, first = gated.submit(rows=8, steps=2)
     gate.await_call()
     _, second = gated.submit(rows=1, steps=1)

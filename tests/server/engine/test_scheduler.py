@@ -1,597 +1,581 @@
-"""The policy, as tables and properties: pure Python, no tensors, no clock."""
+"""Scheduling policy, as tables and properties: pure Python, no tensors, no clock."""
 
 import contextlib
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from benchmarks.batching import NoBatching, RequestBatching
 from server.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, Violation
-from server.core.request import Request, RowInputs
+from server.core.request import Event, Request
 from server.core.spec import ProgramKey
-from server.engine.program_queue import BATCH_SHARE, MIN_DEVICE_SHARE, RESERVED_SHARE
-from server.engine.scheduler import Batching, Limits, ScheduledStep, Scheduler
+from server.engine.program_queue import BATCH_SHARE, MIN_DEVICE_SHARE, RESERVED_SHARE, QueueEntry
+from server.engine.scheduler import BatchingPolicy, ContinuousBatching, Limits, ScheduledStep, Scheduler
 
 LEFT = ProgramKey("left", "1", "toy", "sample")
 RIGHT = ProgramKey("right", "1", "toy", "sample")
 CAPACITY = 8
-
-untimed = settings(max_examples=50, deadline=None)
-
-
-def scheduler(capacity: int = CAPACITY, **limits: object) -> Scheduler:
-    made = Scheduler(Limits(**{"drr_quantum_rows": 2, **limits}))  # type: ignore[arg-type]
-    made.add_program(LEFT, capacity)
-    made.add_program(RIGHT, capacity)
-    return made
+BATCHING: Sequence[BatchingPolicy] = (ContinuousBatching(), RequestBatching(), NoBatching())
 
 
-def request(rows: int, program: ProgramKey = LEFT, steps: int = 1, **settings: object) -> Request:
-    return Request(program, rows, steps, lambda events: None, **settings)  # type: ignore[arg-type]
+def new_scheduler(
+    capacity: int = CAPACITY, batching: BatchingPolicy | None = None, **limits: object
+) -> Scheduler:
+    scheduler = Scheduler(Limits(**{"drr_quantum_rows": 2, **limits}), batching)  # type: ignore[arg-type]
+    scheduler.add_program(LEFT, capacity)
+    scheduler.add_program(RIGHT, capacity)
+    return scheduler
 
 
-def next_turn(policy: Scheduler, seconds: float = 1.0) -> ScheduledStep:
-    """The next turn, which is taken and takes so long."""
-    turn = policy.next_step()
-    assert turn is not None
-    policy.record_step_time(turn.program, CAPACITY, seconds)
-    return turn
+def request(rows: int, program: ProgramKey = LEFT, steps: int = 1, **fields: object) -> Request:
+    return Request(program, rows, steps, **fields)  # type: ignore[arg-type]
 
 
-def measure(policy: Scheduler, seconds: float, program: ProgramKey = LEFT) -> None:
-    """Turns took so long: a first one, which counts for nothing, and another."""
+def ignore(events: Sequence[Event]) -> None:
+    pass
+
+
+def submit(scheduler: Scheduler, queued: Request, now: float = -math.inf) -> QueueEntry:
+    return scheduler.submit(queued, ignore, now)
+
+
+def submit_rows(scheduler: Scheduler, rows: int, program: ProgramKey = LEFT, **fields: object) -> QueueEntry:
+    return submit(scheduler, request(rows, program, **fields))  # type: ignore[arg-type]
+
+
+def take_step(scheduler: Scheduler, seconds: float = 1.0) -> ScheduledStep:
+    """Take the next step, which lasts `seconds`."""
+    step = scheduler.next_step()
+    assert step is not None
+    scheduler.record_step_time(step.program, CAPACITY, seconds)
+    return step
+
+
+def record_step_time(scheduler: Scheduler, seconds: float, program: ProgramKey = LEFT) -> None:
+    """Record two steps of `seconds`: the first one at a batch size does not count."""
     for _ in range(2):
-        policy.record_step_time(program, CAPACITY, seconds)
+        scheduler.record_step_time(program, CAPACITY, seconds)
 
 
-def admitted(turn: ScheduledStep) -> dict[Request, int]:
-    return {admission.request: admission.count for admission in turn.admissions}
+def admitted(step: ScheduledStep) -> dict[Request, int]:
+    return {admission.request: admission.count for admission in step.admissions}
 
 
-def test_nothing_to_do_is_no_turn() -> None:
-    assert scheduler().next_step() is None
+def test_next_step_without_requests_is_none() -> None:
+    assert new_scheduler().next_step() is None
 
 
-def test_slots_are_shared_among_requests_in_turn() -> None:
-    policy = scheduler()
-    big, small = request(1000), request(3)
-    policy.submit(big)
-    policy.submit(small)
-    assert admitted(next_turn(policy)) == {big: 5, small: 3}
+def test_slots_are_shared_by_requests_round_robin() -> None:
+    scheduler = new_scheduler()
+    big, small = submit_rows(scheduler, 1000), submit_rows(scheduler, 3)
+    assert admitted(take_step(scheduler)) == {big.request: 5, small.request: 3}
 
 
-def test_a_later_small_request_gets_the_next_free_slots() -> None:
-    policy = scheduler()
-    big, small = request(1000), request(2)
-    policy.submit(big)
-    next_turn(policy)
-    policy.submit(small)
-    policy.finish(big, 4)
-    assert admitted(next_turn(policy)) == {big: 2, small: 2}
+def test_later_small_request_gets_next_free_slots() -> None:
+    scheduler = new_scheduler()
+    big = submit_rows(scheduler, 1000)
+    take_step(scheduler)
+    small = submit_rows(scheduler, 2)
+    scheduler.finish(big.request, 4)
+    assert admitted(take_step(scheduler)) == {big.request: 2, small.request: 2}
 
 
-def test_programs_take_turns() -> None:
-    policy = scheduler()
-    policy.submit(request(100, LEFT))
-    policy.submit(request(1, RIGHT))
-    assert [next_turn(policy).program for _ in range(4)] == [LEFT, RIGHT, LEFT, RIGHT]
+def test_programs_of_equal_cost_alternate() -> None:
+    scheduler = new_scheduler()
+    submit_rows(scheduler, 100, LEFT)
+    submit_rows(scheduler, 1, RIGHT)
+    assert [take_step(scheduler).program for _ in range(4)] == [LEFT, RIGHT, LEFT, RIGHT]
 
 
-def test_rows_of_one_admission_follow_each_other() -> None:
-    policy = scheduler()
-    asked = request(20)
-    policy.submit(asked)
-    first = next_turn(policy).admissions
-    policy.finish(asked, CAPACITY)
-    second = next_turn(policy).admissions
+def test_admissions_of_a_request_are_consecutive() -> None:
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, 20)
+    first = take_step(scheduler).admissions
+    scheduler.finish(entry.request, CAPACITY)
+    second = take_step(scheduler).admissions
     assert [(a.first, a.count) for a in (*first, *second)] == [(0, 8), (8, 8)]
 
 
-def test_more_waiting_rows_than_the_limit_are_refused() -> None:
-    policy = scheduler(max_queued_rows=10)
-    policy.submit(request(10))
-    with pytest.raises(Overloaded) as refusal:
-        policy.submit(request(1))
-    assert refusal.value.retry_delay > 0
-    next_turn(policy)
-    policy.submit(request(8))
+def test_submit_above_queued_row_limit_is_rejected() -> None:
+    scheduler = new_scheduler(max_queued_rows=10)
+    submit_rows(scheduler, 10)
+    with pytest.raises(Overloaded) as rejection:
+        submit_rows(scheduler, 1)
+    assert rejection.value.retry_delay > 0
+    take_step(scheduler)
+    submit_rows(scheduler, 8)
 
 
-def test_an_unknown_program_is_unavailable() -> None:
+def test_submit_to_unknown_program_is_unavailable() -> None:
     with pytest.raises(Unavailable):
-        scheduler().submit(request(1, ProgramKey("other", "1", "toy", "sample")))
+        submit_rows(new_scheduler(), 1, ProgramKey("other", "1", "toy", "sample"))
 
 
-def test_a_closed_request_gives_back_what_it_held() -> None:
-    policy = scheduler()
-    asked = request(20)
-    policy.submit(asked)
-    next_turn(policy)
-    assert policy.close(asked, "cancelled")
-    assert not policy.close(asked, "cancelled")
-    assert (policy.num_queued, policy.num_running) == (0, 0)
-    assert next_turn(policy).dropped == [asked]
-    assert policy.next_step() is None
+def test_close_frees_queued_rows_now_and_slots_at_next_step() -> None:
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, 20)
+    take_step(scheduler)
+    assert scheduler.close(entry.request, "cancelled")
+    assert not scheduler.close(entry.request, "cancelled")
+    assert (scheduler.num_queued, scheduler.num_running) == (0, 0)
+    assert scheduler.entry(entry.request) is entry
+    assert take_step(scheduler).dropped == [entry]
+    assert scheduler.entry(entry.request) is None
+    assert scheduler.next_step() is None
 
 
-def test_a_request_that_nobody_reads_waits_for_its_reader() -> None:
-    policy = scheduler()
-    asked = request(20, max_unread_rows=4)
-    policy.submit(asked)
-    assert admitted(next_turn(policy)) == {asked: 4}
-    policy.finish(asked, 4)
-    assert policy.next_step() is None
-    policy.acknowledge(asked, 3)
-    assert admitted(next_turn(policy)) == {asked: 3}
+def test_request_of_slow_reader_is_stalled_until_acknowledged() -> None:
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, 20, max_unread_rows=4)
+    assert admitted(take_step(scheduler)) == {entry.request: 4}
+    scheduler.finish(entry.request, 4)
+    assert scheduler.next_step() is None
+    scheduler.acknowledge(entry.request, 3)
+    assert admitted(take_step(scheduler)) == {entry.request: 3}
+
+
+def test_acknowledge_of_ended_request_is_ignored() -> None:
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, 1)
+    take_step(scheduler)
+    scheduler.finish(entry.request, 1)
+    scheduler.acknowledge(entry.request, 1)
+    assert scheduler.next_step() is None
 
 
 def test_deadlines_expire_in_order_and_once() -> None:
-    policy = scheduler()
-    late, early, never = request(1, deadline=9.0), request(1, deadline=5.0), request(1)
-    for asked in (late, early, never):
-        policy.submit(asked)
-    assert policy.next_deadline() == 5.0
-    assert policy.expired(4.9) == []
-    assert policy.expired(5.0) == [early]
-    assert policy.expired(100.0) == [late]
-    assert policy.next_deadline() is None
+    scheduler = new_scheduler()
+    late, early = submit_rows(scheduler, 1, deadline=9.0), submit_rows(scheduler, 1, deadline=5.0)
+    submit_rows(scheduler, 1)
+    assert scheduler.next_deadline() == 5.0
+    assert scheduler.expired(4.9) == []
+    assert scheduler.expired(5.0) == [early]
+    assert scheduler.expired(100.0) == [late]
+    assert scheduler.next_deadline() is None
 
 
-def test_ended_requests_do_not_expire() -> None:
-    policy = scheduler()
-    asked = request(1, deadline=5.0)
-    policy.submit(asked)
-    next_turn(policy)
-    policy.finish(asked, 1)
-    assert policy.expired(6.0) == []
+def test_ended_request_does_not_expire() -> None:
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, 1, deadline=5.0)
+    take_step(scheduler)
+    scheduler.finish(entry.request, 1)
+    assert scheduler.expired(6.0) == []
 
 
-def test_ended_requests_are_forgotten_while_an_early_deadline_is_open() -> None:
-    policy = scheduler()
-    policy.submit(request(1, RIGHT, deadline=1.0))
+def test_ended_requests_are_freed_while_an_early_deadline_is_open() -> None:
+    scheduler = new_scheduler()
+    submit_rows(scheduler, 1, RIGHT, deadline=1.0)
     ended = []
     for number in range(1000):
-        asked = request(1, deadline=2.0 + number)
-        policy.submit(asked)
-        while asked.admitted == 0:
-            next_turn(policy)
-        policy.finish(asked, 1)
-        ended.append(weakref.ref(asked))
-    del asked
+        entry = submit_rows(scheduler, 1, deadline=2.0 + number)
+        while entry.admitted == 0:
+            take_step(scheduler)
+        scheduler.finish(entry.request, 1)
+        ended.append(weakref.ref(entry.request))
+    del entry
     assert sum(reference() is not None for reference in ended) < 200
 
 
-@untimed
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12))
-def test_no_request_waits_while_another_gets_more_than_its_share(sizes: list[int]) -> None:
-    policy = scheduler()
-    asked = [request(rows) for rows in sizes]
-    for one in asked:
-        policy.submit(one)
-    shares = admitted(next_turn(policy))
-    quantum = policy.limits.drr_quantum_rows
-    for one in asked:
-        if one.num_waiting:
-            assert max(shares.values()) - shares.get(one, 0) <= quantum
+def test_no_request_waits_while_another_exceeds_its_share(sizes: list[int]) -> None:
+    scheduler = new_scheduler()
+    entries = [submit_rows(scheduler, rows) for rows in sizes]
+    counts = admitted(take_step(scheduler))
+    quantum = scheduler.limits.drr_quantum_rows
+    for entry in entries:
+        if entry.num_queued:
+            assert max(counts.values()) - counts.get(entry.request, 0) <= quantum
 
 
-def served(policy: Scheduler, requests: list[Request], turns: int) -> dict[Request, int]:
-    """Row-steps that every request gets when each turn finishes rows whose steps are over."""
-    ages: list[tuple[Request, int]] = []
-    got = dict.fromkeys(requests, 0)
-    for _ in range(turns):
-        turn = next_turn(policy)
-        ages += [(one, 0) for one, count in admitted(turn).items() for _ in range(count)]
-        for one, _ in ages:
-            got[one] += 1
-        ages = [(one, age + 1) for one, age in ages]
-        for one, age in ages:
-            if age == one.steps:
-                policy.finish(one, 1)
-        ages = [(one, age) for one, age in ages if age < one.steps]
-    return got
+def served_row_steps(scheduler: Scheduler, entries: list[QueueEntry], steps: int) -> dict[QueueEntry, int]:
+    """Run `steps` steps, in which rows finish when they are done; return each request's row-steps."""
+    by_request = {entry.request: entry for entry in entries}
+    ages: list[tuple[QueueEntry, int]] = []
+    served = dict.fromkeys(entries, 0)
+    for _ in range(steps):
+        step = take_step(scheduler)
+        ages += [(by_request[queued], 0) for queued, count in admitted(step).items() for _ in range(count)]
+        for entry, _ in ages:
+            served[entry] += 1
+        ages = [(entry, age + 1) for entry, age in ages]
+        for entry, age in ages:
+            if age == entry.request.steps:
+                scheduler.finish(entry.request, 1)
+        ages = [(entry, age) for entry, age in ages if age < entry.request.steps]
+    return served
 
 
-def test_requests_share_the_slots_time_whatever_the_length_of_their_rows() -> None:
-    policy = scheduler()
-    long, short = request(10_000, steps=40), request(10_000, steps=5)
-    policy.submit(long)
-    policy.submit(short)
-    got = served(policy, [long, short], turns=4000)
-    assert 0.8 < got[long] / got[short] < 1.25
+def test_requests_share_slot_time_regardless_of_row_length() -> None:
+    scheduler = new_scheduler()
+    long, short = submit_rows(scheduler, 10_000, steps=40), submit_rows(scheduler, 10_000, steps=5)
+    served = served_row_steps(scheduler, [long, short], steps=4000)
+    assert 0.8 < served[long] / served[short] < 1.25
 
 
-@untimed
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
-def test_no_request_gets_ahead_of_another_by_more_than_two_visits(lengths: list[int]) -> None:
-    policy = scheduler(capacity=16)
-    asked = [request(10_000, steps=steps) for steps in lengths]
-    for one in asked:
-        policy.submit(one)
-    served(policy, asked, turns=300)
-    earned = [one.admitted * one.steps for one in asked]
-    assert max(earned) - min(earned) <= 2 * policy.limits.drr_quantum_rows * max(lengths)
+def test_no_request_is_ahead_by_more_than_two_visits(lengths: list[int]) -> None:
+    scheduler = new_scheduler(capacity=16)
+    entries = [submit_rows(scheduler, 10_000, steps=steps) for steps in lengths]
+    served_row_steps(scheduler, entries, steps=300)
+    earned = [entry.admitted * entry.request.steps for entry in entries]
+    assert max(earned) - min(earned) <= 2 * scheduler.limits.drr_quantum_rows * max(lengths)
 
 
-def spent(
-    policy: Scheduler, seconds: Mapping[ProgramKey, float], turns: int = 1000
+def device_time(
+    scheduler: Scheduler, seconds: Mapping[ProgramKey, float], steps: int = 1000
 ) -> dict[ProgramKey, float]:
-    """The device time that each program had."""
-    had = dict.fromkeys(seconds, 0.0)
-    for _ in range(turns):
-        turn = policy.next_step()
-        assert turn is not None
-        policy.record_step_time(turn.program, CAPACITY, seconds[turn.program])
-        had[turn.program] += seconds[turn.program]
-    return had
+    """Run `steps` steps; return each program's device time."""
+    spent = dict.fromkeys(seconds, 0.0)
+    for _ in range(steps):
+        step = scheduler.next_step()
+        assert step is not None
+        scheduler.record_step_time(step.program, CAPACITY, seconds[step.program])
+        spent[step.program] += seconds[step.program]
+    return spent
 
 
-def test_programs_share_the_device_by_time_not_by_turns() -> None:
-    policy = scheduler()
-    policy.submit(request(8, LEFT))
-    policy.submit(request(8, RIGHT))
-    had = spent(policy, {LEFT: 0.010, RIGHT: 0.001})
-    assert 0.8 < had[LEFT] / had[RIGHT] < 1.25
+def test_programs_share_the_device_by_time() -> None:
+    scheduler = new_scheduler()
+    submit_rows(scheduler, 8, LEFT)
+    submit_rows(scheduler, 8, RIGHT)
+    spent = device_time(scheduler, {LEFT: 0.010, RIGHT: 0.001})
+    assert 0.8 < spent[LEFT] / spent[RIGHT] < 1.25
 
 
-def test_a_program_has_device_time_for_each_request_that_it_serves() -> None:
-    policy = scheduler()
+def test_program_gets_device_time_for_each_served_request() -> None:
+    scheduler = new_scheduler()
     seconds = {LEFT: 0.001, RIGHT: 0.010}
-    policy.submit(request(5, LEFT))
-    finished, cancelled, last = (request(1, RIGHT) for _ in range(3))
-    for one in (finished, cancelled, last):
-        policy.submit(one)
-    had = spent(policy, seconds)
-    assert 2.4 < had[RIGHT] / had[LEFT] < 3.6
-    policy.finish(finished, 1)
-    policy.close(cancelled, "cancelled")
-    had = spent(policy, seconds)
-    assert 0.8 < had[RIGHT] / had[LEFT] < 1.25
+    submit_rows(scheduler, 5, LEFT)
+    finished, cancelled, _ = (submit_rows(scheduler, 1, RIGHT) for _ in range(3))
+    spent = device_time(scheduler, seconds)
+    assert 2.4 < spent[RIGHT] / spent[LEFT] < 3.6
+    scheduler.finish(finished.request, 1)
+    scheduler.close(cancelled.request, "cancelled")
+    spent = device_time(scheduler, seconds)
+    assert 0.8 < spent[RIGHT] / spent[LEFT] < 1.25
 
 
-def test_batch_jobs_of_a_program_together_have_less_device_time_than_a_person() -> None:
-    policy = scheduler()
-    policy.submit(request(1, LEFT))
+def test_batch_requests_of_a_program_share_less_than_one_interactive_request() -> None:
+    scheduler = new_scheduler()
+    submit_rows(scheduler, 1, LEFT)
     for _ in range(3):
-        policy.submit(request(1, RIGHT, is_batch=True))
-    had = spent(policy, {LEFT: 0.002, RIGHT: 0.002})
-    assert had[RIGHT] / had[LEFT] == pytest.approx(BATCH_SHARE, rel=0.1)
+        submit_rows(scheduler, 1, RIGHT, is_batch=True)
+    spent = device_time(scheduler, {LEFT: 0.002, RIGHT: 0.002})
+    assert spent[RIGHT] / spent[LEFT] == pytest.approx(BATCH_SHARE, rel=0.1)
 
 
-@settings(untimed, max_examples=25)
+@settings(max_examples=25)
 @given(
-    people=st.integers(1, 64),
-    quick=st.floats(0.005, 0.05),
-    slow=st.floats(0.005, 0.05),
+    num_requests=st.integers(1, 64),
+    left_seconds=st.floats(0.005, 0.05),
+    right_seconds=st.floats(0.005, 0.05),
     is_batch=st.booleans(),
 )
-def test_a_quiet_program_keeps_its_part_however_many_another_serves(
-    people: int, quick: float, slow: float, is_batch: bool
+def test_program_with_one_request_keeps_its_share(
+    num_requests: int, left_seconds: float, right_seconds: float, is_batch: bool
 ) -> None:
-    policy = scheduler(capacity=64)
-    for _ in range(people):
-        policy.submit(request(1, LEFT))
-    policy.submit(request(1, RIGHT, is_batch=is_batch))
-    due = max(1 / people, MIN_DEVICE_SHARE) * (BATCH_SHARE if is_batch else 1)
-    had = spent(policy, {LEFT: quick, RIGHT: slow}, turns=1500)
-    assert had[RIGHT] + 2 * slow >= due * (had[LEFT] - 2 * quick)
+    scheduler = new_scheduler(capacity=64)
+    for _ in range(num_requests):
+        submit_rows(scheduler, 1, LEFT)
+    submit_rows(scheduler, 1, RIGHT, is_batch=is_batch)
+    due = max(1 / num_requests, MIN_DEVICE_SHARE) * (BATCH_SHARE if is_batch else 1)
+    spent = device_time(scheduler, {LEFT: left_seconds, RIGHT: right_seconds}, steps=1500)
+    assert spent[RIGHT] + 2 * right_seconds >= due * (spent[LEFT] - 2 * left_seconds)
 
 
-@untimed
 @given(
     st.lists(st.floats(0.001, 0.1), min_size=3, max_size=3),
     st.integers(20, 60),
     st.floats(0.001, 1e4),
 )
-def test_one_slow_turn_makes_nobody_wait_for_more_than_a_few_others(
-    seconds: list[float], when: int, slow: float
-) -> None:
-    policy = scheduler()
+def test_one_slow_step_delays_no_program_for_long(seconds: list[float], slow_step: int, delay: float) -> None:
+    scheduler = new_scheduler()
     third = ProgramKey("third", "1", "toy", "sample")
-    policy.add_program(third, CAPACITY)
-    paces = dict(zip((LEFT, RIGHT, third), seconds, strict=True))
-    for program in paces:
-        policy.submit(request(1, program))
-    now, last = 0.0, dict.fromkeys(paces, 0.0)
+    scheduler.add_program(third, CAPACITY)
+    step_times = dict(zip((LEFT, RIGHT, third), seconds, strict=True))
+    for program in step_times:
+        submit_rows(scheduler, 1, program)
+    now, last = 0.0, dict.fromkeys(step_times, 0.0)
     for number in range(300):
-        program = next_turn_of(policy, paces, slow if number == when else 0.0)
+        step = scheduler.next_step()
+        assert step is not None
+        program = step.program
+        outlier = delay if number == slow_step else 0.0
+        scheduler.record_step_time(program, CAPACITY, step_times[program] + outlier)
         assert now - last[program] <= 12 * max(seconds)
-        now += paces[program]
+        now += step_times[program]
         last[program] = now
 
 
-def next_turn_of(policy: Scheduler, seconds: Mapping[ProgramKey, float], more: float) -> ProgramKey:
-    """Whose turn it is, which takes its time and some more."""
-    turn = policy.next_step()
-    assert turn is not None
-    policy.record_step_time(turn.program, CAPACITY, seconds[turn.program] + more)
-    return turn.program
-
-
-def test_a_newcomer_waits_for_one_step_of_another_program_however_many_that_serves() -> None:
-    policy = scheduler()
+def test_new_program_waits_for_one_step_of_a_busy_program() -> None:
+    scheduler = new_scheduler()
     for _ in range(CAPACITY):
-        policy.submit(request(1, LEFT, steps=1000))
+        submit_rows(scheduler, 1, LEFT, steps=1000)
     for _ in range(10):
-        assert next_turn(policy, 0.01).program == LEFT
-    under_way = policy.next_step()
-    policy.submit(request(1, RIGHT))
-    assert under_way is not None
-    policy.record_step_time(under_way.program, CAPACITY, 0.01)
-    assert next_turn(policy, 0.001).program == RIGHT
+        assert take_step(scheduler, 0.01).program == LEFT
+    running = scheduler.next_step()
+    submit_rows(scheduler, 1, RIGHT)
+    assert running is not None
+    scheduler.record_step_time(running.program, CAPACITY, 0.01)
+    assert take_step(scheduler, 0.001).program == RIGHT
 
 
-def test_batch_rows_leave_slots_to_others() -> None:
-    policy = scheduler()
-    job, person = request(1000, is_batch=True), request(1)
-    policy.submit(job)
-    assert admitted(next_turn(policy)) == {job: CAPACITY - 1}
-    policy.submit(person)
-    assert admitted(next_turn(policy)) == {person: 1}
+def test_batch_rows_leave_a_slot_for_interactive_rows() -> None:
+    scheduler = new_scheduler()
+    batch = submit_rows(scheduler, 1000, is_batch=True)
+    assert admitted(take_step(scheduler)) == {batch.request: CAPACITY - 1}
+    interactive = submit_rows(scheduler, 1)
+    assert admitted(take_step(scheduler)) == {interactive.request: 1}
 
 
-def test_a_person_gets_a_slot_at_once_however_long_the_rows_of_batch_jobs() -> None:
-    policy = scheduler(capacity=64)
-    job, person = request(1000, steps=1000, is_batch=True), request(1, steps=1000)
-    policy.submit(job)
-    next_turn(policy)
-    policy.submit(person)
-    assert admitted(next_turn(policy)) == {person: 1}
+def test_interactive_row_enters_at_once_beside_long_batch_rows() -> None:
+    scheduler = new_scheduler(capacity=64)
+    submit_rows(scheduler, 1000, steps=1000, is_batch=True)
+    take_step(scheduler)
+    interactive = submit_rows(scheduler, 1, steps=1000)
+    assert admitted(take_step(scheduler)) == {interactive.request: 1}
 
 
-@untimed
 @given(
     capacity=st.integers(2, 200),
     chains=st.lists(st.tuples(st.integers(1, 300), st.integers(8, 5000), st.booleans()), min_size=1),
 )
-def test_a_row_enters_at_once_among_rows_eight_times_as_long(
+def test_row_enters_at_once_among_rows_eight_times_as_long(
     capacity: int, chains: list[tuple[int, int, bool]]
 ) -> None:
-    policy = scheduler(capacity=capacity)
+    scheduler = new_scheduler(capacity=capacity)
     for rows, steps, is_batch in chains:
-        policy.submit(request(rows, steps=steps, is_batch=is_batch))
-    next_turn(policy)
-    # Few slots cannot be kept for every level: then the shortest rows have what there is.
-    short = request(1, steps=min(steps for _, steps, _ in chains) // 8 if capacity >= RESERVED_SHARE else 1)
-    policy.submit(short)
-    assert short in admitted(next_turn(policy))
+        submit_rows(scheduler, rows, steps=steps, is_batch=is_batch)
+    take_step(scheduler)
+    # With few slots not every level has a reserve: the shortest rows get what there is.
+    has_reserves = capacity * RESERVED_SHARE >= 1
+    short = submit_rows(scheduler, 1, steps=min(steps for _, steps, _ in chains) // 8 if has_reserves else 1)
+    assert short.request in admitted(take_step(scheduler))
 
 
-@untimed
 @given(capacity=st.integers(1, 200), steps=st.integers(1, 500), is_batch=st.booleans())
-def test_what_rows_leave_to_shorter_ones_is_little(capacity: int, steps: int, is_batch: bool) -> None:
-    policy = scheduler(capacity=capacity)
-    asked = request(1000, steps=steps, is_batch=is_batch)
-    policy.submit(asked)
-    taken = admitted(next_turn(policy))[asked]
-    assert taken >= max(1, min(capacity - 1, 0.75 * capacity - 1))
-    assert taken == capacity or steps >= 8 or is_batch
+def test_rows_leave_few_slots_to_shorter_rows(capacity: int, steps: int, is_batch: bool) -> None:
+    scheduler = new_scheduler(capacity=capacity)
+    entry = submit_rows(scheduler, 1000, steps=steps, is_batch=is_batch)
+    count = admitted(take_step(scheduler))[entry.request]
+    assert count >= max(1, min(capacity - 1, 0.75 * capacity - 1))
+    assert count == capacity or steps >= 8 or is_batch
 
 
-@untimed
 @given(capacity=st.integers(1, 200), steps=st.integers(1, 500))
-def test_rows_of_a_program_that_has_no_shorter_ones_take_every_slot(capacity: int, steps: int) -> None:
-    policy = Scheduler()
-    policy.add_program(LEFT, capacity, least_steps=steps)
-    asked = request(1000, steps=steps)
-    policy.submit(asked)
-    assert admitted(next_turn(policy)) == {asked: capacity}
+def test_shortest_rows_of_a_program_take_every_slot(capacity: int, steps: int) -> None:
+    scheduler = Scheduler()
+    scheduler.add_program(LEFT, capacity, least_steps=steps)
+    entry = submit_rows(scheduler, 1000, steps=steps)
+    assert admitted(take_step(scheduler)) == {entry.request: capacity}
 
 
-@pytest.mark.parametrize("batching", ["request", "none"])
-def test_where_no_row_joins_a_batch_on_its_way_none_leaves_slots(batching: Batching) -> None:
-    policy = scheduler(batching=batching)
-    asked = request(100, steps=500, is_batch=True)
-    policy.submit(asked)
-    assert admitted(next_turn(policy)) == {asked: CAPACITY}
+@pytest.mark.parametrize("batching", [RequestBatching(), NoBatching()], ids=lambda b: type(b).__name__)
+def test_baseline_batching_reserves_no_slots(batching: BatchingPolicy) -> None:
+    scheduler = new_scheduler(batching=batching)
+    entry = submit_rows(scheduler, 100, steps=500, is_batch=True)
+    assert admitted(take_step(scheduler)) == {entry.request: CAPACITY}
 
 
-def test_batch_jobs_are_not_starved() -> None:
-    policy = scheduler()
-    people, job = request(10_000), request(10_000, is_batch=True)
-    policy.submit(people)
-    policy.submit(job)
+def test_batch_requests_do_not_starve() -> None:
+    scheduler = new_scheduler()
+    interactive, batch = submit_rows(scheduler, 10_000), submit_rows(scheduler, 10_000, is_batch=True)
     for _ in range(200):
-        next_turn(policy)
-        for one in (people, job):
-            if one.num_active:
-                policy.finish(one, one.num_active)
-    assert 0.05 < job.finished / people.finished < 0.3
+        take_step(scheduler)
+        for entry in (interactive, batch):
+            if entry.num_running:
+                scheduler.finish(entry.request, entry.num_running)
+    assert 0.05 < batch.finished / interactive.finished < 0.3
 
 
-@settings(untimed, max_examples=20)
-@given(people_steps=st.integers(1, 40), job_steps=st.integers(1, 40))
-def test_priorities_share_the_slots_time_whatever_the_length_of_their_rows(
-    people_steps: int, job_steps: int
+@settings(max_examples=20)
+@given(interactive_steps=st.integers(1, 40), batch_steps=st.integers(1, 40))
+def test_priorities_share_slot_time_regardless_of_row_length(
+    interactive_steps: int, batch_steps: int
 ) -> None:
-    policy = scheduler()
-    people, job = request(10_000, steps=people_steps), request(10_000, steps=job_steps, is_batch=True)
-    policy.submit(people)
-    policy.submit(job)
-    got = served(policy, [people, job], turns=1500)
-    assert 0.05 < got[job] / got[people] < 0.3
+    scheduler = new_scheduler()
+    interactive = submit_rows(scheduler, 10_000, steps=interactive_steps)
+    batch = submit_rows(scheduler, 10_000, steps=batch_steps, is_batch=True)
+    served = served_row_steps(scheduler, [interactive, batch], steps=1500)
+    assert 0.05 < served[batch] / served[interactive] < 0.3
 
 
-def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
-    policy = scheduler()
-    policy.submit(request(1, steps=5, deadline=0.001), now=0.0)
-    measure(policy, 0.5)
+def test_submit_with_unmeetable_deadline_is_rejected() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, request(1, steps=5, deadline=0.001), now=0.0)
+    record_step_time(scheduler, 0.5)
     with pytest.raises(
-        DeadlineExceeded, match=r"take 5 s at the fastest pace measured, 0\.5 s a step, and 4 s are"
+        DeadlineExceeded, match=r"take 5 s at the shortest measured step time of 0\.5 s, 4 s are left"
     ):
-        policy.submit(request(1, steps=10, deadline=14.0), now=10.0)
-    policy.submit(request(1, steps=10, deadline=15.5), now=10.0)
-    policy.submit(request(1, steps=10, deadline=11.0, has_early_exit=True), now=10.0)
+        submit(scheduler, request(1, steps=10, deadline=14.0), now=10.0)
+    submit(scheduler, request(1, steps=10, deadline=15.5), now=10.0)
+    submit(scheduler, request(1, steps=10, deadline=11.0, has_early_exit=True), now=10.0)
 
 
-turns_taken = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.floats(0.001, 1e6)), max_size=20)
+step_histories = st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.floats(0.001, 1e6)), max_size=20)
 
 
-@untimed
-@given(turns_taken, st.integers(1, 1000))
-def test_whatever_its_turns_took_an_idle_program_refuses_at_most_one_request(
+@given(step_histories, st.integers(1, 1000))
+def test_idle_program_rejects_at_most_one_request_after_any_history(
     history: list[tuple[int, float]], steps: int
 ) -> None:
-    policy = scheduler()
+    scheduler = new_scheduler()
     for bucket, seconds in history:
-        policy.record_step_time(LEFT, bucket, seconds)
+        scheduler.record_step_time(LEFT, bucket, seconds)
     with contextlib.suppress(DeadlineExceeded):
-        policy.submit(request(1, steps=steps, deadline=60.0), now=0.0)
-    second = request(1, steps=steps, deadline=60.0)
-    policy.submit(second, now=0.0)
-    assert policy.expired(0.0) == []
-    assert second in admitted(next_turn(policy))
+        submit(scheduler, request(1, steps=steps, deadline=60.0), now=0.0)
+    second = submit(scheduler, request(1, steps=steps, deadline=60.0), now=0.0)
+    assert scheduler.expired(0.0) == []
+    assert second.request in admitted(take_step(scheduler))
 
 
-def turns_needed(rows: int, steps: int) -> int:
-    """How many turns a request takes when it is alone."""
-    policy, asked = scheduler(), request(rows, steps=steps)
-    policy.submit(asked)
+def steps_needed(rows: int, steps: int) -> int:
+    """Return the number of steps in which a request finishes when it is alone."""
+    scheduler = new_scheduler()
+    entry = submit_rows(scheduler, rows, steps=steps)
     count = 0
-    while not asked.is_complete:
-        served(policy, [asked], turns=steps)
+    while not entry.is_complete:
+        served_row_steps(scheduler, [entry], steps=steps)
         count += steps
     return count
 
 
-@untimed
-@given(turns_taken, st.integers(1, 40), st.integers(1, 20), st.floats(0, 100))
-def test_no_request_is_refused_that_the_fastest_turns_could_finish_in_time(
+@given(step_histories, st.integers(1, 40), st.integers(1, 20), st.floats(0, 100))
+def test_request_that_the_shortest_steps_can_finish_is_accepted(
     history: list[tuple[int, float]], rows: int, steps: int, seconds_left: float
 ) -> None:
-    policy = scheduler()
+    scheduler = new_scheduler()
     for bucket, seconds in history:
-        policy.record_step_time(LEFT, bucket, seconds)
+        scheduler.record_step_time(LEFT, bucket, seconds)
     try:
-        policy.submit(request(rows, steps=steps, deadline=seconds_left), now=0.0)
+        submit(scheduler, request(rows, steps=steps, deadline=seconds_left), now=0.0)
     except DeadlineExceeded:
-        fastest = min(seconds for _, seconds in history)
-        assert turns_needed(rows, steps) * fastest > seconds_left
+        shortest = min(seconds for _, seconds in history)
+        assert steps_needed(rows, steps) * shortest > seconds_left
 
 
-def test_waiting_rows_that_cannot_be_done_in_time_any_more_are_late_before_their_deadline() -> None:
-    policy = scheduler()
-    policy.submit(request(CAPACITY, steps=100), now=0.0)
-    measure(policy, 0.5)
-    waiting = request(1, steps=10, deadline=20.0)
-    policy.submit(waiting, now=1.0)
-    assert policy.next_deadline() == 15.0
-    assert policy.expired(14.9) == []
-    assert policy.expired(15.0) == [waiting]
+def test_queued_rows_expire_once_they_cannot_finish_in_time() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, request(CAPACITY, steps=100), now=0.0)
+    record_step_time(scheduler, 0.5)
+    queued = submit(scheduler, request(1, steps=10, deadline=20.0), now=1.0)
+    assert scheduler.next_deadline() == 15.0
+    assert scheduler.expired(14.9) == []
+    assert scheduler.expired(15.0) == [queued]
 
 
-def test_a_slow_first_turn_makes_nobody_late() -> None:
-    policy = scheduler()
-    policy.submit(request(CAPACITY, steps=100), now=0.0)
-    waiting = request(1, steps=20, deadline=60.0)
-    policy.submit(waiting, now=0.0)
-    next_turn(policy, seconds=10.0)
-    assert policy.expired(59.9) == []
+def test_slow_first_step_expires_no_request() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, request(CAPACITY, steps=100), now=0.0)
+    submit(scheduler, request(1, steps=20, deadline=60.0), now=0.0)
+    take_step(scheduler, seconds=10.0)
+    assert scheduler.expired(59.9) == []
 
 
-def test_rows_that_have_entered_are_late_only_at_their_deadline() -> None:
-    policy = scheduler()
-    measure(policy, 0.5)
-    running = request(1, steps=10, deadline=20.0)
-    policy.submit(running, now=1.0)
-    next_turn(policy, seconds=0.5)
-    assert policy.expired(19.9) == []
-    assert policy.next_deadline() == 20.0
-    assert policy.expired(20.0) == [running]
+def test_running_rows_expire_at_their_deadline() -> None:
+    scheduler = new_scheduler()
+    record_step_time(scheduler, 0.5)
+    running = submit(scheduler, request(1, steps=10, deadline=20.0), now=1.0)
+    take_step(scheduler, seconds=0.5)
+    assert scheduler.expired(19.9) == []
+    assert scheduler.next_deadline() == 20.0
+    assert scheduler.expired(20.0) == [running]
 
 
-def test_a_pace_that_was_learnt_later_moves_the_last_moment() -> None:
-    policy = scheduler()
-    policy.submit(request(CAPACITY, steps=100), now=0.0)
-    measure(policy, 1.0)
-    waiting = request(1, steps=10, deadline=20.0)
-    policy.submit(waiting, now=1.0)
-    measure(policy, 0.1)
-    assert policy.expired(10.0) == []
-    assert policy.next_deadline() == 19.0
-    assert policy.expired(19.0) == [waiting]
+def test_shorter_step_time_postpones_expiry() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, request(CAPACITY, steps=100), now=0.0)
+    record_step_time(scheduler, 1.0)
+    queued = submit(scheduler, request(1, steps=10, deadline=20.0), now=1.0)
+    record_step_time(scheduler, 0.1)
+    assert scheduler.expired(10.0) == []
+    assert scheduler.next_deadline() == 19.0
+    assert scheduler.expired(19.0) == [queued]
 
 
-def test_requests_that_hold_too_many_bytes_are_refused() -> None:
-    policy = scheduler(max_buffered_bytes=100)
-    first = request(1, buffered_bytes=80)
-    policy.submit(first)
+def test_submit_above_buffer_limit_is_rejected_until_release() -> None:
+    scheduler = new_scheduler(max_buffered_bytes=100)
+    first = submit_rows(scheduler, 1, buffered_bytes=80)
     with pytest.raises(Overloaded, match="80 bytes"):
-        policy.submit(request(1, buffered_bytes=21))
-    policy.close(first, "cancelled")
+        submit_rows(scheduler, 1, buffered_bytes=21)
+    scheduler.close(first.request, "cancelled")
     with pytest.raises(Overloaded, match="80 bytes"):
-        policy.submit(request(1, buffered_bytes=21))
-    policy.release(first)
-    policy.release(first)
-    policy.submit(request(1, buffered_bytes=100))
+        submit_rows(scheduler, 1, buffered_bytes=21)
+    scheduler.release(first.request)
+    scheduler.release(first.request)
+    submit_rows(scheduler, 1, buffered_bytes=100)
 
 
 @pytest.mark.parametrize(("inputs", "field"), [({}, "rows"), ({"value": object()}, "inputs")])
-def test_a_request_that_would_never_fit_is_invalid(inputs: Mapping[str, object], field: str) -> None:
-    policy = scheduler(max_buffered_bytes=100)
-    with pytest.raises(InvalidRequest) as refusal:
-        policy.submit(request(1, buffered_bytes=101, inputs=RowInputs(inputs=inputs)))
-    expected = "expected at most 100 bytes of inputs and unread answers, got 101"
-    assert refusal.value.violations == (Violation(field, expected),)
+def test_submit_larger_than_the_whole_buffer_is_invalid(inputs: Mapping[str, object], field: str) -> None:
+    scheduler = new_scheduler(max_buffered_bytes=100)
+    with pytest.raises(InvalidRequest) as rejection:
+        submit_rows(scheduler, 1, buffered_bytes=101, inputs=inputs)
+    expected = "expected at most 100 bytes of inputs and unread rows, got 101"
+    assert rejection.value.violations == (Violation(field, expected),)
 
 
-def delay(rows: int, steps: int) -> float:
-    """When to come back after so many rows wait."""
-    policy = scheduler(max_queued_rows=rows)
-    measure(policy, 0.01)
-    policy.submit(request(rows, steps=steps))
-    with pytest.raises(Overloaded) as refusal:
-        policy.submit(request(1))
-    return refusal.value.retry_delay
+def retry_delay(rows: int, steps: int) -> float:
+    """Return the retry delay of a rejected request while `rows` rows are queued."""
+    scheduler = new_scheduler(max_queued_rows=rows)
+    record_step_time(scheduler, 0.01)
+    submit_rows(scheduler, rows, steps=steps)
+    with pytest.raises(Overloaded) as rejection:
+        submit_rows(scheduler, 1)
+    return rejection.value.retry_delay
 
 
-def test_the_time_to_come_back_is_that_in_which_half_of_what_waits_is_done() -> None:
-    assert delay(1, 1) == Limits().min_retry_seconds
-    assert delay(1600, 10) == pytest.approx(10.0)
-    assert delay(1_000_000, 10) == Limits().max_retry_seconds
+def test_retry_delay_is_time_of_half_the_queue() -> None:
+    assert retry_delay(1, 1) == Limits().min_retry_seconds
+    assert retry_delay(1600, 10) == pytest.approx(10.0)
+    assert retry_delay(1_000_000, 10) == Limits().max_retry_seconds
 
 
-@untimed
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 100))
-def test_the_time_to_come_back_never_shrinks_when_more_waits(rows: int, more: int, steps: int) -> None:
-    assert delay(rows, steps) <= delay(rows + more, steps)
-    assert delay(rows, steps) <= delay(rows, steps + 1)
+def test_retry_delay_grows_with_the_queue(rows: int, more: int, steps: int) -> None:
+    assert retry_delay(rows, steps) <= retry_delay(rows + more, steps)
+    assert retry_delay(rows, steps) <= retry_delay(rows, steps + 1)
 
 
-@pytest.mark.parametrize(("batching", "joins"), [("step", True), ("request", False), ("none", False)])
-def test_only_step_batching_lets_rows_join_a_batch_on_its_way(batching: Batching, joins: bool) -> None:
-    policy = Scheduler(Limits(batching=batching))
-    policy.add_program(LEFT, CAPACITY)
-    first, second, late = request(2, steps=5), request(2, steps=5), request(2, steps=5)
-    policy.submit(first)
-    policy.submit(second)
-    assert set(admitted(next_turn(policy))) == ({first} if batching == "none" else {first, second})
-    policy.submit(late)
-    assert (late in admitted(next_turn(policy))) is joins
+@pytest.mark.parametrize("batching", BATCHING, ids=lambda batching: type(batching).__name__)
+def test_only_continuous_batching_admits_rows_to_a_running_batch(batching: BatchingPolicy) -> None:
+    scheduler = Scheduler(batching=batching)
+    scheduler.add_program(LEFT, CAPACITY)
+    first, second = submit_rows(scheduler, 2, steps=5), submit_rows(scheduler, 2, steps=5)
+    expected = {first.request} if isinstance(batching, NoBatching) else {first.request, second.request}
+    assert set(admitted(take_step(scheduler))) == expected
+    late = submit_rows(scheduler, 2, steps=5)
+    assert (late.request in admitted(take_step(scheduler))) is isinstance(batching, ContinuousBatching)
 
 
-class Traffic(RuleBasedStateMachine):
-    """Any order of submitting, stepping, finishing, cancelling and waiting keeps the books."""
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of submitting, stepping, finishing, cancelling and waiting keeps all counts consistent."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.requests: list[Request] = []
-        self.late: list[Request] = []
+        self.entries: list[QueueEntry] = []
+        self.released: set[QueueEntry] = set()
+        self.expired: list[QueueEntry] = []
         self.now = 0.0
 
-    @initialize(batching=st.sampled_from(["step", "request", "none"]))
-    def start(self, batching: Batching) -> None:
-        self.policy = scheduler(max_queued_rows=60, max_buffered_bytes=100, batching=batching)
+    @initialize(batching=st.sampled_from(BATCHING))
+    def start(self, batching: BatchingPolicy) -> None:
+        self.batching = batching
+        self.scheduler = new_scheduler(batching=batching, max_queued_rows=60, max_buffered_bytes=100)
 
     @property
-    def open_requests(self) -> list[Request]:
-        return [one for one in self.requests if not one.is_closed]
+    def open_entries(self) -> list[QueueEntry]:
+        return [entry for entry in self.entries if not entry.is_closed]
 
-    def active(self, program: ProgramKey) -> list[Request]:
-        return [one for one in self.open_requests if one.program == program and one.num_active]
+    def running(self, program: ProgramKey) -> list[QueueEntry]:
+        return [
+            entry for entry in self.open_entries if entry.request.program == program and entry.num_running
+        ]
 
     @rule(
         rows=st.integers(1, 40),
@@ -599,7 +583,7 @@ class Traffic(RuleBasedStateMachine):
         program=st.sampled_from([LEFT, RIGHT]),
         max_unread_rows=st.integers(1, 50),
         is_batch=st.booleans(),
-        patience=st.none() | st.floats(0, 100),
+        timeout=st.none() | st.floats(0, 100),
         buffered_bytes=st.integers(0, 100),
     )
     def submit(
@@ -609,11 +593,11 @@ class Traffic(RuleBasedStateMachine):
         program: ProgramKey,
         max_unread_rows: int,
         is_batch: bool,
-        patience: float | None,
+        timeout: float | None,
         buffered_bytes: int,
     ) -> None:
-        deadline = None if patience is None else self.now + patience
-        asked = request(
+        deadline = None if timeout is None else self.now + timeout
+        queued = request(
             rows,
             program,
             steps,
@@ -622,94 +606,90 @@ class Traffic(RuleBasedStateMachine):
             deadline=deadline,
             buffered_bytes=buffered_bytes,
         )
+        scheduler = self.scheduler
         try:
-            self.policy.submit(asked, self.now)
+            self.entries.append(submit(scheduler, queued, self.now))
         except Overloaded:
-            assert self.policy.num_queued + rows > 60 or self.policy.buffered_bytes + buffered_bytes > 100
+            assert scheduler.num_queued + rows > 60 or scheduler.buffered_bytes + buffered_bytes > 100
         except DeadlineExceeded:
             assert deadline is not None
-        else:
-            self.requests.append(asked)
 
     @rule(seconds=st.floats(0.001, 10))
     def step(self, seconds: float) -> None:
-        turn = self.policy.next_step()
-        if turn is None:
+        was_running = {program: bool(self.running(program)) for program in (LEFT, RIGHT)}
+        step = self.scheduler.next_step()
+        if step is None:
             return
         self.now += seconds
-        self.policy.record_step_time(turn.program, CAPACITY, seconds)
-        for admission in turn.admissions:
+        self.scheduler.record_step_time(step.program, CAPACITY, seconds)
+        for admission in step.admissions:
+            entry = self.scheduler.entry(admission.request)
+            assert entry is not None
+            assert not entry.is_closed
             assert admission.count > 0
-            assert admission.first + admission.count == admission.request.admitted <= admission.request.rows
-            assert not admission.request.is_closed
-        self.check_batch(turn)
+            assert admission.first + admission.count == entry.admitted <= entry.request.rows
+        if not isinstance(self.batching, ContinuousBatching):
+            assert not (step.admissions and was_running[step.program])
+        if isinstance(self.batching, NoBatching):
+            assert len(self.running(step.program)) <= 1
 
-    def check_batch(self, turn: ScheduledStep) -> None:
-        """Without step batching, rows enter together, and `width` says how many."""
-        batching, active = self.policy.limits.batching, self.active(turn.program)
-        if batching != "step" and turn.admissions:
-            assert turn.width == sum(one.num_active for one in active)
-            assert active == [one for one in active if one in admitted(turn)]
-        if batching == "none":
-            assert len(active) <= 1
-
-    @precondition(lambda self: any(one.num_active for one in self.open_requests))
+    @precondition(lambda self: any(entry.num_running for entry in self.open_entries))
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from([one for one in self.open_requests if one.num_active]))
-        rows = data.draw(st.integers(1, one.num_active))
-        self.policy.finish(one, rows)
-        self.policy.acknowledge(one, rows)
+        entry = data.draw(st.sampled_from([entry for entry in self.open_entries if entry.num_running]))
+        rows = data.draw(st.integers(1, entry.num_running))
+        self.scheduler.finish(entry.request, rows)
+        self.scheduler.acknowledge(entry.request, rows)
 
-    @precondition(lambda self: self.requests)
+    @precondition(lambda self: self.entries)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.policy.close(data.draw(st.sampled_from(self.requests)), "cancelled")
+        self.scheduler.close(data.draw(st.sampled_from(self.entries)).request, "cancelled")
 
-    @precondition(lambda self: self.requests)
+    @precondition(lambda self: self.entries)
     @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.requests))
-        self.policy.release(one)
-        self.policy.close(one, "cancelled")
+    def release(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.entries))
+        self.released.add(entry)
+        self.scheduler.release(entry.request)
+        self.scheduler.close(entry.request, "cancelled")
 
     @rule(seconds=st.floats(0, 50))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        late = self.policy.expired(self.now)
-        for one in late:
-            assert one.deadline is not None
-            assert not one.is_closed
-            assert one.deadline <= self.now or one.num_waiting
-            assert one not in self.late
-            self.policy.close(one, "deadline")
-        self.late += late
-        assert all(one.deadline is None or one.deadline > self.now for one in self.open_requests)
+        expired = self.scheduler.expired(self.now)
+        for entry in expired:
+            deadline = entry.request.deadline
+            assert deadline is not None
+            assert not entry.is_closed
+            assert deadline <= self.now or entry.num_queued
+            assert entry not in self.expired
+            self.scheduler.close(entry.request, "deadline")
+        self.expired += expired
+        deadlines = [entry.request.deadline for entry in self.open_entries]
+        assert all(deadline is None or deadline > self.now for deadline in deadlines)
 
     @invariant()
     def counts_agree(self) -> None:
-        mine = self.open_requests
-        assert self.policy.num_queued == sum(one.num_waiting for one in mine) <= 60
-        assert self.policy.num_running == sum(one.num_active for one in mine)
+        scheduler, entries = self.scheduler, self.open_entries
+        assert scheduler.num_queued == sum(entry.num_queued for entry in entries) <= 60
+        assert scheduler.num_running == sum(entry.num_running for entry in entries)
         for program in (LEFT, RIGHT):
-            assert sum(one.num_active for one in self.active(program)) <= CAPACITY
-        assert all(one.admitted - one.acknowledged <= one.max_unread_rows for one in mine)
-        assert (
-            self.policy.buffered_bytes
-            == sum(one.buffered_bytes for one in self.requests if one.is_buffered)
-            <= 100
-        )
-        assert set(self.policy.open_requests()) == set(mine)
+            assert sum(entry.num_running for entry in self.running(program)) <= CAPACITY
+        assert all(entry.admitted - entry.acknowledged <= entry.request.max_unread_rows for entry in entries)
+        buffered = [entry.request.buffered_bytes for entry in self.entries if entry not in self.released]
+        assert scheduler.buffered_bytes == sum(buffered) <= 100
+        assert set(scheduler.open_requests()) == {entry.request for entry in entries}
 
     def teardown(self) -> None:
-        """Whatever happened, everything that is open can be finished."""
-        while self.requests and (turn := self.policy.next_step()):
-            self.policy.record_step_time(turn.program, CAPACITY, 1.0)
-            for one in self.active(turn.program):
-                rows = one.num_active
-                self.policy.finish(one, rows)
-                self.policy.acknowledge(one, rows)
-        assert not self.open_requests
+        """Finish everything that is open."""
+        while self.entries and (step := self.scheduler.next_step()):
+            self.scheduler.record_step_time(step.program, CAPACITY, 1.0)
+            for entry in self.running(step.program):
+                rows = entry.num_running
+                self.scheduler.finish(entry.request, rows)
+                self.scheduler.acknowledge(entry.request, rows)
+        assert not self.open_entries
 
 
-TestTraffic = Traffic.TestCase
+TestSchedulerMachine = SchedulerMachine.TestCase

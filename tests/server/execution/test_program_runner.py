@@ -1,4 +1,4 @@
-"""Programs over slots: rows of any age share calls, end when they should, and never mix."""
+"""Program runner: rows at different steps share calls, end when they should, and never mix."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,104 +10,102 @@ import pytest
 import torch
 
 from samovar import noise
-from server.core.request import Request, RowInputs
+from server.core.request import Admission, Request
 from server.core.spec import GraphSpec, StepSchedule, TensorSpec
 from server.execution.program_runner import ProgramRunner, Readout
 from server.runtime import Device, OnnxGraph
 from tests.support import programs
-from tests.support.programs import request
+from tests.support.programs import admit, new_runner, request
 
 
-def run(program: ProgramRunner) -> list[Readout]:
-    """Advance until no row is left; the finished readouts."""
-    readouts = []
-    while program.slots.num_active:
-        readouts += program.advance()
+def run(runner: ProgramRunner) -> list[Readout]:
+    """Advance until no row is left, and return the readouts of finished rows."""
+    readouts: list[Readout] = []
+    while runner.num_active:
+        readouts += runner.advance().readouts
     return [readout for readout in readouts if readout.is_finished]
 
 
-def walked(asked: Request, index: int) -> np.ndarray:
-    """What the walk of a row must come to, from the noise that the seed contract names."""
+def expected_walk(queued: Request, index: int) -> np.ndarray:
+    """Return the result of a row's walk, from the noise of the seed contract."""
     total = np.zeros(2, np.float32)
-    for step in range(asked.steps):
-        seed = np.array([asked.seed], np.uint64)
+    for step in range(queued.steps):
+        seed = np.array([queued.seed], np.uint64)
         drawn = noise.normal(seed, np.array([index]), np.array([step]), programs.NOISE.stream, (2,))[0]
-        total = total + np.float32(asked.inputs.parameters["scale"]) * drawn + np.float32(step)
+        total = total + np.float32(queued.parameters["scale"]) * drawn + np.float32(step)
     return total
 
 
-def test_rows_of_different_lengths_and_parameters_share_calls_and_do_not_mix() -> None:
-    program = programs.program()
-    asked = [
+def test_rows_of_different_lengths_and_parameters_share_calls_without_mixing() -> None:
+    runner = new_runner()
+    queued = [
         request(rows=2, steps=steps, seed=steps, first_row=10 * steps, parameters={"scale": steps / 2})
         for steps in (5, 1, 3)
     ]
-    for one in asked:
-        program.slots.admit(one, 0, 2)
-    finished = run(program)
-    assert [readout.request for readout in finished] == [asked[1], asked[2], asked[0]]
+    admit(runner, *queued)
+    finished = run(runner)
+    assert [readout.request for readout in finished] == [queued[1], queued[2], queued[0]]
     for readout in finished:
         for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
-            assert np.allclose(value, walked(readout.request, index), atol=1e-5)
+            assert np.allclose(value, expected_walk(readout.request, index), atol=1e-5)
 
 
-def test_a_row_that_joins_late_starts_at_step_zero() -> None:
-    program = programs.program()
+def test_row_that_joins_late_starts_at_step_zero() -> None:
+    runner = new_runner()
     early, late = request(steps=4, seed=1), request(steps=4, seed=2)
-    program.slots.admit(early, 0, 1)
-    program.advance()
-    program.slots.admit(late, 0, 1)
-    for readout in run(program):
-        assert np.allclose(readout.rows.outputs["value"][0], walked(readout.request, 0), atol=1e-5)
+    admit(runner, early)
+    runner.advance()
+    admit(runner, late)
+    for readout in run(runner):
+        assert np.allclose(readout.rows.outputs["value"][0], expected_walk(readout.request, 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_dropping_a_request_leaves_its_neighbours_alone(dropped: int) -> None:
-    program = programs.program()
-    asked = [request(rows=2, steps=4, seed=seed) for seed in range(3)]
-    for one in asked:
-        program.slots.admit(one, 0, 2)
-    program.advance()
-    assert program.slots.drop(asked[dropped]) == 2
-    finished = run(program)
-    assert {readout.request for readout in finished} == set(asked) - {asked[dropped]}
+def test_drop_leaves_other_requests_unchanged(dropped: int) -> None:
+    runner = new_runner()
+    queued = [request(rows=2, steps=4, seed=seed) for seed in range(3)]
+    admit(runner, *queued)
+    runner.advance()
+    assert runner.drop(queued[dropped]) == 2
+    finished = run(runner)
+    assert {readout.request for readout in finished} == set(queued) - {queued[dropped]}
     for readout in finished:
         for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
-            assert np.allclose(value, walked(readout.request, index), atol=1e-5)
+            assert np.allclose(value, expected_walk(readout.request, index), atol=1e-5)
 
 
-def test_inputs_go_to_their_own_rows_or_to_all() -> None:
+def test_inputs_apply_to_their_own_row_or_to_all_rows() -> None:
     starts = np.arange(6, dtype=np.float32).reshape(3, 2)
-    program = programs.program()
-    own = request(rows=3, steps=1, inputs=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts}))
-    shared = request(rows=3, steps=1, inputs=RowInputs({"steps": 1, "scale": 0.0}, {"start": starts[1:2]}))
-    program.slots.admit(own, 0, 2)
-    program.slots.admit(own, 2, 1)
-    program.slots.admit(shared, 0, 3)
-    values = {readout.request: readout.rows.outputs["value"] for readout in run(program)}
+    runner = new_runner()
+    own = request(rows=3, steps=1, parameters={"scale": 0.0}, inputs={"start": starts})
+    shared = request(rows=3, steps=1, parameters={"scale": 0.0}, inputs={"start": starts[1:2]})
+    runner.admit([Admission(own, 0, 2)])
+    runner.admit([Admission(own, 2, 1)])
+    runner.admit([Admission(shared, 0, 3)])
+    values = {readout.request: readout.rows.outputs["value"] for readout in run(runner)}
     assert np.array_equal(values[own], starts)
     assert np.array_equal(values[shared], np.repeat(starts[1:2], 3, 0))
 
 
-def test_slots_do_not_remember_their_last_row() -> None:
-    program = programs.program(dataclasses.replace(programs.WALK, init=None))
+def test_slot_keeps_no_state_of_its_last_row() -> None:
+    runner = new_runner(dataclasses.replace(programs.WALK, init=None))
     first, second = request(steps=2, seed=1), request(steps=2, seed=1)
-    program.slots.admit(first, 0, 1)
-    before = run(program)[0].rows.outputs["value"]
-    program.slots.admit(second, 0, 1)
-    assert np.array_equal(run(program)[0].rows.outputs["value"], before)
+    admit(runner, first)
+    before = run(runner)[0].rows.outputs["value"]
+    admit(runner, second)
+    assert np.array_equal(run(runner)[0].rows.outputs["value"], before)
 
 
-def test_a_program_without_steps_reads_out_at_once() -> None:
-    program = programs.program(programs.ECHO)
+def test_program_without_steps_is_read_out_at_once() -> None:
+    runner = new_runner(programs.ECHO)
     starts = np.ones((2, 2), np.float32)
-    program.slots.admit(request(rows=2, steps=0, inputs=RowInputs({}, {"start": starts})), 0, 2)
-    (readout,) = program.advance()
+    admit(runner, request(rows=2, steps=0, inputs={"start": starts}))
+    (readout,) = runner.advance().readouts
     assert np.array_equal(readout.rows.outputs["value"], starts)
-    assert program.slots.num_active == 0
+    assert runner.num_active == 0
 
 
-def test_a_row_that_says_it_is_done_ends_early() -> None:
+def test_row_with_done_flag_ends_early() -> None:
     done = TensorSpec("done", "bool")
     walk = GraphSpec(
         "until", (*programs.WALK.step.inputs, done) if programs.WALK.step else (), (programs.TOTAL, done)
@@ -128,9 +126,9 @@ def test_a_row_that_says_it_is_done_ends_early() -> None:
         (total,) = programs.walk(inputs[:4])
         return [total, total.abs().amax(1) > 4]
 
-    program = programs.program(spec, {**programs.GRAPHS, "begin": start, "until": until_far})
-    program.slots.admit(request(rows=8, steps=100, parameters={"scale": 2.0}), 0, 8)
-    finished = run(program)
+    runner = new_runner(spec, {**programs.GRAPHS, "begin": start, "until": until_far})
+    admit(runner, request(rows=8, steps=100, parameters={"scale": 2.0}))
+    finished = run(runner)
     lengths = [steps for readout in finished for steps in readout.steps_done]
     assert len(lengths) == 8
     assert len(set(lengths)) > 1
@@ -138,84 +136,83 @@ def test_a_row_that_says_it_is_done_ends_early() -> None:
     assert all(np.abs(readout.rows.outputs["value"]).max(1).min() > 4 for readout in finished)
 
 
-def test_calls_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
+def test_calls_are_padded_to_the_smallest_sufficient_bucket() -> None:
     sizes = []
 
     def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
         return programs.walk(inputs)
 
-    program = programs.program(graphs={**programs.GRAPHS, "walk": watched}, buckets=(2, 8))
+    runner = new_runner(graphs={**programs.GRAPHS, "walk": watched}, buckets=(2, 8))
     for rows in (1, 2, 3, 8):
-        program.slots.admit(request(rows=rows, steps=1), 0, rows)
-        run(program)
+        admit(runner, request(rows=rows, steps=1))
+        run(runner)
     assert sizes == [2, 2, 8, 8]
 
 
-def test_a_preview_reads_out_the_rows_that_are_due_and_changes_none() -> None:
+def test_preview_reads_out_due_rows_and_changes_no_state() -> None:
     sizes = []
 
     def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
         return programs.identity(inputs)
 
-    program = programs.program(graphs={**programs.GRAPHS, "end": watched})
+    runner = new_runner(graphs={**programs.GRAPHS, "end": watched})
     seen = request(rows=2, steps=5, seed=1, preview_every=2)
     others = [request(rows=2, steps=steps, seed=seed) for seed, steps in ((2, 6), (3, 3), (4, 6))]
     for one in (others[0], seen, *others[1:]):
-        program.slots.admit(one, 0, 2)
-    readouts = [readout for _ in range(6) for readout in program.advance()]
+        admit(runner, one)
+    readouts = [readout for _ in range(6) for readout in runner.advance().readouts]
     previews = [readout for readout in readouts if not readout.is_finished]
     assert [(readout.request, readout.steps_done) for readout in previews] == [(seen, [2, 2]), (seen, [4, 4])]
     assert sizes == [2, 2, 2, 2, 4]
     for readout in readouts:
         so_far = dataclasses.replace(readout.request, steps=readout.steps_done[0])
         for index, value in zip(readout.rows.indices, readout.rows.outputs["value"], strict=True):
-            assert np.allclose(value, walked(so_far, index), atol=1e-5)
+            assert np.allclose(value, expected_walk(so_far, index), atol=1e-5)
 
 
-def test_padding_never_reaches_anybody() -> None:
-    def poisons_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def test_padding_rows_are_never_read_out() -> None:
+    def nan_in_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = programs.walk(inputs)
         total[3:] = torch.nan
         return [total]
 
-    program = programs.program(graphs={**programs.GRAPHS, "walk": poisons_padding}, buckets=(8,))
-    program.slots.admit(request(rows=3, steps=4), 0, 3)
-    assert all(readout.is_finite for readout in run(program))
-    program.slots.admit(request(rows=1, steps=1), 0, 1)
-    assert all(readout.is_finite for readout in run(program))
+    runner = new_runner(graphs={**programs.GRAPHS, "walk": nan_in_padding}, buckets=(8,))
+    admit(runner, request(rows=3, steps=4))
+    assert all(readout.is_finite for readout in run(runner))
+    admit(runner, request(rows=1, steps=1))
+    assert all(readout.is_finite for readout in run(runner))
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_no_integer_hides_a_state_that_is_not_finite(number: float) -> None:
+def test_nonfinite_state_is_detected_behind_integer_outputs(number: float) -> None:
     def level(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [inputs[0].nan_to_num().clamp(-9, 9).to(torch.int64)]
 
     end = dataclasses.replace(programs.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
-    program = programs.program(
-        dataclasses.replace(programs.WALK, readout=end), {**programs.GRAPHS, "end": level}
-    )
+    runner = new_runner(dataclasses.replace(programs.WALK, readout=end), {**programs.GRAPHS, "end": level})
     fine, broken = (
         request(
             steps=2,
-            inputs=RowInputs({"steps": 2, "scale": 1.0}, {"start": np.array([[0, start]], np.float32)}),
+            parameters={"scale": 1.0},
+            inputs={"start": np.array([[0, start]], np.float32)},
         )
         for start in (0.0, number)
     )
-    program.slots.admit(fine, 0, 1)
-    program.slots.admit(broken, 0, 1)
-    assert {readout.request: readout.is_finite for readout in run(program)} == {fine: True, broken: False}
+    admit(runner, fine)
+    admit(runner, broken)
+    assert {readout.request: readout.is_finite for readout in run(runner)} == {fine: True, broken: False}
 
 
-def test_more_rows_than_slots_is_a_bug() -> None:
-    program = programs.program(buckets=(4,))
+def test_admit_of_more_rows_than_slots_is_a_bug() -> None:
+    runner = new_runner(buckets=(4,))
     with pytest.raises(AssertionError, match="This is a bug"):
-        program.slots.admit(request(rows=5), 0, 5)
+        admit(runner, request(rows=5))
 
 
-def greedy(path: Path, spec: GraphSpec) -> OnnxGraph:
-    """A graph that leaves its input as it is, but needs rows ** 23 floats of memory for it."""
+def memory_hungry_graph(path: Path, spec: GraphSpec) -> OnnxGraph:
+    """Return an identity graph that needs rows ** 23 floats of memory."""
     total = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", 2]) for name in "xy"]
     nodes = [
         onnx.helper.make_node("Shape", ["x"], ["shape"], end=1),
@@ -231,17 +228,18 @@ def greedy(path: Path, spec: GraphSpec) -> OnnxGraph:
     return OnnxGraph(path, spec, Device())
 
 
-def test_the_memory_that_onnx_runtime_lacks_is_asked_for_by_halves(tmp_path: Path) -> None:
+def test_batch_that_onnx_runtime_cannot_allocate_is_halved(tmp_path: Path) -> None:
     x = dataclasses.replace(programs.TOTAL, name="x")
     grow = GraphSpec("grow", (x,), (x,))
     start = GraphSpec("begin", (programs.START.tensor,), (x,))
     end = GraphSpec("end", (x,), programs.WALK.readout.outputs)
     spec = dataclasses.replace(programs.WALK, init=start, step=grow, readout=end, state=(x,), noise=())
-    program = programs.program(
-        spec, {**programs.GRAPHS, "grow": greedy(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4)
+    runner = new_runner(
+        spec, {**programs.GRAPHS, "grow": memory_hungry_graph(tmp_path / "grow.onnx", grow)}, (1, 2, 3, 4)
     )
     starts = np.arange(8, dtype=np.float32).reshape(4, 2)
-    program.slots.admit(request(rows=4, steps=2, inputs=RowInputs({"steps": 2}, {"start": starts})), 0, 4)
-    (finished,) = run(program)
+    admit(runner, request(rows=4, steps=2, inputs={"start": starts}))
+    result = runner.advance()
+    assert result.num_oom == 1
+    (finished,) = run(runner)
     assert np.array_equal(finished.rows.outputs["value"], starts)
-    assert program.pop_oom_count() == 1

@@ -12,16 +12,16 @@ from server.models.batch_invariance import Probe, is_batch_invariant
 from server.runtime import Device, Graph
 from server.runtime.base import bind_by_copy, bind_with_capture
 from tests.support import programs
-from tests.support.programs import request
+from tests.support.programs import admit, new_runner, request
 
 BUCKETS = (8, 16, 32)
 
 
 def golden(rows: int = 3, error: float = 0.0, tolerance: float = 1e-6) -> GoldenRows:
     """Rows of the walk with the answers that it gives, or such that are off by an error."""
-    program = programs.program(buckets=(64,))
-    program.slots.admit(request(rows=rows, steps=3, seed=4, first_row=9), 0, rows)
-    outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in program.advance()]
+    runner = new_runner(buckets=(64,))
+    admit(runner, request(rows=rows, steps=3, seed=4, first_row=9))
+    outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in runner.advance().readouts]
     return GoldenRows(
         "sample", 4, 9, rows, {}, {}, {"value": outputs[0] + np.float32(error)}, {"value": tolerance}
     )
@@ -125,19 +125,19 @@ def test_steps_are_proven_in_the_way_in_which_they_are_called_while_serving() ->
 
 def test_steps_are_bound_before_they_are_needed() -> None:
     graph = Bindable()
-    program = programs.program(graphs={**programs.GRAPHS, "walk": graph}, buckets=BUCKETS)
-    assert is_batch_invariant(program, golden())
+    runner = new_runner(graphs={**programs.GRAPHS, "walk": graph}, buckets=BUCKETS)
+    assert is_batch_invariant(runner, golden())
     assert graph.num_bound == 2 * len(BUCKETS)
     for rows in (1, 8, 9, 32):
-        program.slots.admit(request(rows=rows, steps=3), 0, rows)
-        while program.slots.num_active:
-            program.advance()
+        admit(runner, request(rows=rows, steps=3))
+        while runner.num_active:
+            runner.advance()
     assert graph.num_bound == 2 * len(BUCKETS)
 
 
 def test_steps_that_give_other_bits_when_bound_are_found() -> None:
-    program = programs.program(graphs={**programs.GRAPHS, "walk": Bindable(bent)}, buckets=BUCKETS)
-    assert not is_batch_invariant(program, golden())
+    runner = new_runner(graphs={**programs.GRAPHS, "walk": Bindable(bent)}, buckets=BUCKETS)
+    assert not is_batch_invariant(runner, golden())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured")

@@ -1,4 +1,4 @@
-"""Where the event loop and the device thread meet: nothing is lost, and nothing is counted twice."""
+"""Response streams: every call gets its own events, once and in order."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,104 +6,104 @@ from collections.abc import Iterator
 import pytest
 
 from server.core.errors import Overloaded
-from server.core.request import Completed, Event, Failed, Preview, Request, Rows, Timings
+from server.core.request import Completed, Event, Failed, Preview, Rows, Timings
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Scheduler
 from server.rpc.response_stream import MAX_PREVIEWS, ResponseStream, ThreadBridge
-from tests.support.programs import KEY, Reader, RecordingObserver, program, request
+from tests.support.programs import KEY, RecordingObserver, new_runner, request
 
-MOST = 4
+MAX_ROWS = 4
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = Engine(Scheduler(Limits(max_queued_rows=MOST)), RecordingObserver())
-    made.add(KEY, program())
-    made.start()
-    yield made
-    made.stop()
+def observer() -> RecordingObserver:
+    return RecordingObserver()
 
 
-def _asked(call: ResponseStream, rows: int = 1) -> Request:
-    made = request(rows=rows)
-    made.deliver = call.deliver
-    return made
+@pytest.fixture
+def engine(observer: RecordingObserver) -> Iterator[Engine]:
+    started = Engine(Scheduler(Limits(max_queued_rows=MAX_ROWS)), observer)
+    started.add(KEY, new_runner())
+    started.start()
+    yield started
+    started.stop()
 
 
-async def _events(engine: Engine, exchange: ThreadBridge, rows: int) -> list[Event]:
-    call, events = ResponseStream(engine, exchange), list[Event]()
-    with call:
-        call.submit(_asked(call, rows))
-        while batch := await call.next():
+async def _events(engine: Engine, bridge: ThreadBridge, rows: int) -> list[Event]:
+    events: list[Event] = []
+    with ResponseStream(engine, bridge) as stream:
+        stream.submit(request(rows=rows))
+        while batch := await stream.next():
             events += batch
     return events
 
 
+def _new_stream(engine: Engine, whole: bool = False) -> ResponseStream:
+    return ResponseStream(engine, ThreadBridge(engine, asyncio.get_running_loop()), whole)
+
+
 @pytest.mark.asyncio
-async def test_calls_get_their_own_rows_and_then_nothing_more(engine: Engine) -> None:
-    exchange = ThreadBridge(engine, asyncio.get_running_loop())
-    answers = await asyncio.gather(*(_events(engine, exchange, 1) for _ in range(MOST)))
-    for events in answers:
+async def test_concurrent_streams_get_their_own_rows_and_end(engine: Engine) -> None:
+    bridge = ThreadBridge(engine, asyncio.get_running_loop())
+    responses = await asyncio.gather(*(_events(engine, bridge, 1) for _ in range(MAX_ROWS)))
+    for events in responses:
         assert [type(event) for event in events] == [Rows, Completed]
-    assert exchange.num_open == 0
+    assert bridge.num_open == 0
 
 
 @pytest.mark.asyncio
-async def test_what_the_engine_refuses_its_call_raises_and_others_go_on(engine: Engine) -> None:
-    exchange = ThreadBridge(engine, asyncio.get_running_loop())
-    refused, served = await asyncio.gather(
-        _events(engine, exchange, MOST + 1), _events(engine, exchange, MOST), return_exceptions=True
+async def test_stream_of_rejected_request_raises_and_others_continue(engine: Engine) -> None:
+    bridge = ThreadBridge(engine, asyncio.get_running_loop())
+    rejected, served = await asyncio.gather(
+        _events(engine, bridge, MAX_ROWS + 1), _events(engine, bridge, MAX_ROWS), return_exceptions=True
     )
-    assert isinstance(refused, Overloaded)
+    assert isinstance(rejected, Overloaded)
     assert isinstance(served, list)
-    assert sum(len(event.indices) for event in served if isinstance(event, Rows)) == MOST
+    assert sum(len(event.indices) for event in served if isinstance(event, Rows)) == MAX_ROWS
     assert engine.num_queued == engine.num_running == 0
 
 
 @pytest.mark.asyncio
-async def test_a_call_that_is_left_at_once_never_reaches_the_engine(engine: Engine) -> None:
-    exchange = ThreadBridge(engine, asyncio.get_running_loop())
-    reader = Reader()
-    with ResponseStream(engine, exchange) as call:
-        left = _asked(call)
-        left.deliver = reader.deliver
-        call.submit(left)
-    await _events(engine, exchange, MOST)
-    assert not left.is_closed
-    assert not left.submitted_at
-    assert not reader.events
+async def test_stream_released_at_once_never_reaches_the_engine(
+    engine: Engine, observer: RecordingObserver
+) -> None:
+    bridge = ThreadBridge(engine, asyncio.get_running_loop())
+    with ResponseStream(engine, bridge) as stream:
+        stream.submit(request())
+    await _events(engine, bridge, MAX_ROWS)
+    assert observer.dequeued == 1
+    assert observer.rows == MAX_ROWS
     assert engine.num_queued == 0
 
 
 @pytest.mark.asyncio
-async def test_a_reader_that_lags_behind_gets_the_newest_previews(engine: Engine) -> None:
-    call = ResponseStream(engine, ThreadBridge(engine, asyncio.get_running_loop()))
+async def test_slow_reader_gets_the_newest_previews(engine: Engine) -> None:
+    stream = _new_stream(engine)
     for step in range(MAX_PREVIEWS + 3):
-        call.take([Preview(Rows([0], {}), [step])])
-    read = await call.next()
-    assert [event.steps_done[0] for event in read if isinstance(event, Preview)] == list(
-        range(3, MAX_PREVIEWS + 3)
-    )
+        stream.receive([Preview(Rows([0], {}), [step])])
+    read = await stream.next()
+    steps = [event.steps_done[0] for event in read if isinstance(event, Preview)]
+    assert steps == list(range(3, MAX_PREVIEWS + 3))
 
 
 @pytest.mark.asyncio
-async def test_one_who_wants_the_whole_answer_is_not_woken_before_its_end(engine: Engine) -> None:
-    call = ResponseStream(engine, ThreadBridge(engine, asyncio.get_running_loop()), whole=True)
-    reading = asyncio.create_task(call.next())
-    parts: list[Event] = [Rows([0], {}), Rows([1], {}), Completed(Timings(0.0, 0.0, 0.0))]
-    call.deliver(parts[:1])
+async def test_whole_stream_is_not_woken_before_the_end(engine: Engine) -> None:
+    stream = _new_stream(engine, whole=True)
+    reading = asyncio.create_task(stream.next())
+    events: list[Event] = [Rows([0], {}), Rows([1], {}), Completed(Timings(0.0, 0.0, 0.0))]
+    stream.deliver(events[:1])
     for _ in range(10):
         await asyncio.sleep(0)
     assert not reading.done()
-    call.deliver(parts[1:])
-    assert await reading == parts
+    stream.deliver(events[1:])
+    assert await reading == events
 
 
 @pytest.mark.asyncio
-async def test_what_was_done_before_a_failure_is_read_before_it(engine: Engine) -> None:
-    call = ResponseStream(engine, ThreadBridge(engine, asyncio.get_running_loop()))
-    done = Rows([0], {})
-    call.take([done, Failed(Overloaded("no", 1.0))])
-    assert await call.next() == [done]
+async def test_rows_before_a_failure_are_read_first(engine: Engine) -> None:
+    stream = _new_stream(engine)
+    rows = Rows([0], {})
+    stream.receive([rows, Failed(Overloaded("no", 1.0))])
+    assert await stream.next() == [rows]
     with pytest.raises(Overloaded):
-        await call.next()
+        await stream.next()
