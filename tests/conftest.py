@@ -1,53 +1,94 @@
-"""What several tests share: tiny untrained artifacts, and a real server over them."""
+"""Fixtures of several test files: untrained artifacts, real servers over them, and the selection of tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import samovar
 from export.graphs.formats import DEFAULT_FORMATS, FORMATS
 from tests.support import artifact_cache
-from tests.support.datasets import PAIRS
-from tests.support.live_server import RunningServer, serving
+from tests.support.datasets import DEFAULT_PAIRS, OTHER_PAIRS
+from tests.support.live_server import HANG_SECONDS, RunningServer, serving
+
+# No test depends on the clock: examples have no deadline, and their generation may be slow. A failure prints
+# the line that reproduces it.
+settings.register_profile(
+    "samovar", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("samovar")
+
+# A test that needs one of these fixtures exports artifacts or starts servers: `make test FAST=1` skips it.
+_SLOW_FIXTURES = {"models", "models_of", "other_models"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use artifacts as slow."""
+    for item in items:
+        if _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tests may share their cores: threads that spin for each other cost more than they gain."""
+    """Let torch use one thread: the threads of parallel tests would wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny untrained artifact of every family on its usual data, in every format: digits-vae/1, say."""
-    usual = (pair for pair in PAIRS if pair.is_usual)
-    return artifact_cache.link(usual, FORMATS, tmp_path_factory.mktemp("models"))
+    """Artifacts of every family on its default dataset in every format, such as digits-vae/1."""
+    return artifact_cache.link(DEFAULT_PAIRS, FORMATS, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of every family on each of its other data sets, in the usual formats: moons-gan/1, say."""
-    others = (pair for pair in PAIRS if not pair.is_usual)
-    return artifact_cache.link(others, DEFAULT_FORMATS, tmp_path_factory.mktemp("others"))
+    """Artifacts of the families on their other datasets in the default formats, such as moons-gan/1."""
+    return artifact_cache.link(OTHER_PAIRS, DEFAULT_FORMATS, tmp_path_factory.mktemp("other-models"))
 
 
 @pytest.fixture(scope="session")
-def server(models: Path) -> Iterator[RunningServer]:
-    """A server over the tiny artifacts, shared: leave it as you found it."""
-    with serving(models) as running:
+def models_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Function that returns a directory with some of `models`, for a server that loads no others."""
+
+    def select(*names: str) -> Path:
+        pairs = [pair for pair in DEFAULT_PAIRS if pair.model in names]
+        assert len(pairs) == len(names), names
+        return artifact_cache.link(pairs, FORMATS, tmp_path_factory.mktemp("some-models"))
+
+    return select
+
+
+@pytest.fixture(scope="session")
+def default_server(models: Path) -> Iterator[RunningServer]:
+    """A server of `models` in the default formats. Tests share it and must leave it idle."""
+    with serving(models, formats=DEFAULT_FORMATS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def torch_export_server(models: Path) -> Iterator[RunningServer]:
+    """A server of `models` as torch.export programs, which take longer to load than the other formats."""
+    with serving(models, formats=("torch_export",)) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def other_server(other_models: Path) -> Iterator[RunningServer]:
-    """A server over the other tiny artifacts, shared in the same way."""
+    """A server of `other_models`."""
     with serving(other_models) as running:
         yield running
 
 
+@pytest.fixture(scope="session")
+def server(default_server: RunningServer) -> RunningServer:
+    """`default_server`, unless the tests of a folder or a file have their own."""
+    return default_server
+
+
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[samovar.Client]:
-    with samovar.Client(server.address, timeout=60.0) as connected:
+    with samovar.Client(server.address, timeout=HANG_SECONDS) as connected:
         yield connected

@@ -1,7 +1,7 @@
-"""The contract that every family keeps on every data set that it is for, through the wire.
+"""Contract of every family on every dataset that it is for, tested through the wire.
 
-Whatever an artifact declares is true: its operations work, their parameters and inputs up to their
-bounds, and beyond them a request is refused with the field, the bounds and what was given.
+What an artifact declares is true: its operations work, and its parameters and inputs are accepted up to
+their bounds. A request beyond a bound is rejected with the name of the field, the bounds and the value.
 """
 
 import math
@@ -15,36 +15,40 @@ import pytest
 from numpy.typing import NDArray
 
 import samovar
-from export.graphs.program import OPERATIONS
 from samovar import tensors
 from samovar.errors import from_rpc
 from samovar.model import ParameterType, ValueKind
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
-from tests.support.datasets import Pair, each_pair
-from tests.support.live_server import RunningServer
+from tests.support.datasets import Pair, for_each_pair
+from tests.support.live_server import RunningServer, assert_idle, wait_until
 
-pytestmark = [each_pair, pytest.mark.timeout(600)]
+pytestmark = for_each_pair
 
-ROWS, BRIEF = 3, 12
+ROWS = 3
+# Steps of a request where the number of steps is not the point.
+FEW_STEPS = 12
+SEED = 7
+
 Array = NDArray[Any]
+Inputs = Mapping[str, Array]
 
 
 @pytest.fixture
-def address(pair: Pair, request: pytest.FixtureRequest) -> str:
-    running: RunningServer = request.getfixturevalue("server" if pair.is_usual else "other_server")
-    return running.address
+def server(pair: Pair, request: pytest.FixtureRequest) -> RunningServer:
+    running: RunningServer = request.getfixturevalue("default_server" if pair.is_default else "other_server")
+    return running
 
 
 @pytest.fixture
-def client(address: str) -> Iterator[samovar.Client]:
-    with samovar.Client(address, timeout=None) as connected:
+def client(server: RunningServer) -> Iterator[samovar.Client]:
+    with samovar.Client(server.address, timeout=None) as connected:
         yield connected
 
 
 @pytest.fixture
-def stub(address: str) -> Iterator[pb_grpc.InferenceStub]:
-    with grpc.insecure_channel(address) as channel:
+def stub(server: RunningServer) -> Iterator[pb_grpc.InferenceStub]:
+    with grpc.insecure_channel(server.address) as channel:
         yield pb_grpc.InferenceStub(channel)
 
 
@@ -53,52 +57,69 @@ def model(pair: Pair, client: samovar.Client) -> samovar.Model:
     return client.model(pair.model)
 
 
-def drawn(spec: samovar.TensorSpec) -> Array:
-    """Rows within the bounds of an input."""
-    chance, shape = np.random.default_rng(0), (ROWS, *spec.shape)
+def random_rows(spec: samovar.TensorSpec) -> Array:
+    """Return `ROWS` rows of an input within its bounds."""
+    rng, shape = np.random.default_rng(0), (ROWS, *spec.shape)
     if spec.dtype.kind == "f":
-        # All bounds of floats lie beyond what is drawn.
-        return chance.standard_normal(shape).astype(spec.dtype)
+        # The bounds of float inputs are far beyond what a normal distribution gives.
+        return rng.standard_normal(shape).astype(spec.dtype)
     assert spec.minimum is not None
     assert spec.maximum is not None
-    return chance.integers(int(spec.minimum), int(spec.maximum), shape, endpoint=True).astype(spec.dtype)
+    return rng.integers(int(spec.minimum), int(spec.maximum), shape, endpoint=True).astype(spec.dtype)
 
 
-def inputs_of(operation: samovar.Operation) -> dict[str, Array]:
-    return {each.tensor.name: drawn(each.tensor) for each in operation.inputs}
+def all_inputs(operation: samovar.Operation) -> dict[str, Array]:
+    return {entry.tensor.name: random_rows(entry.tensor) for entry in operation.inputs}
 
 
-def brief(operation: samovar.Operation) -> dict[str, float]:
-    """Few steps, where a request may say how many."""
-    steps = {each.name: each for each in operation.parameters if each.name == operation.steps.parameter}
-    return {name: int(max(each.minimum, min(BRIEF, each.maximum))) for name, each in steps.items()}
+def required_inputs(operation: samovar.Operation) -> dict[str, Array]:
+    """Return one row of the inputs that are not optional; masks of known elements are all zero."""
+    inputs = {
+        entry.tensor.name: random_rows(entry.tensor)[:1] for entry in operation.inputs if not entry.optional
+    }
+    return {name: array * 0 if name == "known" else array for name, array in inputs.items()}
 
 
-def numbers(operation: samovar.Operation) -> Iterator[samovar.Parameter]:
+def few_steps(operation: samovar.Operation) -> dict[str, float]:
+    """Return the parameter for the number of steps, where there is one, with a small value."""
+    return {
+        parameter.name: int(max(parameter.minimum, min(FEW_STEPS, parameter.maximum)))
+        for parameter in operation.parameters
+        if parameter.name == operation.steps.parameter
+    }
+
+
+def sample_operations(model: samovar.Model) -> Iterator[samovar.Operation]:
+    return (operation for operation in model.operations.values() if rpc_name(operation) == "sample")
+
+
+def rpc_name(operation: samovar.Operation) -> str:
+    return parse_program_name(operation.name)[0]
+
+
+def numeric_parameters(operation: samovar.Operation) -> Iterator[samovar.Parameter]:
     for parameter in operation.parameters:
         if parameter.type in (ParameterType.FLOAT, ParameterType.INTEGER):
             yield parameter
 
 
-def as_typed(parameter: samovar.Parameter, value: float) -> float:
-    return int(value) if parameter.type is ParameterType.INTEGER else value
+def parameter_to_proto(parameter: samovar.Parameter, value: float) -> pb.ParameterValue:
+    if parameter.type is ParameterType.INTEGER:
+        return pb.ParameterValue(integer_value=int(value))
+    return pb.ParameterValue(float_value=value)
 
 
-def ask(
-    client: samovar.Client,
-    model: samovar.Model,
-    operation: samovar.Operation,
-    inputs: Mapping[str, Array],
-    **settings: Any,
+def request_outputs(
+    client: samovar.Client, model: samovar.Model, operation: samovar.Operation, inputs: Inputs, **options: Any
 ) -> dict[str, Array]:
-    """The outputs by name, of the declared shapes and finite, of as many rows as the inputs have."""
+    """Return the outputs of an operation by name; check that they are finite and have the declared shapes."""
     rows = len(next(iter(inputs.values()), range(ROWS)))
-    name, options = operation.name.partition(":")[0], {"seed": 7, "method": operation.variant, **settings}
-    options["parameters"] = {**brief(operation), **options.get("parameters", {})}
-    if name == "sample":
+    options = {"seed": SEED, "variant": operation.variant, **options}
+    options["parameters"] = {**few_steps(operation), **options.get("parameters", {})}
+    if rpc_name(operation) == "sample":
         result = client.sample(model.name, rows, inputs=inputs, **options)
     else:
-        result = getattr(client, name)(model.name, inputs, **options)
+        result = getattr(client, rpc_name(operation))(model.name, inputs, **options)
     outputs = dict(result.columns() if isinstance(result, samovar.Scores) else result.outputs)
     for spec in operation.outputs:
         if spec.name in outputs:
@@ -107,188 +128,238 @@ def ask(
     return outputs
 
 
-def send(stub: pb_grpc.InferenceStub, name: str, **settings: Any) -> None:
-    """A request and the whole of its answer."""
+def start_call(
+    stub: pb_grpc.InferenceStub,
+    model: samovar.Model,
+    operation: str,
+    inputs: Inputs | None = None,
+    parameters: Mapping[str, pb.ParameterValue] | None = None,
+    preview_every: int = 0,
+) -> Any:
+    """Send a request for an operation such as "sample:inpaint"; return the gRPC call."""
+    name, variant = parse_program_name(operation)
+    inputs = inputs or {}
+    fields: dict[str, Any] = {
+        "model": pb.ModelSelector(name=model.name),
+        "variant": variant,
+        "inputs": {name: tensors.pack(array) for name, array in inputs.items()},
+        "parameters": parameters,
+    }
     if name == "sample":
-        list(stub.Sample(pb.SampleRequest(rows=ROWS, **settings)))
-    else:
-        getattr(stub, name.capitalize())(pb.TransformRequest(**settings))
+        rows = len(next(iter(inputs.values()), range(ROWS)))
+        return stub.Sample(pb.SampleRequest(rows=rows, preview_every=preview_every, **fields))
+    return getattr(stub, name.capitalize()).future(pb.TransformRequest(**fields))
 
 
-def refusal(
+def call_error(call: grpc.Future) -> grpc.RpcError:
+    """Return the error with which a call ends."""
+    error = call.exception()
+    assert isinstance(error, grpc.RpcError)
+    return error
+
+
+def violations(
     stub: pb_grpc.InferenceStub,
     model: samovar.Model,
     operation: samovar.Operation,
-    inputs: Mapping[str, Array],
+    inputs: Inputs,
     parameters: Mapping[str, pb.ParameterValue] | None = None,
 ) -> dict[str, str]:
-    """What is said of each field of a request that has to be refused as invalid."""
-    packed = {name: tensors.pack(array) for name, array in inputs.items()}
-    with pytest.raises(grpc.RpcError) as raised:
-        send(
-            stub,
-            operation.name.partition(":")[0],
-            model=pb.ModelSelector(name=model.name),
-            method=operation.variant,
-            inputs=packed,
-            parameters=parameters,
-        )
-    error = from_rpc(raised.value)
+    """Return the reasons by field with which an invalid request is rejected."""
+    error = from_rpc(call_error(start_call(stub, model, operation.name, inputs, parameters)))
     assert isinstance(error, samovar.InvalidRequest)
-    return {each.field: each.description for each in error.violations}
+    return {violation.field: violation.description for violation in error.violations}
 
 
-def test_formats_agree_on_every_operation(client: samovar.Client, model: samovar.Model) -> None:
-    """As far as docs/custom-models.md says that golden rows may differ."""
+@pytest.fixture
+def torch_export_client(pair: Pair, request: pytest.FixtureRequest) -> Iterator[samovar.Client | None]:
+    """A client of the server that has the model as torch.export programs; None for other datasets."""
+    if not pair.is_default:
+        yield None
+        return
+    running: RunningServer = request.getfixturevalue("torch_export_server")
+    with samovar.Client(running.address, timeout=None) as connected:
+        yield connected
+
+
+def test_formats_agree_on_every_operation(
+    client: samovar.Client, torch_export_client: samovar.Client | None, model: samovar.Model
+) -> None:
+    """Outputs differ between formats by no more than docs/custom-models.md allows for golden rows."""
+    clients = dict.fromkeys(model.formats, client)
+    if torch_export_client:
+        clients["torch_export"] = torch_export_client
     for operation in model.operations.values():
         first, *others = (
-            ask(client, model, operation, inputs_of(operation), format=format) for format in model.formats
+            request_outputs(connected, model, operation, all_inputs(operation), format=format)
+            for format, connected in clients.items()
         )
         assert others
         for other in others:
             for name, expected in first.items():
-                apart = np.abs(other[name].astype(np.float64) - expected.astype(np.float64)).max()
-                assert apart <= tolerance(model.data_spec, name, expected), (operation.name, name)
+                difference = np.abs(other[name].astype(np.float64) - expected.astype(np.float64)).max()
+                assert difference <= tolerance(model.data_spec, name, expected), (operation.name, name)
 
 
-def tolerance(value: samovar.DataSpec, name: str, array: Array) -> float:
+def tolerance(spec: samovar.DataSpec, name: str, array: Array) -> float:
     if array.dtype.kind == "f":
         return 1e-4 * max(1.0, float(np.abs(array).max()))
-    return float(value.kind is ValueKind.IMAGE and name == value.tensor.name)
+    return float(spec.kind is ValueKind.IMAGE and name == spec.tensor.name)
 
 
-def test_previews_are_readouts_on_the_way_and_change_nothing(
+def test_previews_show_unfinished_rows_and_change_no_result(
     client: samovar.Client, model: samovar.Model
 ) -> None:
-    """Images that take shape, states of a chain, texts as far as they are written."""
-    samples = (each for each in model.operations.values() if each.name.startswith("sample"))
-    for operation in (each for each in samples if each.previewable):
-        settings: dict[str, Any] = {
-            "seed": 7,
-            "method": operation.variant,
-            "parameters": brief(operation),
-            "inputs": free(operation),
+    for operation in filter(lambda operation: operation.previewable, sample_operations(model)):
+        options: dict[str, Any] = {
+            "seed": SEED,
+            "variant": operation.variant,
+            "parameters": few_steps(operation),
+            "inputs": required_inputs(operation),
         }
-        with client.stream(model.name, 1, preview_every=1, **settings) as stream:
+        with client.stream(model.name, 1, preview_every=1, **options) as stream:
             *previews, last = stream
         assert isinstance(last, samovar.Rows)
         assert previews
-        done = 0
+        previous_steps = 0
         for preview in previews:
             assert isinstance(preview, samovar.Preview)
-            # A reader that lags behind gets the newest.
+            # A slow reader gets the latest preview only, so that step counts may skip numbers.
             (steps,) = preview.steps_done
-            assert steps > done
-            done = steps
+            assert steps > previous_steps
+            previous_steps = steps
             assert {name: array.shape for name, array in preview.outputs.items()} == {
                 spec.name: (1, *spec.shape) for spec in operation.outputs
             }
-        alone = client.sample(model.name, 1, **settings)
-        assert last.outputs[operation.outputs[0].name].tobytes() == alone.value.tobytes()
+        without_previews = client.sample(model.name, 1, **options)
+        assert last.outputs[operation.outputs[0].name].tobytes() == without_previews.value.tobytes()
 
 
-def test_another_seed_or_index_is_another_row(client: samovar.Client, model: samovar.Model) -> None:
+def test_samples_of_other_seed_or_index_differ(client: samovar.Client, model: samovar.Model) -> None:
+    for operation in sample_operations(model):
+        options: dict[str, Any] = {
+            "variant": operation.variant,
+            "parameters": few_steps(operation),
+            "inputs": required_inputs(operation),
+        }
+        rows = [
+            client.sample(model.name, first_row=index, seed=seed, **options).value.tobytes()
+            for index, seed in ((0, 7), (1, 7), (0, 8))
+        ]
+        assert len(set(rows)) == 3, operation.name
+
+
+def test_parameters_at_their_bounds_are_accepted(
+    client: samovar.Client, stub: pb_grpc.InferenceStub, model: samovar.Model, server: RunningServer
+) -> None:
     for operation in model.operations.values():
-        if operation.name.startswith("sample"):
-            settings: dict[str, Any] = {
-                "method": operation.variant,
-                "parameters": brief(operation),
-                "inputs": free(operation),
-            }
-            rows = [
-                client.sample(model.name, first_row=index, seed=seed, **settings).value.tobytes()
-                for index, seed in ((0, 7), (1, 7), (0, 8))
-            ]
-            assert len(set(rows)) == 3, operation.name
+        one_row = {name: array[:1] for name, array in all_inputs(operation).items()}
+        for parameter in numeric_parameters(operation):
+            for value in (parameter.minimum, parameter.maximum):
+                typed = int(value) if parameter.type is ParameterType.INTEGER else value
+                if is_long_run(operation, parameter, typed):
+                    assert_runs(stub, model, operation, one_row, parameter, server)
+                    typed = 2 * int(parameter.default)
+                request_outputs(client, model, operation, one_row, parameters={parameter.name: typed})
 
 
-def free(operation: samovar.Operation) -> dict[str, Array]:
-    """One row of the inputs that are needed, of which nothing is known to stay."""
-    needed = {each.tensor.name: drawn(each.tensor)[:1] for each in operation.inputs if not each.optional}
-    return {name: array * 0 if name == "known" else array for name, array in needed.items()}
+def is_long_run(operation: samovar.Operation, parameter: samovar.Parameter, value: float) -> bool:
+    """Whether a parameter asks for more than twice the default number of steps."""
+    return parameter.name == operation.steps.parameter and value > 2 * int(parameter.default)
 
 
-def test_numbers_up_to_their_bounds_are_taken(client: samovar.Client, model: samovar.Model) -> None:
-    for operation in model.operations.values():
-        for parameter in numbers(operation):
-            for bound in (parameter.minimum, parameter.maximum):
-                one = {name: array[:1] for name, array in inputs_of(operation).items()}
-                setting = {parameter.name: as_typed(parameter, bound)}
-                ask(client, model, operation, one, parameters=setting)
+def assert_runs(
+    stub: pb_grpc.InferenceStub,
+    model: samovar.Model,
+    operation: samovar.Operation,
+    inputs: Inputs,
+    parameter: samovar.Parameter,
+    server: RunningServer,
+) -> None:
+    """Request a row with the maximum of a parameter, wait until the row runs, and cancel the request."""
+    value = parameter_to_proto(parameter, parameter.maximum)
+    call = start_call(
+        stub, model, operation.name, inputs, {parameter.name: value}, preview_every=int(operation.previewable)
+    )
+    if operation.previewable:
+        next(call)
+    else:
+        wait_until(lambda: server.app.engine.num_running > 0 or call.done(), "the row does not run")
+    call.cancel()
+    assert call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK), call.details()
+    assert_idle(server)
 
 
-def test_numbers_beyond_their_bounds_are_refused_by_name_bound_and_value(
+def test_parameters_beyond_their_bounds_are_rejected_with_name_bounds_and_value(
     stub: pb_grpc.InferenceStub, model: samovar.Model
 ) -> None:
     for operation in model.operations.values():
-        for parameter in numbers(operation):
+        for parameter in numeric_parameters(operation):
             for bound, sign in ((parameter.minimum, -1), (parameter.maximum, 1)):
-                given = bound + sign * least_step(parameter, bound)
-                value = (
-                    pb.ParameterValue(integer_value=int(given))
-                    if parameter.type is ParameterType.INTEGER
-                    else pb.ParameterValue(float_value=given)
+                value = bound + sign * smallest_excess(parameter, bound)
+                settings = {parameter.name: parameter_to_proto(parameter, value)}
+                found = violations(stub, model, operation, all_inputs(operation), settings)
+                assert list(found) == [f"parameters[{parameter.name}]"]
+                (description,) = found.values()
+                assert_numbers(
+                    description, "from {} to {}, got {}", parameter.minimum, parameter.maximum, value
                 )
-                said = refusal(stub, model, operation, inputs_of(operation), {parameter.name: value})
-                assert list(said) == [f"parameters[{parameter.name}]"]
-                (description,) = said.values()
-                assert_says(description, "from {} to {}, got {}", parameter.minimum, parameter.maximum, given)
 
 
-def least_step(parameter: samovar.Parameter, bound: float) -> float:
-    """1 of an integer; of other numbers a hundredth of their order of magnitude."""
+def smallest_excess(parameter: samovar.Parameter, bound: float) -> float:
+    """Return 1 for an integer, and a hundredth of the bound's order of magnitude for a float."""
     if parameter.type is ParameterType.INTEGER:
         return 1
     return 10.0 ** math.floor(math.log10(abs(bound) or 1)) / 100
 
 
-def assert_says(text: str, pattern: str, *numbers: float) -> None:
-    """A text ends in a pattern with these numbers in the place of its braces."""
+def assert_numbers(text: str, pattern: str, *numbers: float) -> None:
+    """Check that a text ends with a pattern whose braces stand for these numbers."""
     found = re.search(pattern.replace("{}", r"(-?[\d.]+(?:e[-+]?\d+)?)") + "$", text)
     assert found, text
     assert [float(number) for number in found.groups()] == pytest.approx(numbers, rel=1e-3), text
 
 
-def test_inputs_up_to_their_bounds_are_taken(client: samovar.Client, model: samovar.Model) -> None:
+def test_inputs_at_their_bounds_are_accepted(client: samovar.Client, model: samovar.Model) -> None:
     for operation in model.operations.values():
         for entry in operation.inputs:
             for bound in (entry.tensor.minimum, entry.tensor.maximum):
                 if bound is not None:
-                    extreme = np.full((ROWS, *entry.tensor.shape), bound, entry.tensor.dtype)
-                    ask(client, model, operation, {**inputs_of(operation), entry.tensor.name: extreme})
+                    rows = np.full((ROWS, *entry.tensor.shape), bound, entry.tensor.dtype)
+                    inputs = {**all_inputs(operation), entry.tensor.name: rows}
+                    request_outputs(client, model, operation, inputs)
 
 
-def test_inputs_of_other_shapes_or_beyond_their_bounds_are_refused(
+def test_inputs_of_wrong_shape_or_beyond_their_bounds_are_rejected(
     stub: pb_grpc.InferenceStub, model: samovar.Model
 ) -> None:
-    """Masks, labels, images, points and sequences alike."""
     for operation in model.operations.values():
-        whole = inputs_of(operation)
+        inputs = all_inputs(operation)
         for entry in operation.inputs:
-            spec, where = entry.tensor, f"inputs[{entry.tensor.name}]"
-            for wrong in (whole[spec.name][..., None], whole[spec.name].astype(np.int32)):
-                said = refusal(stub, model, operation, {**whole, spec.name: wrong})
-                assert list(said) == [where]
-                assert said[where].startswith(f"expected {spec.dtype.name}[rows")
-                assert said[where].endswith(f"got {wrong.dtype.name}{list(wrong.shape)}")
-            for beyond in outside(spec):
-                given = whole[spec.name].copy()
-                given.reshape(-1)[-1] = beyond
-                said = refusal(stub, model, operation, {**whole, spec.name: given})
-                assert list(said) == [where]
+            spec, field = entry.tensor, f"inputs[{entry.tensor.name}]"
+            for wrong in (inputs[spec.name][..., None], inputs[spec.name].astype(np.int32)):
+                found = violations(stub, model, operation, {**inputs, spec.name: wrong})
+                assert list(found) == [field]
+                assert found[field].startswith(f"expected {spec.dtype.name}[rows")
+                assert found[field].endswith(f"got {wrong.dtype.name}{list(wrong.shape)}")
+            for value in values_beyond_bounds(spec):
+                rows = inputs[spec.name].copy()
+                rows.reshape(-1)[-1] = value
+                found = violations(stub, model, operation, {**inputs, spec.name: rows})
+                assert list(found) == [field]
                 span = "from {} to {}" if spec.minimum is not None else "to {}"
                 bounds = [bound for bound in (spec.minimum, spec.maximum) if bound is not None]
-                assert_says(
-                    said[where],
+                assert_numbers(
+                    found[field],
                     f"expected elements {span}, got {{}} to {{}}",
                     *bounds,
-                    float(given.min()),
-                    float(given.max()),
+                    float(rows.min()),
+                    float(rows.max()),
                 )
 
 
-def outside(spec: samovar.TensorSpec) -> Iterator[float]:
-    """Numbers of the input's type that are just out of bounds, and of floats the largest."""
+def values_beyond_bounds(spec: samovar.TensorSpec) -> Iterator[float]:
+    """Yield the values next to the bounds that the dtype can hold, and a large one for floats."""
     is_float = spec.dtype.kind == "f"
     limits: Any = np.finfo(spec.dtype) if is_float else np.iinfo(spec.dtype)
     if spec.minimum is not None and spec.minimum - 1 >= limits.min:
@@ -297,13 +368,12 @@ def outside(spec: samovar.TensorSpec) -> Iterator[float]:
         yield from (spec.maximum + 1, 1e30) if is_float else (spec.maximum + 1,)
 
 
-def test_what_a_model_lacks_is_refused_with_the_reason(
+def test_unsupported_operations_are_rejected_with_the_reason(
     stub: pb_grpc.InferenceStub, model: samovar.Model
 ) -> None:
-    lacking = set(OPERATIONS) - set(model.operations)
-    assert lacking == set(model.unsupported_operations)
-    for name in lacking:
-        with pytest.raises(grpc.RpcError) as raised:
-            send(stub, name, model=pb.ModelSelector(name=model.name))
-        assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert model.unsupported_operations[name] in str(from_rpc(raised.value))
+    missing = set(OPERATIONS) - set(model.operations)
+    assert missing == set(model.unsupported_operations)
+    for name in missing:
+        error = call_error(start_call(stub, model, name))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert model.unsupported_operations[name] in str(from_rpc(error))

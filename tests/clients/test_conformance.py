@@ -47,7 +47,12 @@ CELLS = (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.fixture
+def server(default_server: RunningServer) -> RunningServer:
+    """The real server, instead of the fake one of the other client tests."""
+    return default_server
+
+
 def test_every_cell_of_the_table_of_operations_is_exercised(server: RunningServer) -> None:
     said = run_conformance(server, "--steps", 12).stdout
     missing = [cell for cell in CELLS if not re.search(f"^{cell}", said, re.MULTILINE)]
@@ -94,7 +99,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         programs=(sample,),
         examples=(golden.Example("sample"),),
     )
-    writer.write(heedless, models)
+    writer.write(heedless, models / heedless.name / "1")
     with serving(models) as running:
         yield running
 

@@ -1,5 +1,6 @@
 """The client's recipes against real models, run as a reader runs them, and samovar.latent beneath them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,24 @@ from PIL import Image
 import samovar
 from export.datasets import loading
 from samovar import latent
-from tests.support.live_server import RunningServer
+from tests.support.live_server import HANG_SECONDS, RunningServer
 from tests.support.run_example import EXAMPLES, run_example, run_example_on
 
 NAMES = ("interpolate", "inpaint", "augment", "restyle")
 # An image of 8 x 8, enlarged, and the gap after it.
 TILE = 66
+
+
+@pytest.fixture
+def server(default_server: RunningServer) -> RunningServer:
+    """The real server, instead of the fake one of the other client tests."""
+    return default_server
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[samovar.Client]:
+    with samovar.Client(server.address, timeout=HANG_SECONDS) as connected:
+        yield connected
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +78,9 @@ def test_every_way_to_inpaint_is_shown_and_says_what_it_is(
     words = ("digits-vae", "digits-pixelcnn", "--images", digits, "--hide", "right", "--count", 3)
     said = run_example_on(server, "inpaint", *words, "-o", picture)
     assert "line 3: digits-pixelcnn, sample: error " in said
-    assert "Exact when they are a beginning in raster order" in said
+    assert "Exact when the known pixels come first in raster order" in said
     assert "line 4: digits-vae, sample:inpaint: error " in said
-    assert "encodes and decodes: approximate" in said
+    assert "by a Markov chain. The result is approximate." in said
     assert tiles(picture)[0] == 3
     shown = np.asarray(Image.open(picture))[::8, ::8][:, : 3 * 8]
     assert tiles(picture)[1] >= 4

@@ -16,7 +16,7 @@ def digits() -> loading.Dataset:
 @pytest.fixture(scope="session")
 def artifacts(models: Path) -> dict[str, Path]:
     """By family, those on its usual data."""
-    return {pair.family: models / pair.model / "1" for pair in PAIRS if pair.is_usual}
+    return {pair.family: models / pair.model / "1" for pair in PAIRS if pair.is_default}
 
 
 @pytest.fixture(scope="session")

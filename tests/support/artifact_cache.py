@@ -1,19 +1,21 @@
-"""Untrained artifacts, built once and kept on disk under a hash of everything that they depend on.
+"""Cache of untrained artifacts on disk, under a hash of everything that an artifact depends on.
 
-Exporting a graph takes seconds and there are hundreds of them, so that a second run of the tests reuses
-those of the first. Comments and docstrings are not part of the hash.
+An artifact takes up to 30 s of CPU time to export. A second run of the tests reuses the artifacts of the
+first one, and parallel workers share the exports between them. The hash covers the code of every module
+that the export imports, without comments and docstrings, and the versions of the libraries.
 """
 
 import ast
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from export import pipeline
 from export.families import FAMILIES
@@ -22,35 +24,42 @@ from tests.support.datasets import Pair
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "test-artifacts"
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn", "protobuf")
-# Sources that decide what an artifact holds, besides the modules of its family.
-_SHARED = (
-    "export/pipeline.py",
-    "export/families/base.py",
-    "export/families/classifier.py",
-    *(f"export/{folder}" for folder in ("artifacts", "datasets", "evaluation", "graphs", "probability")),
-    "clients/python/samovar",
-    "tests/support/datasets.py",
-)
+# Roots of the packages whose modules are part of the hash.
+_PACKAGES = {"export": ROOT, "samovar": ROOT / "clients" / "python", "tests": ROOT}
+_WAIT_FOREVER = -1.0
 
 
-def artifact(pair: Pair, formats: Sequence[str]) -> Path:
-    """Return a pair's artifact directory <name>, and build it first when it is not cached."""
-    directory = CACHE / _key(pair, tuple(formats))
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "lock"):
-        if not (directory / pair.model).exists():
-            _build(pair, formats, directory)
-    return directory / pair.model
-
-
-def link(pairs: Iterable[Pair], formats: Sequence[str], models: Path) -> Path:
-    """Fill a models directory with links to the artifacts of these pairs."""
+def link(pairs: Sequence[Pair], formats: Sequence[str], directory: Path) -> Path:
+    """Fill a models directory with links to the artifacts of `pairs`; export those that are not cached."""
+    # The first pass skips what another worker exports at the moment, the second pass waits for it.
     for pair in pairs:
-        (models / pair.model).symlink_to(artifact(pair, formats), target_is_directory=True)
-    return models
+        with suppress(Timeout):
+            artifact(pair, formats, timeout=0)
+    for pair in pairs:
+        (directory / pair.model).symlink_to(artifact(pair, formats), target_is_directory=True)
+    return directory
 
 
-def _build(pair: Pair, formats: Sequence[str], directory: Path) -> None:
+def artifact(pair: Pair, formats: Sequence[str], timeout: float = _WAIT_FOREVER) -> Path:
+    """Return the directory of an artifact, which holds its version 1; export it when it is not cached.
+
+    Args:
+        pair: family and data set of the artifact.
+        formats: formats of its graphs.
+        timeout: seconds to wait while another process exports the same artifact.
+
+    Raises:
+        Timeout: the other process needs longer.
+    """
+    entry = CACHE / _key(pair, tuple(formats))
+    entry.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry / "lock", timeout):
+        if not (entry / pair.model).exists():
+            _export(pair, formats, entry)
+    return entry / pair.model
+
+
+def _export(pair: Pair, formats: Sequence[str], directory: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     family = FAMILIES[pair.family].load()
@@ -64,24 +73,53 @@ def _build(pair: Pair, formats: Sequence[str], directory: Path) -> None:
 
 @cache
 def _key(pair: Pair, formats: tuple[str, ...]) -> str:
-    family = FAMILIES[pair.family].module.replace(".", "/")
+    """Return the name of a cache entry: the model and the hash of what it depends on."""
     digest = hashlib.sha256(repr((pair, formats, sys.version_info[:2])).encode())
     for library in _LIBRARIES:
         digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
-    for source in _sources((*_SHARED, family, f"{family}.py")):
+    roots = ("export.pipeline", "tests.support.datasets", FAMILIES[pair.family].module)
+    for source in sorted(_import_closure(roots)):
         digest.update(f"{source.relative_to(ROOT)}\n{_code(source)}\n".encode())
     return f"{pair.model}-{digest.hexdigest()[:16]}"
 
 
-def _sources(paths: Iterable[str]) -> Iterator[Path]:
-    for path in paths:
-        source = ROOT / path
-        yield from sorted(source.rglob("*.py")) if source.is_dir() else filter(Path.exists, [source])
+def _import_closure(modules: Iterable[str]) -> set[Path]:
+    """Return the files of the modules and of everything that they import from this repository."""
+    found: set[Path] = set()
+    pending = list(filter(None, map(_file, modules)))
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending += _imports(source)
+    return found
+
+
+def _file(module: str) -> Path | None:
+    """Return the file of a module or package of this repository, and None for any other name."""
+    package, *rest = module.split(".")
+    if package not in _PACKAGES:
+        return None
+    path = _PACKAGES[package].joinpath(package, *rest)
+    return next(filter(Path.is_file, (path / "__init__.py", path.with_suffix(".py"))), None)
+
+
+@cache
+def _imports(source: Path) -> tuple[Path, ...]:
+    """Return the files that a file imports, inside functions too."""
+    files = list[Path | None]()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            files += [_file(alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # What is imported from a package is a module of it, or else something that it defines.
+            files += [_file(f"{node.module}.{alias.name}") or _file(node.module) for alias in node.names]
+    return tuple(filter(None, files))
 
 
 @cache
 def _code(source: Path) -> str:
-    """Return a module's syntax tree without its docstrings."""
+    """Return the syntax tree of a file without its docstrings."""
     tree = ast.parse(source.read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -1,4 +1,4 @@
-"""Every family on every data set that it is for."""
+"""The pairs of a family and a dataset that the contract tests cover."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from export.graphs.program import DataSpec, TensorSpec
 
 @dataclass(frozen=True)
 class Pair:
-    """A family and one of its data sets."""
+    """A family and one of its datasets."""
 
     family: str
     data: str
@@ -23,34 +23,33 @@ class Pair:
 
     @property
     def model(self) -> str:
-        """What its artifact is called."""
+        """Name of the artifact."""
         return f"{self.data}-{self.family}"
 
     @property
-    def is_usual(self) -> bool:
-        """Whether the data set is the family's first."""
+    def is_default(self) -> bool:
+        """Whether the dataset is the family's default one."""
         return self.data == FAMILIES[self.family].datasets[0]
 
     def dataset(self) -> Dataset:
-        """The data set; of chorales a few that are made up, because to read Bach's takes a minute."""
-        return _pieces() if self.data == "chorales" else load(self.data)
+        """Return the dataset; random pieces instead of the chorales, which take a minute to read."""
+        return _random_chorales() if self.data == "chorales" else load(self.data)
 
 
 PAIRS = tuple(Pair(family, data) for family, entry in FAMILIES.items() for data in entry.datasets)
+DEFAULT_PAIRS = tuple(pair for pair in PAIRS if pair.is_default)
+OTHER_PAIRS = tuple(pair for pair in PAIRS if not pair.is_default)
 
-each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
+for_each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
 
 
-def _pieces() -> Dataset:
-    chance, shape = np.random.default_rng(0), (120, chorales.VOICES)
+def _random_chorales() -> Dataset:
+    rng, shape = np.random.default_rng(0), (120, chorales.VOICES)
     rows = chorales.tokenize(
-        [
-            (chance.integers(chorales.LOWEST, chorales.HIGHEST, shape), chance.random(shape) < 0.5)
-            for _ in range(30)
-        ]
+        [(rng.integers(chorales.LOWEST, chorales.HIGHEST, shape), rng.random(shape) < 0.5) for _ in range(30)]
     )
-    last = len(chorales.VOCABULARY) - 1
-    tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, last, "four voices in turn")
-    value = DataSpec("tokens", tensor, last + 1, chorales.VOCABULARY)
-    part = Split(rows, np.zeros(len(rows), np.int64))
-    return Dataset("chorales", value, part, part, part, sha256="made up")
+    last_token = len(chorales.VOCABULARY) - 1
+    tensor = TensorSpec("sequence", "uint8", rows.shape[1:], 0, last_token, "four interleaved voices")
+    spec = DataSpec("tokens", tensor, last_token + 1, chorales.VOCABULARY)
+    split = Split(rows, np.zeros(len(rows), np.int64))
+    return Dataset("chorales", spec, split, split, split, sha256="random pieces")

@@ -1,4 +1,4 @@
-"""A real server on port 0, on an event loop in a thread of its own."""
+"""A real server on port 0, whose event loop runs in its own thread."""
 
 import asyncio
 import threading
@@ -15,16 +15,19 @@ from server.app import App
 from server.config import Config
 from server.runtime import RUNTIMES, OpenGraph
 
+# A limit for what must not hang. It is far beyond the time that anything takes, on a busy machine too.
+HANG_SECONDS = 500.0
+
 
 class RunningServer:
-    """An App that serves until it is stopped."""
+    """An `App` that runs until `stop`."""
 
     def __init__(self, config: Config, runtimes: Mapping[str, OpenGraph]) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._is_stopped = False
         self._thread.start()
-        self.app = self.call(_make(config, runtimes))
+        self.app = self.call(_create_app(config, runtimes))
         self.call(self.app.startup())
 
     @property
@@ -36,15 +39,15 @@ class RunningServer:
         return f"http://127.0.0.1:{self.app.metrics_port}/metrics"
 
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine on the server's loop and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        """Run a coroutine on the server's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(HANG_SECONDS)
 
     def load(self) -> None:
         """Load the models and start serving."""
         self.call(self.app.load())
 
     def stop(self) -> None:
-        """Drain and stop; once is enough."""
+        """Drain and stop; a second call does nothing."""
         if self._is_stopped:
             return
         self._is_stopped = True
@@ -54,22 +57,27 @@ class RunningServer:
         self._loop.close()
 
 
-def await_true(condition: Callable[[], bool], complaint: str) -> None:
-    """Wait until something holds that soon must."""
-    patience = time.monotonic() + 30
+async def _create_app(config: Config, runtimes: Mapping[str, OpenGraph]) -> App:
+    """Create the app on the loop that will run it."""
+    return App(config, runtimes)
+
+
+def wait_until(condition: Callable[[], bool], failure: str) -> None:
+    """Wait until a condition holds; fail with the message `failure` if it never does."""
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
-        assert time.monotonic() < patience, complaint
+        assert time.monotonic() < deadline, failure
         time.sleep(0.01)
 
 
 def assert_idle(server: RunningServer) -> None:
-    """Soon no row is left in the engine."""
+    """Wait until the engine has neither running nor queued rows."""
     engine = server.app.engine
-    await_true(lambda: engine.num_active == engine.num_waiting == 0, "rows were left in the engine")
+    wait_until(lambda: engine.num_running == engine.num_queued == 0, "rows were left in the engine")
 
 
 def scrape(server: RunningServer) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Samples by name and sorted label values."""
+    """Return the server's metrics: values by name and sorted label values."""
     with urllib.request.urlopen(server.metrics_url) as response:
         text = response.read().decode()
     return {
@@ -79,15 +87,17 @@ def scrape(server: RunningServer) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-async def _make(config: Config, runtimes: Mapping[str, OpenGraph]) -> App:
-    return App(config, runtimes)
-
-
 @contextmanager
 def listening(
     models: Path, runtimes: Mapping[str, OpenGraph] = RUNTIMES, **settings: Any
 ) -> Iterator[RunningServer]:
-    """A server that listens but has not loaded its models."""
+    """Run a server that listens but has not loaded its models.
+
+    Args:
+        models: directory of artifacts.
+        runtimes: functions that open graphs, by format.
+        **settings: fields of `Config` that differ from their defaults.
+    """
     defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "drain_timeout": 5.0}
     server = RunningServer(Config(models=models, **{**defaults, **settings}), runtimes)
     try:
@@ -98,7 +108,7 @@ def listening(
 
 @contextmanager
 def serving(models: Path, **settings: Any) -> Iterator[RunningServer]:
-    """A server over a models directory, ready to answer."""
+    """Run a server that has loaded its models; the arguments are those of `listening`."""
     with listening(models, **settings) as server:
         server.load()
         yield server

@@ -10,11 +10,10 @@ from export.artifacts import reader, verify
 from export.datasets import loading
 from export.families import FAMILIES
 from export.graphs.formats import DEFAULT_FORMATS, FORMATS
-from export.graphs.program import OPERATIONS, program_name
 from samovar.v1 import manifest_pb2
-from tests.support.datasets import Pair, each_pair
+from tests.support.datasets import Pair, for_each_pair
 
-pytestmark = each_pair
+pytestmark = for_each_pair
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def dataset(pair: Pair) -> loading.Dataset:
 @pytest.fixture
 def written(pair: Pair, request: pytest.FixtureRequest) -> Path:
     """The shared artifact of the family on the data set."""
-    models: Path = request.getfixturevalue("models" if pair.is_usual else "other_models")
+    models: Path = request.getfixturevalue("models" if pair.is_default else "other_models")
     return models / pair.model / "1"
 
 
@@ -43,7 +42,7 @@ def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Data
 
 def test_every_operation_is_offered_or_refused_with_a_reason(pair: Pair) -> None:
     loaded = FAMILIES[pair.family].load()
-    offered = {name.partition(":")[0] for name in loaded.operations}
+    offered = {parse_program_name(name)[0] for name in loaded.operations}
     assert set(loaded.unsupported_operations) == set(OPERATIONS) - offered
     assert all(loaded.unsupported_operations.values())
 
@@ -52,7 +51,7 @@ def test_every_format_reproduces_the_modules_in_any_company(pair: Pair, written:
     report = verify.verify(written)
     assert report.failures == []
     assert {finding.format for finding in report.results} == set(
-        FORMATS if pair.is_usual else DEFAULT_FORMATS
+        FORMATS if pair.is_default else DEFAULT_FORMATS
     )
     assert {finding.program for finding in report.results} == set(FAMILIES[pair.family].operations)
 

@@ -13,7 +13,7 @@ from server.runtime import RUNTIMES, Device
 from tests.support.datasets import PAIRS, Pair
 
 ELSEWHERE = Device("meta")
-USUAL = [pair for pair in PAIRS if pair.is_usual]
+USUAL = [pair for pair in PAIRS if pair.is_default]
 
 
 class Ramp(torch.nn.Module):
