@@ -18,6 +18,7 @@ import samovar
 from samovar import tensors
 from samovar.errors import from_rpc
 from samovar.model import ParameterType, ValueKind
+from samovar.operations import OPERATIONS, parse_program_name
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.datasets import Pair, for_each_pair

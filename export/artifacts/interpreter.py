@@ -18,8 +18,9 @@ from tqdm import tqdm
 from export.artifacts import manifest
 from export.graphs import graph
 from export.graphs.graph import Graph, GraphFunction
-from export.graphs.program import DataSpec, Program, ProgramError, program_name
+from export.graphs.program import DataSpec, Program, ProgramError
 from samovar import noise
+from samovar.operations import parse_program_name, program_name
 from samovar.tensors import DTYPES
 from samovar.v1 import manifest_pb2
 
@@ -175,7 +176,7 @@ def _check_program_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ProgramError(f"two programs are named {name!r}; give one of them a variant")
-        operation = name.partition(":")[0]
+        operation, _ = parse_program_name(name)
         if operation not in names:
             raise ProgramError(
                 f"program {name!r} is a variant, but there is no default program {operation!r}; "

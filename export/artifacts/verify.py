@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.artifacts import golden, reader
 from export.artifacts.interpreter import Interpreter, Rows, concatenate_rows
 from export.graphs.graph import GraphError, summarize_error
-from export.graphs.program import program_name
+from samovar.operations import program_name
 from samovar.v1 import manifest_pb2
 
 _FILLER_ROWS = 5

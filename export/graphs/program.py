@@ -17,9 +17,10 @@ from typing import Literal
 
 from torch import nn
 
+from samovar.operations import OPERATIONS, program_name
+
 DType = Literal["bool", "uint8", "int32", "int64", "float32", "float64"]
 _VARIANT = re.compile(r"[a-z][a-z0-9_]*")
-OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 
 class ProgramError(ValueError):
@@ -149,11 +150,6 @@ class Score:
     standard_error_output: str | None = None
     draws_parameter: str | None = None
     row_dimensions_output: str | None = None
-
-
-def program_name(operation: str, variant: str) -> str:
-    """Return the program's name: `sample`, or `sample:inpaint` for a variant."""
-    return f"{operation}:{variant}" if variant else operation
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from samovar.operations import program_name
+
 STEP_INDEX = "step_index"
 NUM_STEPS = "num_steps"
 
@@ -25,11 +27,6 @@ PARAMETER_DTYPES: dict[ParameterKind, str] = {
     "boolean": "bool",
     "choice": "int64",
 }
-
-
-def program_name(operation: str, method: str) -> str:
-    """What a program is called: `sample`, or `sample:inpaint` for a method."""
-    return f"{operation}:{method}" if method else operation
 
 
 @dataclass(frozen=True)

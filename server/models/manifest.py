@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from samovar import tensors
+from samovar.operations import program_name
 from samovar.v1 import inference_pb2, manifest_pb2
 from server.core.spec import (
     GoldenRows,
@@ -20,7 +21,6 @@ from server.core.spec import (
     ScoreSpec,
     StepSchedule,
     TensorSpec,
-    program_name,
 )
 
 Graphs = Mapping[str, manifest_pb2.Graph]

@@ -7,9 +7,10 @@ loaded (repository.py) nor how its programs run.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from samovar.operations import program_name
 from samovar.v1 import manifest_pb2
 from server.core.errors import InvalidRequest, ModelNotFound, UnsupportedOperation, Violation
-from server.core.spec import ModelSpec, ProgramKey, ProgramSpec, program_name
+from server.core.spec import ModelSpec, ProgramKey, ProgramSpec
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from samovar import tensors
+from samovar.operations import OPERATIONS
 from samovar.v1 import manifest_pb2
 from server.core.spec import ProgramSpec, TensorSpec
 from server.models import manifest as messages
 
 FORMAT_VERSION = 2
-OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 MAX_NUMBER = 2.0**53
 MAX_STEPS = 2**31

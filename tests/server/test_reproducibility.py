@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import samovar
 from export.families import FAMILIES
+from samovar.operations import parse_program_name
 from tests.support.live_server import HANG_SECONDS, RunningServer
 
 FORMATS = ("onnx", "torchscript", "torch_export")

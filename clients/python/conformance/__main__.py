@@ -29,9 +29,10 @@ import grpc
 import samovar
 from conformance import concurrent, latents, masks, results
 from conformance.programs import Programs
-from conformance.rejections import OPERATIONS, refuse
+from conformance.rejections import refuse
 from conformance.sample_inputs import SampleInputs
 from conformance.tokens import Writer
+from samovar.operations import OPERATIONS
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
 

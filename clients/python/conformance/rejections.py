@@ -7,10 +7,9 @@ import grpc
 import samovar
 from conformance.requests import SEED
 from samovar.errors import SamovarError, from_rpc
+from samovar.operations import parse_program_name
 from samovar.v1 import inference_pb2
 from samovar.v1.inference_pb2_grpc import InferenceStub
-
-OPERATIONS = ("sample", "reconstruct", "score", "energy", "encode", "decode", "classify")
 
 
 def refuse(stub: InferenceStub, model: samovar.Model, operation: str) -> bool:
@@ -38,7 +37,7 @@ def _problems(refusal: SamovarError, model: samovar.Model) -> Iterator[str]:
     if not isinstance(refusal, samovar.UnsupportedOperation):
         yield f"expected FAILED_PRECONDITION, got {type(refusal).__name__}"
         return
-    supported = {name for name in model.operations if ":" not in name}
+    supported = {parse_program_name(name)[0] for name in model.operations}
     if set(refusal.supported) != supported:
         yield f"expected {', '.join(sorted(supported))} as what it has"
     why = refusal.details.facts.get("why", "")

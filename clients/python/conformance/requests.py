@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 import samovar
 from conformance.results import Found
 from samovar._messages import CallOptions
+from samovar.operations import parse_program_name
 
 Array = NDArray[Any]
 Scalar = bool | int | float | str
@@ -54,7 +55,7 @@ class Answer:
 
 def ask(client: samovar.Client, request: Request, first: int = 0) -> Answer:
     """Ask for the rows from the first on."""
-    name, rows = request.operation.name.partition(":")[0], request.rows - first
+    name, rows = parse_program_name(request.operation.name)[0], request.rows - first
     inputs = {key: array[first:] for key, array in request.inputs.items()}
     options = CallOptions(
         version=request.model.version,

@@ -20,6 +20,7 @@ from samovar.model import (
     TensorSpec,
     ValueKind,
 )
+from samovar.operations import program_name
 from samovar.tensors import DTYPES
 from samovar.v1 import inference_pb2, manifest_pb2
 
@@ -93,7 +94,7 @@ def _value(value: manifest_pb2.DataSpec) -> DataSpec:
 
 def _operation(program: manifest_pb2.Program) -> Operation:
     return Operation(
-        name=f"{program.operation}:{program.variant}" if program.variant else program.operation,
+        name=program_name(program.operation, program.variant),
         doc=program.doc,
         parameters=tuple(_parameter(parameter) for parameter in program.parameters),
         inputs=tuple(

@@ -10,6 +10,7 @@ from export.artifacts import reader, verify
 from export.datasets import loading
 from export.families import FAMILIES
 from export.graphs.formats import DEFAULT_FORMATS, FORMATS
+from samovar.operations import OPERATIONS, parse_program_name, program_name
 from samovar.v1 import manifest_pb2
 from tests.support.datasets import Pair, for_each_pair
 
