@@ -14,7 +14,9 @@ from export.artifacts.interpreter import Interpreter, Tensors, eager_interpreter
 from export.datasets import chorales, loading, text
 from export.evaluation.ngram import WittenBell
 from export.families.base import Preset
-from export.families.lstm import BEAT, FAMILY, LSTM, WINDOW, draw
+from export.families.lstm import FAMILY, LSTM
+from export.families.lstm.network import TOKENS_PER_BEAT, WINDOW_TOKENS
+from export.families.lstm.programs import sample_token
 from export.graphs.program import DataSpec, TensorSpec
 from export.training.trainer import Settings, fit
 
@@ -99,8 +101,9 @@ def test_the_step_is_torchs_cell(words: loading.Dataset) -> None:
         logits, state = network.step(before, torch.full((4,), index), state)
         steps.append(logits.log_softmax(-1).gather(1, tokens[:, index : index + 1])[:, 0])
     torch.testing.assert_close(torch.stack(steps, 1), network.log_masses(tokens), atol=1e-5, rtol=1e-5)
-    _, (hidden, cell) = network.layers(network.token(torch.nn.functional.pad(tokens[:, :-1], (1, 0)))
-                                       + network.place.weight[0])  # fmt: skip
+    previous = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
+    embedded = network.token_embedding(previous) + network.position_embedding.weight[0]
+    _, (hidden, cell) = network.layers(embedded)
     torch.testing.assert_close(state[0].transpose(0, 1), hidden, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(state[1].transpose(0, 1), cell, atol=1e-5, rtol=1e-5)
 
@@ -182,7 +185,7 @@ def shares(top_k: int = 0, top_p: float = 1.0, temperature: float = 1.0) -> list
     logits[:, 1:6] = torch.tensor([0.4, 0.1, 0.3, 0.05, 0.15]).log()
     uniform = (torch.arange(count) + 0.5) / count
     scalars = torch.full((count,), temperature), torch.full((count,), top_k), torch.full((count,), top_p)
-    drawn = draw(logits, *scalars, uniform)
+    drawn = sample_token(logits, *scalars, uniform)
     assert drawn.min() >= 1
     assert drawn.max() <= 5
     return (torch.bincount(drawn, minlength=6)[1:] / count).tolist()
@@ -251,7 +254,8 @@ def test_features_are_of_the_whole_sequence_and_of_nothing_after_it(
     network, rows = untrained(words), words.test.rows.copy()
     shorter = np.where(np.arange(24) < 10, rows, 0).astype(np.uint8)
     hidden, _ = network.layers(
-        network.token(torch.from_numpy(np.pad(rows, ((0, 0), (1, 0)))).long()) + network.place.weight[0]
+        network.token_embedding(torch.from_numpy(np.pad(rows, ((0, 0), (1, 0)))).long())
+        + network.position_embedding.weight[0]
     )
     np.testing.assert_allclose(features(rows), hidden[:, 24], atol=1e-5)
     np.testing.assert_allclose(features(shorter), hidden[:, 10], atol=1e-5)
@@ -274,12 +278,16 @@ def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
     rows = np.where(np.arange(640) < lengths[:, None], np.arange(640) % 49 + 4, 0).astype(np.uint8)
     network = FAMILY.build_network(dataset(chorales.VOCABULARY, rows), TINY)
     torch.manual_seed(0)
-    tokens, before = network._windows(torch.from_numpy(rows).long())
-    assert tokens.shape == before.shape == (32, WINDOW)
+    tokens, before = network._draw_windows(torch.from_numpy(rows).long())
+    assert tokens.shape == before.shape == (32, WINDOW_TOKENS)
     torch.testing.assert_close(tokens[:, :-1], before[:, 1:])
     beginnings = 0
     for row, window, first in zip(rows, tokens.numpy(), before[:, 0].tolist(), strict=True):
-        starts = [s for s in range(0, 640 - WINDOW + 1, BEAT) if (row[s : s + WINDOW] == window).all()]
+        starts = [
+            s
+            for s in range(0, 640 - WINDOW_TOKENS + 1, TOKENS_PER_BEAT)
+            if (row[s : s + WINDOW_TOKENS] == window).all()
+        ]
         assert any(first == (row[s - 1] if s else 0) for s in starts)
         assert window[0] != 0
         beginnings += first == 0
@@ -288,7 +296,7 @@ def test_windows_of_music_are_whole_beats_after_what_was_there() -> None:
 
 def test_windows_of_text_begin_with_nothing(words: loading.Dataset) -> None:
     rows = np.tile(np.arange(1, 21, dtype=np.uint8), (16, 20))
-    tokens, before = FAMILY.build_network(dataset(words.spec.vocabulary, rows), TINY)._windows(
+    tokens, before = FAMILY.build_network(dataset(words.spec.vocabulary, rows), TINY)._draw_windows(
         torch.from_numpy(rows).long()
     )
     assert (before[:, 0] == 0).all()
@@ -306,18 +314,18 @@ def test_an_n_gram_is_a_distribution(order: int) -> None:
     rows = np.random.default_rng(1).integers(1, 4, (20, 9)).astype(np.uint8)
     model = WittenBell(rows, 3, order)
     for context in ([], [1], [2, 2], [3, 1, 2], [1, 1, 1, 1, 1]):
-        assert sum(model.mass(context, token) for token in (1, 2, 3)) == pytest.approx(1)
+        assert sum(model.probability(context, token) for token in (1, 2, 3)) == pytest.approx(1)
     shorter = padded([[1, 2, 3, 1]], 9)
-    steps = [model.mass([1, 2, 3][:end], token) for end, token in enumerate([1, 2, 3, 1])]
-    assert model.log_masses(shorter) == pytest.approx([np.log(steps).sum()])
+    steps = [model.probability([1, 2, 3][:end], token) for end, token in enumerate([1, 2, 3, 1])]
+    assert model.log_probabilities(shorter) == pytest.approx([np.log(steps).sum()])
 
 
 def test_an_n_gram_is_witten_and_bells() -> None:
     """By hand: `aab` once, two symbols; p(b|a) = (1 + 2 p(b)) / (2 + 2), p(b) = (1 + 2/2) / (3 + 2)."""
     model = WittenBell(padded([[1, 1, 2]], 4), 2, order=2)
-    assert model.mass([], 2) == pytest.approx(2 / 5)
-    assert model.mass([1], 2) == pytest.approx((1 + 2 * 2 / 5) / 4)
-    assert model.mass([2], 2) == pytest.approx(2 / 5)
+    assert model.probability([], 2) == pytest.approx(2 / 5)
+    assert model.probability([1], 2) == pytest.approx((1 + 2 * 2 / 5) / 4)
+    assert model.probability([2], 2) == pytest.approx(2 / 5)
 
 
 def test_quality_compares_with_the_n_gram_on_the_same_rows(
@@ -397,7 +405,7 @@ def test_a_chorale_is_read_as_it_is_written() -> None:
     """BWV 269 begins with an upbeat on a G major chord; its bass then moves in eighths."""
     from music21 import corpus
 
-    pitches, begins = chorales._frames(corpus.parse("bach/bwv269"))
+    pitches, begins = chorales._to_frames(corpus.parse("bach/bwv269"))
     assert pitches[:3].tolist() == [[67, 62, 59, 43], [67, 62, 59, 43], [67, 62, 59, 55]]
     assert begins[:3].tolist() == [[True] * 4, [False] * 4, [True] * 4]
     assert pitches[6, :].tolist() == [74, 62, 57, 54]
