@@ -32,7 +32,7 @@ class Result:
     @property
     def last_lines(self) -> list[str]:
         """The last lines of the log; of a progress bar, only its last state."""
-        lines = self.log.read_text(errors="replace").split("\n")
+        lines = self.log.read_bytes().decode(errors="replace").split("\n")
         shown = [line.rstrip().rpartition("\r")[2].strip() for line in lines]
         return [line for line in shown if line][-_NUM_LAST_LINES:]
 

@@ -1,4 +1,4 @@
-"""The digits, the moons, and where the shared artifacts of every family are."""
+"""Fixtures for tests of the exporter: datasets, and the shared untrained artifacts."""
 
 from pathlib import Path
 
@@ -10,18 +10,19 @@ from tests.support.datasets import PAIRS
 
 @pytest.fixture(scope="session")
 def digits() -> loading.Dataset:
+    """The digits, shared: do not change them."""
     return loading.load("digits")
 
 
 @pytest.fixture(scope="session")
 def artifacts(models: Path) -> dict[str, Path]:
-    """By family, those on its usual data."""
+    """The artifact of each family on its default dataset, by family."""
     return {pair.family: models / pair.model / "1" for pair in PAIRS if pair.is_default}
 
 
 @pytest.fixture(scope="session")
 def moons() -> loading.Dataset:
-    """Two moons, which nobody may change."""
+    """The two moons, shared: do not change them."""
     return loading.load("moons")
 
 
@@ -29,5 +30,5 @@ def moons() -> loading.Dataset:
 def dataset(
     request: pytest.FixtureRequest, digits: loading.Dataset, moons: loading.Dataset
 ) -> loading.Dataset:
-    """Images, then points."""
+    """A dataset of images and a dataset of points."""
     return {"digits": digits, "moons": moons}[request.param]
