@@ -1,50 +1,63 @@
-"""Latents: a row's place at the upper end of the noise scale, by the deterministic walk there and back.
+"""Latent programs: encode, decode and reconstruct, by the deterministic probability-flow ODE.
 
-Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2020), section 5.4: the probability-flow ODE
-takes every row to one place at SIGMA_MAX, which divided by it is nearly standard normal over rows, and
-back. A latent is what sample begins with as noise. Walks are discrete, so they come back only nearly.
+Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2020), section 5.4: the ODE maps each row to one
+point at SIGMA_MAX, and back. That point divided by SIGMA_MAX is the latent. Over rows it is nearly standard
+normal, and sample starts from it as noise. The solver takes discrete steps, so a round trip is not exact.
 """
 
 import torch
 from torch import Tensor, nn
 
-from export.families.diffusion import solvers as samplers
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampling import Readout, given, open_label, sampler_parameter, steps_parameter
-from export.families.diffusion.solvers import SIGMA_MAX, tick
+from export.families.diffusion.parameters import (
+    known_label_input,
+    row_input,
+    sampler_parameter,
+    steps_parameter,
+)
+from export.families.diffusion.sampling_graphs import SampleReadout
+from export.families.diffusion.solvers import (
+    SIGMA_MAX,
+    build_update,
+    denoising_interval,
+    encoding_interval,
+)
 from export.graphs.program import DataSpec, Input, Program, Steps, TensorSpec
 
 DEFAULT_STEPS = 40
 
 
 class _OdeEncode(nn.Module):
-    """A row at the lower end of the noise scale, about to go up, and down again if there are two legs."""
+    """Initial state: a row at SIGMA_MIN.
 
-    def __init__(self, denoiser: Denoiser, legs: int) -> None:
+    With `num_legs` = 1 all steps encode. With 2, half of the steps encode and the other half decode.
+    """
+
+    def __init__(self, denoiser: Denoiser, num_legs: int) -> None:
         super().__init__()
-        self.scale, self.legs = denoiser.scale, legs
+        self.scale, self.num_legs = denoiser.scale, num_legs
 
-    def begin(self, row: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
+    def initial_state(self, row: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
         x = self.scale(row)
-        return x.clone(), torch.zeros_like(x), x.clone(), num_steps // self.legs
+        return x.clone(), torch.zeros_like(x), x.clone(), num_steps // self.num_legs
 
 
-class RiseOfImage(_OdeEncode):
-    """image -> a walk's first state."""
+class EncodeImageInit(_OdeEncode):
+    """Image -> initial state."""
 
     def forward(self, image: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
-        return self.begin(image, num_steps)
+        return self.initial_state(image, num_steps)
 
 
-class RiseOfPoint(_OdeEncode):
-    """point -> a walk's first state."""
+class EncodePointInit(_OdeEncode):
+    """Point -> initial state."""
 
     def forward(self, point: Tensor, num_steps: Tensor) -> tuple[Tensor, ...]:
-        return self.begin(point, num_steps)
+        return self.initial_state(point, num_steps)
 
 
-class Descent(nn.Module):
-    """latent -> the first state of a walk that only goes down."""
+class DecodeInit(nn.Module):
+    """Latent -> initial state in which all steps decode."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -52,12 +65,12 @@ class Descent(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
         x = SIGMA_MAX * latent.reshape(-1, *self.shape)
-        nothing = torch.zeros_like(x)
-        return x, nothing, nothing.clone(), torch.zeros_like(latent[:, 0]).long()
+        zeros = torch.zeros_like(x)
+        return x, zeros, zeros.clone(), torch.zeros_like(latent[:, 0]).long()
 
 
-class Step(nn.Module):
-    """One evaluation of the network, upwards before the turn and downwards after it."""
+class OdeStep(nn.Module):
+    """One network evaluation: up the noise levels in the encoding steps, down in the others."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -67,103 +80,117 @@ class Step(nn.Module):
         self,
         x: Tensor,
         memory: Tensor,
-        turn: Tensor,
+        num_encoding_steps: Tensor,
         label: Tensor,
         step_index: Tensor,
         num_steps: Tensor,
         sampler: Tensor,
     ) -> tuple[Tensor, ...]:
-        up = samplers.ascent(step_index, turn, sampler)
-        level = torch.ones_like(up.now)
-        down = samplers.descent(step_index - turn, num_steps - turn, sampler, level)
-        now = tick(up.where(step_index < turn, down), sampler, torch.zeros_like(level))
-        denoised = self.denoiser(x, now.sigma, label)
-        return *now.move(x, memory, denoised, torch.zeros_like(x)), denoised, turn
+        up = encoding_interval(step_index, num_encoding_steps, sampler)
+        ones = torch.ones_like(up.current)
+        down = denoising_interval(
+            step_index - num_encoding_steps, num_steps - num_encoding_steps, sampler, ones
+        )
+        interval = up.where(step_index < num_encoding_steps, down)
+        update = build_update(interval, sampler, torch.zeros_like(ones))
+        denoised = self.denoiser(x, update.sigma, label)
+        return *update.apply(x, memory, denoised, torch.zeros_like(x)), denoised, num_encoding_steps
 
 
-class Latent(nn.Module):
-    """The end of a walk up -> its latent."""
+class LatentReadout(nn.Module):
+    """Row at SIGMA_MAX -> latent."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) / SIGMA_MAX
 
 
-def programs(denoiser: Denoiser, value: DataSpec, readout: Readout) -> tuple[Program, ...]:
-    """encode, decode and reconstruct."""
-    rise, step = RiseOfImage if value.num_levels else RiseOfPoint, Step(denoiser)
+def build_programs(denoiser: Denoiser, data_spec: DataSpec, readout: SampleReadout) -> tuple[Program, ...]:
+    """Return encode, decode and reconstruct."""
+    init, step = EncodeImageInit if data_spec.num_levels else EncodePointInit, OdeStep(denoiser)
     return (
-        _encode(denoiser, value, rise(denoiser, 1), step),
-        _decode(denoiser, value, step, readout),
-        _reconstruct(value, rise(denoiser, 2), step, readout),
+        _encode(denoiser, data_spec, init(denoiser, 1), step),
+        _decode(denoiser, data_spec, step, readout),
+        _reconstruct(data_spec, init(denoiser, 2), step, readout),
     )
 
 
 def _latent(denoiser: Denoiser) -> TensorSpec:
-    return TensorSpec("latent", shape=(denoiser.dimensions,), doc="nearly standard normal under the model")
-
-
-def _state(value: DataSpec) -> tuple[TensorSpec, ...]:
-    shape = value.tensor.shape
-    return (
-        TensorSpec("x", shape=shape, doc="the row on its way"),
-        TensorSpec("memory", shape=shape, doc="what the sampler keeps from its last step"),
-        TensorSpec("denoised", shape=shape, doc="the expected clean row"),
-        TensorSpec("turn", "int64", doc="the step from which the walk goes down"),
+    return TensorSpec(
+        "latent", shape=(denoiser.dimensions,), doc="latent; nearly standard normal under the model"
     )
 
 
-def _encode(denoiser: Denoiser, value: DataSpec, init: RiseOfImage | RiseOfPoint, step: Step) -> Program:
+def _state(data_spec: DataSpec) -> tuple[TensorSpec, ...]:
+    shape = data_spec.tensor.shape
+    return (
+        TensorSpec("x", shape=shape, doc="row at the current noise level"),
+        TensorSpec("memory", shape=shape, doc="values that the sampler carries from one step to the next"),
+        TensorSpec("denoised", shape=shape, doc="expected clean row"),
+        TensorSpec(
+            "num_encoding_steps", "int64", doc="number of steps up the noise levels, before those down"
+        ),
+    )
+
+
+def _encode(
+    denoiser: Denoiser, data_spec: DataSpec, init: EncodeImageInit | EncodePointInit, step: OdeStep
+) -> Program:
     return Program(
         operation="encode",
         init=init,
         step=step,
-        readout=Latent(),
+        readout=LatentReadout(),
         outputs=(_latent(denoiser),),
-        doc="Walk from a row up to its latent, without chance.",
-        state=_state(value),
-        steps=Steps(parameter="steps"),
-        parameters=(
-            steps_parameter(DEFAULT_STEPS, "heun: two a level, an odd number begins by Euler"),
-            sampler_parameter("heun"),
-        ),
-        inputs=(Input(given(value, "the row")), open_label(value)),
-    )
-
-
-def _decode(denoiser: Denoiser, value: DataSpec, step: Step, readout: Readout) -> Program:
-    return Program(
-        operation="decode",
-        init=Descent(denoiser),
-        step=step,
-        readout=readout,
-        outputs=(value.tensor,),
-        doc="Walk from a latent down to its row, without chance.",
-        state=_state(value),
+        doc="Compute the latent of a row by the deterministic ODE.",
+        state=_state(data_spec),
         steps=Steps(parameter="steps"),
         parameters=(
             steps_parameter(
-                DEFAULT_STEPS, "heun: two a level, one at the last, an even number begins by Euler"
+                DEFAULT_STEPS, "heun takes two for each noise level; an odd number adds an Euler step"
             ),
             sampler_parameter("heun"),
         ),
-        inputs=(Input(_latent(denoiser)), open_label(value)),
+        inputs=(row_input(data_spec, "row to encode"), known_label_input(data_spec)),
+    )
+
+
+def _decode(denoiser: Denoiser, data_spec: DataSpec, step: OdeStep, readout: SampleReadout) -> Program:
+    return Program(
+        operation="decode",
+        init=DecodeInit(denoiser),
+        step=step,
+        readout=readout,
+        outputs=(data_spec.tensor,),
+        doc="Compute the row of a latent by the deterministic ODE.",
+        state=_state(data_spec),
+        steps=Steps(parameter="steps"),
+        parameters=(
+            steps_parameter(
+                DEFAULT_STEPS,
+                "heun takes two for each noise level and one for the last; an even number adds an Euler step",
+            ),
+            sampler_parameter("heun"),
+        ),
+        inputs=(Input(_latent(denoiser)), known_label_input(data_spec)),
         previewable=True,
     )
 
 
-def _reconstruct(value: DataSpec, init: RiseOfImage | RiseOfPoint, step: Step, readout: Readout) -> Program:
+def _reconstruct(
+    data_spec: DataSpec, init: EncodeImageInit | EncodePointInit, step: OdeStep, readout: SampleReadout
+) -> Program:
     return Program(
         operation="reconstruct",
         init=init,
         step=step,
         readout=readout,
-        outputs=(value.tensor,),
-        doc="Walk from a row up to its latent and back down, which gives it back but for the walks' errors.",
-        state=_state(value),
+        outputs=(data_spec.tensor,),
+        doc="Encode a row and decode its latent. The output differs from the input by the solver's error.",
+        state=_state(data_spec),
         steps=Steps(parameter="steps"),
         parameters=(
-            steps_parameter(2 * DEFAULT_STEPS, "half of them up, the other half down", minimum=2),
+            steps_parameter(2 * DEFAULT_STEPS, "half of them encode, the other half decode", minimum=2),
             sampler_parameter("heun"),
         ),
-        inputs=(Input(given(value, "the row")), open_label(value)),
+        inputs=(row_input(data_spec, "row to reconstruct"), known_label_input(data_spec)),
     )

@@ -1,19 +1,20 @@
-"""The log-density of rows by the probability-flow ODE: an estimate, with a solver's errors.
+"""The program score:ode: an estimate of the log-density of a row by the probability-flow ODE.
 
 Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations" (2021), section
-4.3: the ODE dx/dsigma = (x - D) / sigma carries the density of rows to a normal one, and on the way
+4.3: the ODE dx/dsigma = (x - D) / sigma transports the density of rows to a normal density, and along it
 
     d log p(x) / dsigma = -div (x - D) / sigma.
 
-With y = x / sqrt(sigma^2 + s^2) and sigma = s tan(angle) it is dy/dangle = -F(y, sigma), F the network itself
-(Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024), which changes
-little on the long way through the noise. It is solved by the classical method of Runge and Kutta, with
-shorter steps where there is little noise.
+With y = x / sqrt(sigma^2 + s^2) and sigma = s tan(angle) it becomes dy/dangle = -F(y, sigma), where F is the
+network itself (Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024). F
+changes slowly at high noise levels. The solver is the classical fourth-order Runge-Kutta method, with shorter
+steps at low noise levels. The result has the solver's error.
 
-Of points the divergence is exact. Of images it is estimated along random directions (Hutchinson 1989), and
-integers are spread by noise of the bound's last level z = x + sigma noise, whose density is added to:
+For points the divergence is exact. For images it is estimated along random directions (Hutchinson 1989).
+Integers are made continuous by noise of the bound's last level, z = x + sigma noise, whose density is
+accounted for:
 
-    log p(x) >= E[log p(z) + log p(x | z) - log q(z | x)],   here by one draw.
+    log p(x) >= E[log p(z) + log p(x | z) - log q(z | x)],   estimated from one draw.
 """
 
 import math
@@ -23,19 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampling import given, open_label
-from export.families.diffusion.solvers import SIGMA_MAX, SIGMA_MIN, per_row
-from export.families.diffusion.variational_bound import DecoderLikelihood, space
-from export.graphs.program import DataSpec, Input, Noise, Parameter, Program, Score, Steps, TensorSpec
+from export.families.diffusion.parameters import coordinate_space, known_label_input, row_input
+from export.families.diffusion.solvers import SIGMA_MAX, SIGMA_MIN, broadcast_to_rows
+from export.families.diffusion.variational_bound import DecoderLikelihood
+from export.graphs.program import DataSpec, Noise, Parameter, Program, Score, Steps, TensorSpec
 from export.probability.batch_invariant_ops import batch_invariant_map, batch_invariant_sum
 
-STAGES, MAX_STEPS = 4, 400
-# Random directions of a step, and how far along them the slope is taken.
-PROBES, REACH = 2, 5e-3
+# Stages of a Runge-Kutta step; each is one step of the program.
+NUM_STAGES, MAX_STEPS = 4, 400
+# Random directions of the divergence in each stage, and the step of the finite difference along them.
+NUM_PROBES, PROBE_STEP = 2, 5e-3
 
 
-class InitOfPoint(nn.Module):
-    """point -> where its walk begins, and the log-density that scaling it costs."""
+class PointInit(nn.Module):
+    """Point -> initial state: y at SIGMA_MIN, and the log-determinant of the scaling to y."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -43,74 +45,96 @@ class InitOfPoint(nn.Module):
 
     def forward(self, point: Tensor) -> tuple[Tensor, ...]:
         y = point / math.sqrt(self.variance)
-        cost = torch.full_like(point[:, 0], -0.5 * point.shape[1] * math.log(self.variance))
-        return y, y.clone(), torch.zeros_like(y), cost
+        log_determinant = torch.full_like(point[:, 0], -0.5 * point.shape[1] * math.log(self.variance))
+        return y, y.clone(), torch.zeros_like(y), log_determinant
 
 
-class InitOfImage(nn.Module):
-    """image -> where the walk of a noisy draw of it begins, and what it tells of the image."""
+class ImageInit(nn.Module):
+    """Image -> initial state: y of a noisy draw z of the image, and log p(x | z) - log q(z | x).
+
+    The log-determinant of the scaling to y is included.
+    """
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.last_level = denoiser, DecoderLikelihood(denoiser)
-        self.norm = math.hypot(self.last_level.sigma, denoiser.data_std)
-        # log q(z | x) + |noise|^2 / 2, and the scaling of z to y.
-        spread = math.log(self.last_level.sigma * math.sqrt(2 * math.pi))
-        self.cost = -denoiser.dimensions * (math.log(self.norm) - spread)
+        self.denoiser, self.decoder = denoiser, DecoderLikelihood(denoiser)
+        self.norm = math.hypot(self.decoder.sigma, denoiser.data_std)
+        # -log q(z | x) - |noise|^2 / 2, and the scaling of z to y.
+        log_noise_scale = math.log(self.decoder.sigma * math.sqrt(2 * math.pi))
+        self.constant = -denoiser.dimensions * (math.log(self.norm) - log_noise_scale)
 
-    def forward(self, image: Tensor, label: Tensor, last_noise: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, label: Tensor, dequantization_noise: Tensor) -> tuple[Tensor, ...]:
         clean = self.denoiser.scale(image)
-        sigma = torch.full_like(label, self.last_level.sigma, dtype=clean.dtype)
-        z = clean + self.last_level.sigma * last_noise
+        sigma = torch.full_like(label, self.decoder.sigma, dtype=clean.dtype)
+        z = clean + self.decoder.sigma * dequantization_noise
         y, denoised = z / self.norm, self.denoiser(z, sigma, label)
-        told = self.last_level(clean, denoised) + batch_invariant_sum(last_noise.flatten(1).square()) / 2
-        return y, y.clone(), torch.zeros_like(y), told + self.cost, torch.zeros_like(told)
+        squared_noise = batch_invariant_sum(dequantization_noise.flatten(1).square())
+        log_ratio = self.decoder(clean, denoised) + squared_noise / 2
+        return y, y.clone(), torch.zeros_like(y), log_ratio + self.constant, torch.zeros_like(log_ratio)
 
 
-class _Step(nn.Module):
-    """One of the four stages of a step of Runge and Kutta's method."""
+class _OdeStep(nn.Module):
+    """One of the four stages of a Runge-Kutta step, from the noise level `sigma` to SIGMA_MAX."""
 
     def __init__(self, denoiser: Denoiser, sigma: float) -> None:
         super().__init__()
-        self.denoiser, self.spread = denoiser, denoiser.data_std
-        self.first, self.last = (math.atan(level / self.spread) for level in (sigma, SIGMA_MAX))
+        self.denoiser, self.data_std = denoiser, denoiser.data_std
+        self.first_angle, self.last_angle = (math.atan(level / self.data_std) for level in (sigma, SIGMA_MAX))
 
     def stage(self, step_index: Tensor, num_steps: Tensor) -> "_Stage":
-        """Where a stage is; evaluations that are left over go nowhere."""
-        steps, step, stage = num_steps // STAGES, step_index // STAGES, step_index % STAGES
-        start, end = (self._angle(torch.minimum(step + offset, steps) / steps) for offset in (0, 1))
-        outer, inner = (stage == 0) | (stage == STAGES - 1), torch.full_like(start, 0.5)
-        share = torch.where(outer, (stage > 0).to(start.dtype), inner)
+        """Return the stage of a program step, both int64 [B].
+
+        Steps beyond the last complete Runge-Kutta step have weight 0.
+        """
+        count, number, stage = num_steps // NUM_STAGES, step_index // NUM_STAGES, step_index % NUM_STAGES
+        start, end = (self._angle(torch.minimum(number + offset, count) / count) for offset in (0, 1))
+        is_outer, half = (stage == 0) | (stage == NUM_STAGES - 1), torch.full_like(start, 0.5)
+        fraction = torch.where(is_outer, (stage > 0).to(start.dtype), half)
         return _Stage(
-            sigma=self.spread * batch_invariant_map(torch.tan, start + share * (end - start)),
-            weight=(end - start) * torch.where(outer, inner / 3, 2 * inner / 3),
-            lead=(end - start) * torch.where(stage == STAGES - 2, 2 * inner, inner),
-            is_last=stage == STAGES - 1,
+            sigma=self.data_std * batch_invariant_map(torch.tan, start + fraction * (end - start)),
+            weight=(end - start) * torch.where(is_outer, half / 3, 2 * half / 3),
+            next_offset=(end - start) * torch.where(stage == NUM_STAGES - 2, 2 * half, half),
+            is_last=stage == NUM_STAGES - 1,
         )
 
-    def _angle(self, share: Tensor) -> Tensor:
-        return self.first + (self.last - self.first) * share.square()
+    def _angle(self, fraction: Tensor) -> Tensor:
+        return self.first_angle + (self.last_angle - self.first_angle) * fraction.square()
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Of each row [B]: noise level, weight in the step, way to the next stage, whether it ends the step."""
+    """Stage of a Runge-Kutta step; every field is [B].
+
+    Attributes:
+        sigma: noise level of the evaluation.
+        weight: weight of the velocity in the step, times the step's length.
+        next_offset: distance of the next evaluation from the start of the step.
+        is_last: whether the stage completes the step.
+    """
 
     sigma: Tensor
     weight: Tensor
-    lead: Tensor
+    next_offset: Tensor
     is_last: Tensor
 
-    def move(self, base: Tensor, change: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next place to look at, where the step began, and the change since then."""
-        weight, lead, is_last = (per_row(part, base) for part in (self.weight, self.lead, self.is_last))
-        change = change + weight * velocity
-        y = base + torch.where(is_last, change, lead * velocity)
-        return y, torch.where(is_last, y, base), torch.where(is_last, torch.zeros_like(y), change)
+    def apply(
+        self, step_start: Tensor, step_change: Tensor, velocity: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next y, the start of its step, and the change since that start."""
+        weight, next_offset, is_last = (
+            broadcast_to_rows(part, step_start) for part in (self.weight, self.next_offset, self.is_last)
+        )
+        step_change = step_change + weight * velocity
+        y = step_start + torch.where(is_last, step_change, next_offset * velocity)
+        return (
+            y,
+            torch.where(is_last, y, step_start),
+            torch.where(is_last, torch.zeros_like(y), step_change),
+        )
 
 
-class StepOfPoint(_Step):
-    """A stage with the exact divergence."""
+class PointStep(_OdeStep):
+    """Stage with the exact divergence."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser, SIGMA_MIN)
@@ -118,20 +142,20 @@ class StepOfPoint(_Step):
     def forward(  # noqa: PLR0913 (bound by name)
         self,
         y: Tensor,
-        base: Tensor,
-        change: Tensor,
+        step_start: Tensor,
+        step_change: Tensor,
         log_density: Tensor,
         label: Tensor,
         step_index: Tensor,
         num_steps: Tensor,
     ) -> tuple[Tensor, ...]:
         stage = self.stage(step_index, num_steps)
-        estimate, divergence = self.denoiser.divergence(y, stage.sigma, label)
-        return *stage.move(base, change, -estimate), log_density - stage.weight * divergence
+        output, divergence = self.denoiser.raw_output_with_divergence(y, stage.sigma, label)
+        return *stage.apply(step_start, step_change, -output), log_density - stage.weight * divergence
 
 
-class StepOfImage(_Step):
-    """A stage with the divergence along random directions, by differences."""
+class ImageStep(_OdeStep):
+    """Stage with the divergence estimated by finite differences along random directions."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser, DecoderLikelihood(denoiser).sigma)
@@ -139,8 +163,8 @@ class StepOfImage(_Step):
     def forward(  # noqa: PLR0913 (bound by name)
         self,
         y: Tensor,
-        base: Tensor,
-        change: Tensor,
+        step_start: Tensor,
+        step_change: Tensor,
         log_density: Tensor,
         variance: Tensor,
         label: Tensor,
@@ -150,114 +174,126 @@ class StepOfImage(_Step):
     ) -> tuple[Tensor, ...]:
         stage = self.stage(step_index, num_steps)
         probes = torch.where(probe_noise < 0.5, -torch.ones_like(probe_noise), torch.ones_like(probe_noise))
-        reach, middle = REACH * probes, y.unsqueeze(1)
-        places = torch.stack([middle + reach, middle - reach], 1)
-        sigma, labels = (part.unsqueeze(1).expand(-1, 2 * PROBES) for part in (stage.sigma, label))
-        estimates = self.denoiser.estimate(
-            places.reshape(-1, *y.shape[1:]), sigma.reshape(-1), labels.reshape(-1)
+        offsets, center = PROBE_STEP * probes, y.unsqueeze(1)
+        points = torch.stack([center + offsets, center - offsets], 1)
+        sigma, labels = (part.unsqueeze(1).expand(-1, 2 * NUM_PROBES) for part in (stage.sigma, label))
+        outputs = self.denoiser.raw_output(
+            points.reshape(-1, *y.shape[1:]), sigma.reshape(-1), labels.reshape(-1)
         )
-        ahead, behind = estimates.reshape(places.shape).unbind(1)
-        slopes = batch_invariant_sum(((ahead - behind) * probes).flatten(2)) / (2 * REACH)
-        one, other = slopes.unbind(1)
-        first, second = (ahead + behind).unbind(1)
+        forward, backward = outputs.reshape(points.shape).unbind(1)
+        slopes = batch_invariant_sum(((forward - backward) * probes).flatten(2)) / (2 * PROBE_STEP)
+        first_slope, second_slope = slopes.unbind(1)
+        first_output, second_output = (forward + backward).unbind(1)
         return (
-            *stage.move(base, change, -(first + second) / 4),
-            log_density - stage.weight * (one + other) / 2,
-            variance + (stage.weight * (one - other) / 2).square(),
+            *stage.apply(step_start, step_change, -(first_output + second_output) / 4),
+            log_density - stage.weight * (first_slope + second_slope) / 2,
+            variance + (stage.weight * (first_slope - second_slope) / 2).square(),
         )
 
 
-class ReadoutOfPoint(nn.Module):
-    """The end of a walk -> the log-density of its beginning."""
+class PointReadout(nn.Module):
+    """State at SIGMA_MAX -> log-density of the point."""
 
     def forward(self, y: Tensor, log_density: Tensor) -> Tensor:
-        return log_density + _normal(y)
+        return log_density + _normal_log_density(y)
 
 
-class ReadoutOfImage(nn.Module):
-    """The end of a walk -> the log-mass of its beginning, and the standard error of its divergence."""
+class ImageReadout(nn.Module):
+    """State at SIGMA_MAX -> log-probability of the image, and the standard error of the divergence."""
 
     def forward(self, y: Tensor, log_density: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        return log_density + _normal(y), variance.sqrt()
+        return log_density + _normal_log_density(y), variance.sqrt()
 
 
-def _normal(y: Tensor) -> Tensor:
-    """Log-density [B] of the standard normal distribution."""
+def _normal_log_density(y: Tensor) -> Tensor:
     flat = y.flatten(1)
     return -batch_invariant_sum(flat.square()) / 2 - flat.shape[1] * math.log(2 * math.pi) / 2
 
 
-def program(denoiser: Denoiser, value: DataSpec) -> Program:
-    """score:ode."""
-    return _of_image(denoiser, value) if value.num_levels else _of_point(denoiser, value)
-
-
-def _of_point(denoiser: Denoiser, value: DataSpec) -> Program:
-    return Program(
-        operation="score",
-        variant="ode",
-        init=InitOfPoint(denoiser),
-        step=StepOfPoint(denoiser),
-        readout=ReadoutOfPoint(),
-        outputs=(TensorSpec("log_density", doc="of the point, in nats, given the label if there is one"),),
-        doc=f"Log-density of a point, under noise of level {SIGMA_MIN:g}, by the probability-flow ODE with "
-        "its exact divergence. An estimate, right up to the solver's error, which more steps make small.",
-        state=_state(value),
-        steps=Steps(parameter="steps"),
-        parameters=(_steps(80),),
-        inputs=(Input(given(value, "the point")), open_label(value)),
-        score=Score("estimate", denoiser.dimensions, space(value), "log_density"),
+def build_program(denoiser: Denoiser, data_spec: DataSpec) -> Program:
+    """Return the program score:ode."""
+    return (
+        _image_program(denoiser, data_spec) if data_spec.num_levels else _point_program(denoiser, data_spec)
     )
 
 
-def _of_image(denoiser: Denoiser, value: DataSpec) -> Program:
-    shape = value.tensor.shape
+def _point_program(denoiser: Denoiser, data_spec: DataSpec) -> Program:
     return Program(
         operation="score",
         variant="ode",
-        init=InitOfImage(denoiser),
-        step=StepOfImage(denoiser),
-        readout=ReadoutOfImage(),
+        init=PointInit(denoiser),
+        step=PointStep(denoiser),
+        readout=PointReadout(),
+        outputs=(TensorSpec("log_density", doc="log-density of the point, in nats"),),
+        doc=f"Estimate the log-density of a point with noise of standard deviation {SIGMA_MIN:g}, given the "
+        "label if there is one, by the probability-flow ODE with its exact divergence. The error is that "
+        "of the solver; more steps reduce it.",
+        state=_state(data_spec),
+        steps=Steps(parameter="steps"),
+        parameters=(_steps_parameter(80),),
+        inputs=(row_input(data_spec, "point to score"), known_label_input(data_spec)),
+        score=Score("estimate", denoiser.dimensions, coordinate_space(data_spec), "log_density"),
+    )
+
+
+def _image_program(denoiser: Denoiser, data_spec: DataSpec) -> Program:
+    shape = data_spec.tensor.shape
+    return Program(
+        operation="score",
+        variant="ode",
+        init=ImageInit(denoiser),
+        step=ImageStep(denoiser),
+        readout=ImageReadout(),
         outputs=(
-            TensorSpec("log_likelihood", doc="of the image, in nats, given the label if there is one"),
+            TensorSpec("log_likelihood", doc="log-probability of the image, in nats"),
             TensorSpec(
                 "divergence_error",
                 minimum=0,
-                doc="standard error of the divergence along the way, in nats; the noise's own is not in it",
+                doc="standard error of the divergence along the trajectory, in nats; the error of the "
+                "noise draw is not included",
             ),
         ),
-        doc="Log-mass of an image by the probability-flow ODE, from one draw of noise of the level "
-        f"{DecoderLikelihood(denoiser).sigma:.4f} (of pixels scaled to -1..1) that makes integers continuous. An "
-        "estimate: the solver errs, the divergence is estimated along random directions, and a draw of the "
-        "noise is in expectation below the log-mass. Of one draw no standard error can be told.",
+        doc="Estimate the log-probability of an image, given the label if there is one, by the "
+        "probability-flow ODE. One draw of noise makes the integers continuous; its standard deviation is "
+        f"{DecoderLikelihood(denoiser).sigma:.4f}, for pixels scaled to -1..1. The estimate has the error "
+        "of the solver and of the divergence along random directions, and the noise lowers its expectation "
+        "below the log-probability. There is no standard error for a single draw of the noise.",
         state=(
-            *_state(value),
-            TensorSpec("variance", doc="of the divergence's share of it, by pairs of directions"),
+            *_state(data_spec),
+            TensorSpec(
+                "variance", doc="variance of the log-density due to the random directions, in squared nats"
+            ),
         ),
         steps=Steps(parameter="steps"),
-        parameters=(_steps(40),),
-        inputs=(Input(given(value, "the image")), open_label(value)),
+        parameters=(_steps_parameter(40),),
+        inputs=(row_input(data_spec, "image to score"), known_label_input(data_spec)),
         noise=(
-            Noise("last_noise", "normal", shape, 0, "makes the integers continuous"),
-            Noise("probe_noise", "uniform", (PROBES, *shape), 1, "signs: the directions of the divergence"),
+            Noise("dequantization_noise", "normal", shape, 0, "noise that makes the integers continuous"),
+            Noise(
+                "probe_noise",
+                "uniform",
+                (NUM_PROBES, *shape),
+                1,
+                "uniform numbers; below 0.5 the random direction is -1, otherwise +1",
+            ),
         ),
-        score=Score("estimate", denoiser.dimensions, space(value), "log_likelihood"),
+        score=Score("estimate", denoiser.dimensions, coordinate_space(data_spec), "log_likelihood"),
     )
 
 
-def _state(value: DataSpec) -> tuple[TensorSpec, ...]:
-    shape = value.tensor.shape
+def _state(data_spec: DataSpec) -> tuple[TensorSpec, ...]:
+    shape = data_spec.tensor.shape
     return (
-        TensorSpec("y", shape=shape, doc="the row on its way, scaled to the spread of the data"),
-        TensorSpec("base", shape=shape, doc="where the solver's step began"),
-        TensorSpec("change", shape=shape, doc="the step so far"),
-        TensorSpec("log_density", doc="what the way has added to the log-density so far, in nats"),
+        TensorSpec("y", shape=shape, doc="row at the current noise level, divided by its standard deviation"),
+        TensorSpec("step_start", shape=shape, doc="y at the start of the Runge-Kutta step"),
+        TensorSpec("step_change", shape=shape, doc="weighted sum of the velocities of the step so far"),
+        TensorSpec("log_density", doc="log-density accumulated so far, in nats"),
     )
 
 
-def _steps(default: int) -> Parameter:
+def _steps_parameter(default: int) -> Parameter:
     return Parameter(
-        "steps", "integer", default, STAGES, MAX_STEPS,
-        doc=f"evaluations of the velocity and its divergence, {STAGES} for a step of Runge and Kutta's "
-        "method; what is left over goes nowhere",
+        "steps", "integer", default, NUM_STAGES, MAX_STEPS,
+        doc="number of evaluations of the velocity and its divergence; a Runge-Kutta step takes "
+        f"{NUM_STAGES}, and an incomplete one is not used",
     )  # fmt: skip

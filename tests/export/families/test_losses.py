@@ -1,4 +1,4 @@
-"""What is trained is what is served: every loss is the number that the scores say, and training lowers it."""
+"""Tests of the training losses: each loss agrees with the served score, and training lowers it."""
 
 import math
 from typing import Any
@@ -13,39 +13,40 @@ from export.datasets import loading
 from export.families import FAMILIES, diffusion, ebm, vae
 from export.families.base import Preset
 from export.families.diffusion.denoiser import Denoiser
-from export.families.diffusion.sampling import EditPointInit
+from export.families.diffusion.sampling_graphs import EditPointInit
 from export.families.diffusion.solvers import noise_level
 from export.families.ebm.energy import NOISE_SHARE, EnergyModel, contrastive_loss
 from export.families.realnvp.network import RealNVP
 from export.families.vae import LATENT_DIMENSIONS, TRAINING_DRAWS
 from export.training.trainer import Network, Settings, fit, validation_loss
 from samovar import noise
-from tests.support import denoisers as toys
+from tests.support.denoisers import ExactNetwork
 
 SETTINGS = Settings(
     steps=40, batch_rows=64, learning_rate=1e-2, ema_decay=0.8, evaluations=1, validation_rows=1
 )
-SMALL = Preset(width=16, depth=2, training=SETTINGS, evaluation_rows=16)
-ROWS = 6
+PRESET = Preset(width=16, depth=2, training=SETTINGS, evaluation_rows=16)
+NUM_ROWS = 6
 
 
-def randomised(family: str, dataset: loading.Dataset) -> Network:
+def randomized(family: str, dataset: loading.Dataset) -> Network:
+    """Return a network with random weights, in eval mode."""
     torch.manual_seed(0)
-    network = FAMILIES[family].load().build_network(dataset, SMALL)
+    network = FAMILIES[family].load().build_network(dataset, PRESET)
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(0.1 * torch.randn_like(weights))
     return network.eval().requires_grad_(False)
 
 
-def some(dataset: loading.Dataset) -> tuple[Tensor, Tensor]:
-    return torch.tensor(dataset.test.rows[:ROWS]), torch.tensor(dataset.test.labels[:ROWS])
+def batch_of(dataset: loading.Dataset) -> tuple[Tensor, Tensor]:
+    return torch.tensor(dataset.test.rows[:NUM_ROWS]), torch.tensor(dataset.test.labels[:NUM_ROWS])
 
 
-def loss_after(seed: int, network: Network, dataset: loading.Dataset) -> Tensor:
-    """The loss of some rows, with the random numbers that follow a seed."""
+def loss_with_seed(seed: int, network: Network, dataset: loading.Dataset) -> Tensor:
+    """Return the loss of a batch of test rows, with the random numbers of a seed."""
     torch.manual_seed(seed)
-    return network.loss(*some(dataset))
+    return network.loss(*batch_of(dataset))
 
 
 @pytest.mark.parametrize(
@@ -54,16 +55,16 @@ def loss_after(seed: int, network: Network, dataset: loading.Dataset) -> Tensor:
         (family, name)
         for family in ("vae", "diffusion", "pixelcnn", "realnvp", "ebm")
         for name in FAMILIES[family].datasets
-        # A mixture fitted to the digits is the base, from which a few steps do not get away.
+        # The base of the energy model is a mixture fitted to the digits: 40 steps improve little on it.
         if (family, name) != ("ebm", "digits")
     ],
 )
-def test_a_few_steps_lower_the_loss_of_held_out_rows(
+def test_training_lowers_the_loss_of_held_out_rows(
     family: str, name: str, digits: loading.Dataset, moons: loading.Dataset
 ) -> None:
     dataset = {"digits": digits, "moons": moons}[name]
     torch.manual_seed(0)
-    network = FAMILIES[family].load().build_network(dataset, SMALL)
+    network = FAMILIES[family].load().build_network(dataset, PRESET)
     held_out = dataset.test[:400]
     before = validation_loss(network.eval(), held_out, SETTINGS)
     fit(network, dataset, SETTINGS)
@@ -71,48 +72,48 @@ def test_a_few_steps_lower_the_loss_of_held_out_rows(
 
 
 def nats(family: str, network: Network, dataset: loading.Dataset) -> np.ndarray:
-    """What the program score says of some rows with their labels."""
-    rows, labels = (part.numpy() for part in some(dataset))
+    """Return the score in nats [NUM_ROWS] of a batch of test rows with their labels."""
+    rows, labels = (tensor.numpy() for tensor in batch_of(dataset))
     interpreter = eager_interpreter(dataset.spec, FAMILIES[family].load().build_programs(network, dataset))
     program = interpreter.program("score")
-    asked = make_rows(program, 0, range(ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels})
-    answer: np.ndarray = interpreter.run("score", asked)[program.score.nats_output]
-    return answer
+    request = make_rows(program, 0, range(NUM_ROWS), inputs={dataset.spec.tensor.name: rows, "label": labels})
+    output: np.ndarray = interpreter.run("score", request)[program.score.nats_output]
+    return output
 
 
-def test_the_loss_of_the_pixelcnn_is_the_negative_score(digits: loading.Dataset) -> None:
-    network = randomised("pixelcnn", digits)
+def test_pixelcnn_loss_is_negative_score_per_dimension(digits: loading.Dataset) -> None:
+    network = randomized("pixelcnn", digits)
     np.testing.assert_allclose(
-        loss_after(0, network, digits).numpy(), -nats("pixelcnn", network, digits) / 64, rtol=1e-5
+        loss_with_seed(0, network, digits).numpy(), -nats("pixelcnn", network, digits) / 64, rtol=1e-5
     )
 
 
-def test_the_loss_of_a_flow_of_points_is_the_negative_score(moons: loading.Dataset) -> None:
-    network = randomised("realnvp", moons)
+def test_realnvp_loss_of_points_is_negative_score_per_dimension(moons: loading.Dataset) -> None:
+    network = randomized("realnvp", moons)
     np.testing.assert_allclose(
-        loss_after(0, network, moons).numpy(), -nats("realnvp", network, moons) / 2, rtol=1e-5
+        loss_with_seed(0, network, moons).numpy(), -nats("realnvp", network, moons) / 2, rtol=1e-5
     )
 
 
-def test_the_loss_of_a_flow_of_images_is_the_negative_density_somewhere_in_their_cubes(
+def test_realnvp_loss_of_images_is_negative_log_density_at_dequantized_pixels(
     digits: loading.Dataset,
 ) -> None:
-    flow = randomised("realnvp", digits)
+    flow = randomized("realnvp", digits)
     assert isinstance(flow, RealNVP)
-    loss = loss_after(1, flow, digits)
+    loss = loss_with_seed(1, flow, digits)
     torch.manual_seed(1)
-    corners = some(digits)[0].flatten(1).float()
+    corners = batch_of(digits)[0].flatten(1).float()
     torch.testing.assert_close(loss, -flow.log_density(corners + torch.rand_like(corners)) / 64)
 
 
-def test_the_loss_of_the_vae_is_its_negative_bound(digits: loading.Dataset) -> None:
-    """By the definition: the logarithm of the mean of p(x, z) / q(z | x) over draws z = mean + std eps."""
-    network = randomised("vae", digits)
+def test_vae_loss_is_negative_importance_weighted_bound(digits: loading.Dataset) -> None:
+    """By definition it is the log of the mean of p(x, z) / q(z | x) over draws z = mean + std eps."""
+    network = randomized("vae", digits)
     assert isinstance(network, vae.VAE)
-    images = some(digits)[0]
-    loss = loss_after(2, network, digits)
+    images = batch_of(digits)[0]
+    loss = loss_with_seed(2, network, digits)
     torch.manual_seed(2)
-    eps = torch.randn(ROWS, TRAINING_DRAWS, LATENT_DIMENSIONS)
+    eps = torch.randn(NUM_ROWS, TRAINING_DRAWS, LATENT_DIMENSIONS)
     mean, std = (part.unsqueeze(1) for part in network.encode(images))
     latent = mean + std * eps
     likelihood = network.decode(latent).log_mass(images.unsqueeze(1)).flatten(2).sum(2)
@@ -122,17 +123,17 @@ def test_the_loss_of_the_vae_is_its_negative_bound(digits: loading.Dataset) -> N
 
 
 def log_normal(x: Tensor, mean: Tensor | float, std: Tensor) -> Tensor:
-    """Log-density of x [..., D] under independent normal distributions [...]."""
+    """Return the log-density [...] of x [..., D] under independent normal distributions."""
     return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.Dataset) -> None:
-    """KL = sum of (mean^2 + std^2 - 1 - log std^2) / 2; eps of -1 and 1 average squares exactly."""
-    network = randomised("vae", digits)
+def test_vae_log_weights_contain_closed_form_divergence(digits: loading.Dataset) -> None:
+    """KL = sum of (mean^2 + std^2 - 1 - log std^2) / 2. The mean over eps = -1 and 1 gives exact squares."""
+    network = randomized("vae", digits)
     assert isinstance(network, vae.VAE)
-    images = some(digits)[0]
+    images = batch_of(digits)[0]
     mean, std = network.encode(images)
-    eps = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1).expand(ROWS, -1, LATENT_DIMENSIONS)
+    eps = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1).expand(NUM_ROWS, -1, LATENT_DIMENSIONS)
     latent = mean.unsqueeze(1) + std.unsqueeze(1) * eps
     likelihood = network.decode(latent).log_mass(images.unsqueeze(1)).flatten(2).sum(2)
     divergence = (likelihood - network.log_weights(images, mean, std, eps)).mean(1)
@@ -140,68 +141,67 @@ def test_the_bound_of_the_vae_has_the_divergence_in_closed_form(digits: loading.
     torch.testing.assert_close(divergence, expected, rtol=1e-3, atol=1e-3)
 
 
-def played(network: Network, dataset: loading.Dataset, program: str, **settings: Any) -> Tensors:
-    """What a program of the VAE gives for some rows with seed 9; keywords are parameters or inputs."""
+def run_vae(network: Network, dataset: loading.Dataset, program: str, **arguments: Any) -> Tensors:
+    """Run a program of the VAE with seed 9; array arguments are inputs, numbers are parameters."""
     interpreter = eager_interpreter(dataset.spec, vae.FAMILY.build_programs(network, dataset))
-    inputs = {name: value for name, value in settings.items() if isinstance(value, np.ndarray)}
-    parameters = {name: value for name, value in settings.items() if name not in inputs}
+    inputs = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    parameters = {name: value for name, value in arguments.items() if name not in inputs}
     return interpreter.run(
-        program, make_rows(interpreter.program(program), 9, range(ROWS), parameters, inputs)
+        program, make_rows(interpreter.program(program), 9, range(NUM_ROWS), parameters, inputs)
     )
 
 
-def documented_noise() -> np.ndarray:
-    """What stream 0 gives rows of seed 9 in the first call."""
-    seeds, rows = np.full(ROWS, 9, np.uint64), np.arange(ROWS)
-    return noise.normal(seeds, rows, np.zeros(ROWS, int), 0, (LATENT_DIMENSIONS,))
+def stream_0_noise() -> np.ndarray:
+    """Return the noise of stream 0 in the first call, for seed 9."""
+    seeds, rows = np.full(NUM_ROWS, 9, np.uint64), np.arange(NUM_ROWS)
+    return noise.normal(seeds, rows, np.zeros(NUM_ROWS, int), 0, (LATENT_DIMENSIONS,))
 
 
-def test_a_drawn_latent_is_the_mean_and_so_many_standard_deviations(digits: loading.Dataset) -> None:
-    """z = mean + std eps, as encode gives them and as the noise is documented."""
-    network, images = randomised("vae", digits), digits.test.rows[:ROWS]
-    encoded = played(network, digits, "encode", image=images)
-    latent = encoded["mean"] + encoded["std"] * documented_noise()
-    drawn = played(network, digits, "reconstruct", image=images, latent=1)["image"]
-    np.testing.assert_array_equal(drawn, played(network, digits, "decode", latent=latent)["image"])
-    by_variance = encoded["mean"] + encoded["std"] ** 2 * documented_noise()
-    assert (drawn != played(network, digits, "decode", latent=by_variance)["image"]).any()
+def test_vae_drawn_latent_is_mean_plus_std_times_noise(digits: loading.Dataset) -> None:
+    network, images = randomized("vae", digits), digits.test.rows[:NUM_ROWS]
+    encoded = run_vae(network, digits, "encode", image=images)
+    latent = encoded["mean"] + encoded["std"] * stream_0_noise()
+    drawn = run_vae(network, digits, "reconstruct", image=images, latent=1)["image"]
+    np.testing.assert_array_equal(drawn, run_vae(network, digits, "decode", latent=latent)["image"])
+    by_variance = encoded["mean"] + encoded["std"] ** 2 * stream_0_noise()
+    assert (drawn != run_vae(network, digits, "decode", latent=by_variance)["image"]).any()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
-def test_a_temperature_is_the_standard_deviation_of_the_latents(
+def test_vae_sample_temperature_is_the_standard_deviation_of_the_latents(
     temperature: float, digits: loading.Dataset
 ) -> None:
-    network = randomised("vae", digits)
-    sampled = played(network, digits, "sample", temperature=temperature, pixels=0)["image"]
-    latent = np.float32(temperature) * documented_noise()
-    np.testing.assert_array_equal(sampled, played(network, digits, "decode", latent=latent)["image"])
+    network = randomized("vae", digits)
+    sampled = run_vae(network, digits, "sample", temperature=temperature, pixels=0)["image"]
+    latent = np.float32(temperature) * stream_0_noise()
+    np.testing.assert_array_equal(sampled, run_vae(network, digits, "decode", latent=latent)["image"])
 
 
-def test_the_loss_of_the_energy_model_tells_rows_from_noise(dataset: loading.Dataset) -> None:
-    """And not the other way round: with the same draws, f of rows stands first and that of noise after it."""
-    model = randomised("ebm", dataset)
+def test_ebm_loss_is_contrastive_loss_of_rows_and_base_noise(dataset: loading.Dataset) -> None:
+    """The reference uses the same draws: f of the rows first, then f of the noise."""
+    model = randomized("ebm", dataset)
     assert isinstance(model, EnergyModel)
-    loss = loss_after(3, model, dataset)
+    loss = loss_with_seed(3, model, dataset)
     torch.manual_seed(3)
-    clean = model.coordinates(some(dataset)[0])
+    clean = model.coordinates(batch_of(dataset)[0])
     rows = clean + model.smoothing * torch.randn_like(clean)
-    drawn = model.base.sample(NOISE_SHARE * ROWS)
+    drawn = model.base.sample(NOISE_SHARE * NUM_ROWS)
     torch.testing.assert_close(
-        loss, contrastive_loss(model.tilt(rows), model.tilt(drawn).reshape(NOISE_SHARE, ROWS))
+        loss, contrastive_loss(model.tilt(rows), model.tilt(drawn).reshape(NOISE_SHARE, NUM_ROWS))
     )
 
 
-def test_trained_energies_are_low_where_rows_are(moons: loading.Dataset) -> None:
+def test_ebm_training_lowers_energy_of_rows_relative_to_noise(moons: loading.Dataset) -> None:
     torch.manual_seed(0)
-    model = ebm.FAMILY.build_network(moons, SMALL)
+    model = ebm.FAMILY.build_network(moons, PRESET)
     fit(model, moons, SETTINGS)
     with torch.no_grad():
         rows, drawn = torch.tensor(moons.test.rows[:400]), model.base.sample(400)
         assert model.tilt(rows).mean() < model.tilt(drawn).mean() - 0.1
 
 
-class Certain(toys.Exact):
-    """Of data that are one point only."""
+class SinglePointNetwork(ExactNetwork):
+    """Exact network for data that consist of one point."""
 
     POINT = (0.3, -0.7)
 
@@ -209,40 +209,40 @@ class Certain(toys.Exact):
         return torch.tensor(self.POINT).expand_as(x)
 
 
-def certain(moons: loading.Dataset) -> Denoiser:
-    denoiser = diffusion.FAMILY.build_network(moons, SMALL)
-    denoiser.network = Certain()
-    denoiser.network.spread = denoiser.data_std
+def single_point_denoiser(moons: loading.Dataset) -> Denoiser:
+    denoiser = diffusion.FAMILY.build_network(moons, PRESET)
+    denoiser.network = SinglePointNetwork()
+    denoiser.network.data_std = denoiser.data_std
     return denoiser.eval()
 
 
-def test_the_denoiser_that_knows_the_only_row_has_no_loss_and_others_have_their_distance(
+def test_diffusion_loss_of_exact_denoiser_is_weighted_distance_from_the_only_point(
     moons: loading.Dataset,
 ) -> None:
-    """So the target is the clean row: neither the noise on it nor a step of it."""
-    denoiser = certain(moons)
-    point, labels = torch.tensor(Certain.POINT).repeat(200, 1), torch.zeros(200).long()
+    """So the target is the clean row, not the noise."""
+    denoiser = single_point_denoiser(moons)
+    point, labels = torch.tensor(SinglePointNetwork.POINT).repeat(200, 1), torch.zeros(200).long()
     torch.manual_seed(4)
-    at_the_point = denoiser.loss(point, labels)
+    loss_at_point = denoiser.loss(point, labels)
     torch.manual_seed(4)
-    beside_it = denoiser.loss(point + torch.tensor([0.5, 0.0]), labels)
+    loss_off_point = denoiser.loss(point + torch.tensor([0.5, 0.0]), labels)
     torch.manual_seed(4)
     _, sigma = torch.rand(200), (denoiser.log_sigma[0] + denoiser.log_sigma[1] * torch.randn(200)).exp()
     weight = (sigma.square() + denoiser.data_std**2) / (sigma * denoiser.data_std).square()
-    assert (at_the_point < 1e-5 * weight).all()
-    torch.testing.assert_close(beside_it, weight * 0.5**2 / 2, rtol=1e-3, atol=1e-5)
+    assert (loss_at_point < 1e-5 * weight).all()
+    torch.testing.assert_close(loss_off_point, weight * 0.5**2 / 2, rtol=1e-3, atol=1e-5)
 
 
-def test_the_diffusion_loss_is_karras_table_1(dataset: loading.Dataset) -> None:
-    """By the same draws, in their order: labels that are dropped, log-levels, noise."""
-    denoiser = randomised("diffusion", dataset)
+def test_diffusion_loss_equals_karras_table_1(dataset: loading.Dataset) -> None:
+    """The reference draws in the same order: dropped labels, log-levels, noise."""
+    denoiser = randomized("diffusion", dataset)
     assert isinstance(denoiser, Denoiser)
-    rows, labels = some(dataset)
-    loss = loss_after(5, denoiser, dataset)
+    rows, labels = batch_of(dataset)
+    loss = loss_with_seed(5, denoiser, dataset)
     torch.manual_seed(5)
-    labels = torch.where(torch.rand(ROWS) < denoiser.dropped, denoiser.classes, labels)
+    labels = torch.where(torch.rand(NUM_ROWS) < denoiser.label_dropout, denoiser.num_classes, labels)
     mean, std = denoiser.log_sigma
-    sigma = (mean + std * torch.randn(ROWS)).exp()
+    sigma = (mean + std * torch.randn(NUM_ROWS)).exp()
     clean = denoiser.scale(rows)
     level = sigma.reshape(-1, *(1 for _ in clean.shape[1:]))
     error = denoiser(clean + level * torch.randn_like(clean), sigma, labels) - clean
@@ -251,16 +251,16 @@ def test_the_diffusion_loss_is_karras_table_1(dataset: loading.Dataset) -> None:
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
-def test_the_noise_that_a_denoiser_tells_is_all_of_it(strength: float, moons: loading.Dataset) -> None:
-    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, abar = 1 / (1 + sigma^2), and eps of the whole way."""
+def test_exact_denoiser_recovers_the_noise_of_an_edit(strength: float, moons: loading.Dataset) -> None:
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps with abar = 1 / (1 + sigma^2)."""
     torch.manual_seed(6)
-    denoiser = certain(moons)
-    point, eps = torch.tensor(Certain.POINT).repeat(8, 1), torch.randn(8, 2)
+    denoiser = single_point_denoiser(moons)
+    point, eps = torch.tensor(SinglePointNetwork.POINT).repeat(8, 1), torch.randn(8, 2)
     labels, strengths = torch.zeros(8).long(), torch.full((8,), strength)
     x, *_ = EditPointInit(denoiser)(point, strengths, eps, labels)
     sigma = noise_level(strengths)
     abar = (1 / (1 + sigma.square())).unsqueeze(1)
     scaled = x * abar.sqrt()
     torch.testing.assert_close(scaled, abar.sqrt() * point + (1 - abar).sqrt() * eps, rtol=1e-4, atol=1e-4)
-    told = (scaled - abar.sqrt() * denoiser(x, sigma, labels)) / (1 - abar).sqrt()
-    torch.testing.assert_close(told, eps, rtol=1e-3, atol=1e-3)
+    predicted = (scaled - abar.sqrt() * denoiser(x, sigma, labels)) / (1 - abar).sqrt()
+    torch.testing.assert_close(predicted, eps, rtol=1e-3, atol=1e-3)
