@@ -58,10 +58,11 @@ def device() -> str:
 
 
 @contextmanager
-def samovar_server(models: Path, *flags: str) -> Iterator[Server]:
-    """`python -m server` over a directory of artifacts, ready to answer."""
-    command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0"]
-    command += ["--max-rows-per-request", "200000", "--device", device(), *flags]
+def samovar_server(models: Path, *options: str, batching: str = "step") -> Iterator[Server]:
+    """Start a server over a directory of artifacts, ready for calls, with a mode of benchmarks.batching."""
+    command = [sys.executable, "-m", "benchmarks.batching", batching, "--models", str(models)]
+    command += ["--port", "0", "--metrics-port", "0", "--max-rows-per-request", "200000"]
+    command += ["--device", device(), *options]
     with _running(command, stderr=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -20,7 +20,7 @@ LOADS = (0.3, 0.6, 0.9)
 TARGET_LOAD = 0.6
 
 TEXT = """\
-Three servers with `--batching step`, `request` and `none` get the same Poisson arrivals in turns. Request
+Three servers with the modes `step`, `request` and `none` of benchmarks.batching get the same Poisson arrivals in turns. Request
 batching is that of servers whose unit is a call: a batch keeps its width to the end of its longest row, and
 is answered then. Capacity is what step batching makes of a burst of such requests, all due at once; the
 loads are shares of it. A latency counts from when its request was due. *Mixed steps* is diffusion with 5 to
@@ -107,7 +107,7 @@ def _servers(models: Path, modes: Sequence[str]) -> Iterator[dict[str, Server]]:
 
 @contextmanager
 def _server(models: Path, mode: str) -> Iterator[Server]:
-    with samovar_server(models, "--batching", mode, "--intra-op-threads", "1") as server:
+    with samovar_server(models, "--intra-op-threads", "1", batching=mode) as server:
         yield server
 
 
