@@ -1,4 +1,4 @@
-"""The PixelCNN: its mass is one, it looks back only, and draws what it scores."""
+"""Tests of the PixelCNN: normalized mass, causal logits, and samples that follow the scores."""
 
 import dataclasses
 from itertools import product
@@ -40,11 +40,11 @@ def interpreter(network: PixelCNN, digits: loading.Dataset) -> Interpreter:
 
 @pytest.fixture(scope="module")
 def bits() -> loading.Dataset:
-    """Binary 3x3 images of two classes, one three times as frequent."""
-    part = loading.Split(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
+    """Binary images [3, 3] of two classes with frequencies 1/4 and 3/4."""
+    split = loading.Split(np.zeros((4, 3, 3), np.uint8), np.array([0, 1, 1, 1]))
     image = TensorSpec("image", "uint8", (3, 3), 0, 1)
-    value = DataSpec("image", image, num_levels=2, class_labels=("a", "b"))
-    return loading.Dataset("bits", value, part, part, part, sha256="")
+    data_spec = DataSpec("image", image, num_levels=2, class_labels=("a", "b"))
+    return loading.Dataset("bits", data_spec, split, split, split, sha256="")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def bit_interpreter(bits: loading.Dataset) -> Interpreter:
 
 @pytest.fixture(scope="module")
 def every_bit_image() -> Images:
-    """All 512 of them, in the order of the numbers that their pixels write."""
+    """All 512 binary images [3, 3], in the order of the binary numbers that their pixels spell."""
     return np.array(list(product((0, 1), repeat=9)), np.uint8).reshape(-1, 3, 3)
 
 
-def play(
+def run(
     interpreter: Interpreter, operation: str, count: int, seed: int = 0, **inputs: NDArray[np.generic]
 ) -> Tensors:
     return interpreter.run(
@@ -68,32 +68,32 @@ def play(
 
 def score(interpreter: Interpreter, images: Images, label: int | None = None) -> Tensors:
     if label is None:
-        return play(interpreter, "score", len(images), image=images)
-    return play(interpreter, "score", len(images), image=images, label=np.full(len(images), label))
+        return run(interpreter, "score", len(images), image=images)
+    return run(interpreter, "score", len(images), image=images, label=np.full(len(images), label))
 
 
 def logits(network: PixelCNN, image: torch.Tensor) -> torch.Tensor:
     return network.logits(network.features(image, torch.tensor([3])))[0]
 
 
-@pytest.mark.parametrize("pixel", range(64))
-def test_logits_depend_on_earlier_pixels_only_and_on_all_of_them(
-    pixel: int, network: PixelCNN, digits: loading.Dataset
+def test_logits_depend_on_all_earlier_pixels_in_reach_and_on_no_others(
+    network: PixelCNN, digits: loading.Dataset
 ) -> None:
-    """The next pixel to the right, and all that the layers reach, must notice: there is no blind spot."""
+    """A changed pixel changes every later logit that the first layer reaches: there is no blind spot."""
     image = torch.tensor(digits.test.rows[:1]).long()
-    other = image.clone()
-    other.view(-1)[pixel] = (image.view(-1)[pixel] + 7) % 17
-    changed = (logits(network, image) != logits(network, other)).any(1)
-    row, column = divmod(pixel, 8)
-    reached = [(i, j) for i in range(8) for j in range(8) if (i, j) > (row, column)]
-    near = [(i, j) for i, j in reached if i - row <= 3 and abs(j - column) <= 3]
-    assert not changed[: pixel + 1].any()
-    assert all(changed[8 * i + j] for i, j in near)
+    for pixel in range(64):
+        modified = image.clone()
+        modified.view(-1)[pixel] = (image.view(-1)[pixel] + 7) % 17
+        changed = (logits(network, image) != logits(network, modified)).any(1)
+        row, column = divmod(pixel, 8)
+        later = [(i, j) for i in range(8) for j in range(8) if (i, j) > (row, column)]
+        in_reach = [(i, j) for i, j in later if i - row <= 3 and abs(j - column) <= 3]
+        assert not changed[: pixel + 1].any(), f"pixel {pixel}"
+        assert all(changed[8 * i + j] for i, j in in_reach), f"pixel {pixel}"
 
 
 @pytest.mark.parametrize("label", [0, 1, None])
-def test_masses_of_all_images_sum_to_one(
+def test_score_masses_of_all_images_sum_to_one(
     label: int | None, bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
     log_mass = score(bit_interpreter, every_bit_image, label)["log_mass"].astype(np.float64)
@@ -101,7 +101,7 @@ def test_masses_of_all_images_sum_to_one(
     assert log_mass.std() > 0.1
 
 
-def test_without_a_label_the_score_is_of_the_mixture(
+def test_score_without_label_is_that_of_the_class_mixture(
     bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
     a, b, mixed = (
@@ -112,50 +112,50 @@ def test_without_a_label_the_score_is_of_the_mixture(
 
 
 @pytest.mark.parametrize("label", [1, None])
-def test_the_map_is_each_pixels_conditional_mass(
+def test_score_by_pixel_is_the_conditional_mass_of_each_pixel(
     label: int | None, bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
-    """Against quotients of sums over all images that share a beginning."""
-    chosen = 0b101100111
-    answer = score(bit_interpreter, every_bit_image, label)
-    masses = np.exp(answer["log_mass"].astype(np.float64))
-    beginnings = [masses[chosen >> left << left :][: 1 << left].sum() for left in range(9, -1, -1)]
-    expected = np.log(np.array(beginnings[1:]) / beginnings[:-1])
-    np.testing.assert_allclose(answer["log_mass_by_pixel"][chosen].ravel(), expected, atol=1e-4)
+    """The expected values are quotients of sums over all images that share a prefix."""
+    image = 0b101100111
+    outputs = score(bit_interpreter, every_bit_image, label)
+    masses = np.exp(outputs["log_mass"].astype(np.float64))
+    prefix_masses = [masses[image >> left << left :][: 1 << left].sum() for left in range(9, -1, -1)]
+    expected = np.log(np.array(prefix_masses[1:]) / prefix_masses[:-1])
+    np.testing.assert_allclose(outputs["log_mass_by_pixel"][image].ravel(), expected, atol=1e-4)
 
 
-def test_the_map_adds_up_to_the_score(interpreter: Interpreter, digits: loading.Dataset) -> None:
-    answer = score(interpreter, digits.test.rows[:5])
-    np.testing.assert_allclose(answer["log_mass_by_pixel"].sum((1, 2)), answer["log_mass"], rtol=1e-5)
+def test_score_by_pixel_sums_to_the_score(interpreter: Interpreter, digits: loading.Dataset) -> None:
+    outputs = score(interpreter, digits.test.rows[:5])
+    np.testing.assert_allclose(outputs["log_mass_by_pixel"].sum((1, 2)), outputs["log_mass"], rtol=1e-5)
 
 
-def test_samples_follow_the_masses(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
-    """Frequencies of all 512 images among 4096 samples: a chi-square test at five standard deviations."""
+def test_sample_frequencies_follow_the_masses(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
+    """A chi-square test of the frequencies of all 512 images in 4096 samples, at five standard deviations."""
     count = 4096
-    drawn = play(bit_interpreter, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
+    drawn = run(bit_interpreter, "sample", count)["image"].reshape(count, -1) @ (1 << np.arange(9)[::-1])
     expected = count * np.exp(score(bit_interpreter, every_bit_image)["log_mass"])
-    seen = np.bincount(drawn, minlength=512)
+    observed = np.bincount(drawn, minlength=512)
     common = expected > 5
-    statistic = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    statistic = ((observed - expected)[common] ** 2 / expected[common]).sum()
     freedom = common.sum() - 1
     assert freedom > 100
     assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-def test_a_step_inverts_the_conditional_that_the_score_reports(
+def test_sample_step_inverts_the_conditional_that_score_reports(
     network: PixelCNN, interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
-    """For every pixel of an image: uniforms at the ends of its level's interval give it, above it more."""
+    """Numbers in the interval of a pixel's level give this level; numbers above it give a higher one."""
     image = torch.tensor(digits.test.rows[4:5]).long()
     label = torch.tensor([digits.test.labels[4]])
     step = next(
         program.step for program in FAMILY.build_programs(network, digits) if program.step is not None
     )
     conditionals = np.exp(score(interpreter, digits.test.rows[4:5], int(label))["log_mass_by_pixel"].ravel())
-    reached = logits_of(network, image, label).softmax(-1).cumsum(-1)
+    cumulative = logits_of(network, image, label).softmax(-1).cumsum(-1)
     for pixel in range(64):
         level = int(image.view(-1)[pixel])
-        upper = float(reached[pixel, level])
+        upper = float(cumulative[pixel, level])
         lower = upper - float(conditionals[pixel])
         drawn = [draw_pixel(step, image, label, pixel, u) for u in (lower + 1e-4, upper - 1e-4)]
         assert upper - lower < 3e-4 or drawn == [level, level]
@@ -169,7 +169,7 @@ def logits_of(network: PixelCNN, image: torch.Tensor, label: torch.Tensor) -> to
 def draw_pixel(
     step: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, pixel: int, uniform: float
 ) -> int:
-    """What a step writes at a pixel of a canvas that ends before it."""
+    """Return the level that a step draws at a pixel, given the pixels of the image before it."""
     canvas = torch.where(torch.arange(64).reshape(1, 8, 8) < pixel, image, torch.zeros_like(image))
     known = torch.zeros_like(image).to(torch.uint8)
     scalars = torch.tensor([uniform]), torch.ones(1), torch.tensor([pixel])
@@ -180,65 +180,61 @@ def draw_pixel(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_known_pixels_come_back_unchanged(
-    seed: int, interpreter: Interpreter, digits: loading.Dataset
-) -> None:
+def test_sample_keeps_known_pixels(seed: int, interpreter: Interpreter, digits: loading.Dataset) -> None:
     images = digits.test.rows[:6]
     known = (np.random.default_rng(seed).random(images.shape) < 0.5).astype(np.uint8)
-    drawn = play(interpreter, "sample", 6, seed, image=images, known=known)["image"]
+    drawn = run(interpreter, "sample", 6, seed, image=images, known=known)["image"]
     np.testing.assert_array_equal(drawn[known == 1], images[known == 1])
     assert (drawn[known == 0] != images[known == 0]).any()
 
 
-def test_values_of_pixels_that_are_not_known_count_for_nothing(
+def test_sample_ignores_the_image_outside_the_known_pixels(
     interpreter: Interpreter, digits: loading.Dataset
 ) -> None:
     images = digits.test.rows[:4]
     known = np.zeros_like(images)
     known[:, :3] = 1
-    given = play(interpreter, "sample", 4, 5, image=images, known=known)["image"]
-    bare = play(interpreter, "sample", 4, 5, image=images * known, known=known)["image"]
-    np.testing.assert_array_equal(given, bare)
+    full = run(interpreter, "sample", 4, 5, image=images, known=known)["image"]
+    masked = run(interpreter, "sample", 4, 5, image=images * known, known=known)["image"]
+    np.testing.assert_array_equal(full, masked)
 
 
-def test_completions_follow_the_conditional_masses(
+def test_sample_completions_follow_the_conditional_masses(
     bit_interpreter: Interpreter, every_bit_image: Images
 ) -> None:
-    """Two rows given, no label: the last row's frequencies, the class drawn from what the rows say of it."""
-    count, beginning = 4096, 0b101100
-    images = np.repeat(every_bit_image[[beginning << 3]], count, 0)
+    """Two rows of pixels are known and there is no label, so the class is drawn from its posterior."""
+    count, prefix = 4096, 0b101100
+    images = np.repeat(every_bit_image[[prefix << 3]], count, 0)
     known = np.ones_like(images)
     known[:, 2] = 0
-    drawn = play(bit_interpreter, "sample", count, image=images, known=known)["image"][:, 2] @ np.array(
+    drawn = run(bit_interpreter, "sample", count, image=images, known=known)["image"][:, 2] @ np.array(
         [4, 2, 1]
     )
-    masses = np.exp(score(bit_interpreter, every_bit_image[beginning << 3 :][:8])["log_mass"])
+    masses = np.exp(score(bit_interpreter, every_bit_image[prefix << 3 :][:8])["log_mass"])
     expected = masses / masses.sum()
     spread = np.sqrt(expected * (1 - expected) / count)
     assert (np.abs(np.bincount(drawn, minlength=8) / count - expected) < 4.5 * spread).all()
 
 
-def test_classes_are_bayes_rule(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
-    given_a, given_b = (
-        np.exp(score(bit_interpreter, every_bit_image, label)["log_mass"]) for label in (0, 1)
-    )
-    joint = np.stack([0.25 * given_a, 0.75 * given_b], axis=1)
-    given = play(bit_interpreter, "classify", 512, image=every_bit_image)["probabilities"]
-    np.testing.assert_allclose(given, joint / joint.sum(1, keepdims=True), atol=1e-5)
+def test_classify_follows_bayes_rule(bit_interpreter: Interpreter, every_bit_image: Images) -> None:
+    mass_a, mass_b = (np.exp(score(bit_interpreter, every_bit_image, label)["log_mass"]) for label in (0, 1))
+    joint = np.stack([0.25 * mass_a, 0.75 * mass_b], axis=1)
+    probabilities = run(bit_interpreter, "classify", 512, image=every_bit_image)["probabilities"]
+    np.testing.assert_allclose(probabilities, joint / joint.sum(1, keepdims=True), atol=1e-5)
 
 
-def test_a_temperature_of_zero_takes_the_likeliest_levels(
+def test_sample_with_temperature_zero_takes_the_most_likely_levels(
     interpreter: Interpreter, network: PixelCNN
 ) -> None:
     labels = {"label": np.full(3, 2)}
     rows = make_rows(interpreter.program("sample"), 1, range(3), {"temperature": 0}, labels)
     images = torch.tensor(interpreter.run("sample", rows)["image"]).long()
     assert (images == images[0]).all()
-    likeliest = logits_of(network, images[:1], torch.tensor([2])).argmax(-1)
-    assert torch.equal(likeliest, images[0].flatten())
+    most_likely = logits_of(network, images[:1], torch.tensor([2])).argmax(-1)
+    assert torch.equal(most_likely, images[0].flatten())
 
 
-def test_colour_is_refused(digits: loading.Dataset) -> None:
-    value = dataclasses.replace(digits.spec, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
+def test_network_rejects_color_images(digits: loading.Dataset) -> None:
+    color_spec = dataclasses.replace(digits.spec, tensor=TensorSpec("image", "uint8", (8, 8, 3)))
     with pytest.raises(loading.DataError, match=r"gray images \[height, width\], got .* \[8, 8, 3\]"):
-        FAMILY.build_network(dataclasses.replace(digits, spec=value), TINY)
+        FAMILY.build_network(dataclasses.replace(digits, spec=color_spec), TINY)
