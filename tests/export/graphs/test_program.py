@@ -1,4 +1,4 @@
-"""Programs: names are bound, and what does not fit is refused in words."""
+"""Programs: arguments are bound by name, and inconsistent definitions are rejected with a reason."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ class Jump(nn.Module):
         return kick * 1
 
 
-class Greedy(nn.Module):
+class VariableArguments(nn.Module):
     def forward(self, *position: Tensor) -> Tensor:
         return position[0]
 
@@ -57,11 +57,11 @@ PROGRAM = Program(
 )
 
 
-def test_arguments_are_the_names_of_forward() -> None:
+def test_argument_names_are_those_of_forward() -> None:
     assert argument_names(Walk()) == ("position", "kick", "scale", "step_index")
 
 
-def test_scope_gives_modules_typed_scalars_for_parameters() -> None:
+def test_scope_has_typed_scalar_for_each_parameter() -> None:
     assert PROGRAM.scope["length"].dtype == "int64"
     assert PROGRAM.scope["scale"].dtype == "float32"
     assert PROGRAM.scope["num_steps"] == TensorSpec("num_steps", "int64")
@@ -73,49 +73,58 @@ def test_scope_gives_modules_typed_scalars_for_parameters() -> None:
         (lambda: replace(PROGRAM, init=Jump()), "'kick' is read by 2 modules"),
         (
             lambda: replace(PROGRAM, noise=()),
-            "step Walk takes 'kick', which is none of this program's tensors",
+            "unknown argument 'kick' of step Walk; expected one of: position, ",
         ),
-        (lambda: replace(PROGRAM, inputs=(Input(POSITION),)), "'position' means two things"),
-        (lambda: replace(PROGRAM, outputs=PROGRAM.outputs * 2), "'place' means two things"),
+        (lambda: replace(PROGRAM, inputs=(Input(POSITION),)), "'position' is used twice"),
+        (lambda: replace(PROGRAM, outputs=PROGRAM.outputs * 2), "'place' is used twice"),
         (lambda: replace(PROGRAM, noise=(*PROGRAM.noise, Noise("b", "uniform", (), 0))), "share stream 0"),
-        (lambda: replace(PROGRAM, operation="dream"), "expected one of sample"),
+        (lambda: replace(PROGRAM, operation="dream"), "unknown operation 'dream'; expected one of: sample, "),
+        (lambda: replace(PROGRAM, variant="No"), "variant: expected a lower-case letter .*, got 'No'"),
         (lambda: replace(PROGRAM, outputs=()), "at least one output"),
         (lambda: replace(PROGRAM, steps=None), "expected both step and steps"),
         (
             lambda: replace(PROGRAM, steps=Steps(parameter="scale")),
-            "'scale', which is not an integer parameter",
+            "expected an integer parameter, got 'scale'; the integer parameters are: length",
         ),
         (lambda: replace(PROGRAM, steps=Steps(fixed=3, parameter="length")), "either fixed or a parameter"),
         (
             lambda: replace(PROGRAM, steps=Steps(fixed=3, done_flag="position")),
-            "'position', which is not a boolean",
+            "expected a boolean scalar of the state, got 'position'",
         ),
-        (lambda: replace(PROGRAM, operation="score"), "expected a score"),
-        (lambda: replace(PROGRAM, readout=Greedy()), "named positional arguments only"),
+        (lambda: replace(PROGRAM, operation="score"), "score: expected a Score .*, got None for score"),
+        (lambda: replace(PROGRAM, readout=VariableArguments()), "named positional arguments only"),
         (
             lambda: replace(PROGRAM, operation="score", score=Score("exact", 1, "real numbers", "nats")),
-            "the score names 'nats', which is not an output",
+            "score: unknown output 'nats'; expected one of: place",
+        ),
+        (
+            lambda: replace(
+                PROGRAM,
+                operation="score",
+                score=Score("exact", 1, "real numbers", "place", draws_parameter="draws"),
+            ),
+            "unknown parameter 'draws'; expected one of: length, scale",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(change: Callable[[], Program], message: str) -> None:
+def test_program_rejects_inconsistent_definition(change: Callable[[], Program], message: str) -> None:
     with pytest.raises(ProgramError, match=message):
         change()
 
 
-def test_a_default_outside_its_bounds_is_refused() -> None:
+def test_parameter_rejects_default_outside_bounds() -> None:
     with pytest.raises(ProgramError, match="'scale': expected a default between 0 and 1, got 2"):
         Parameter("scale", "float", 2, 0, 1)
 
 
-def test_a_module_of_two_programs_is_one_graph() -> None:
+def test_collect_returns_one_graph_for_module_of_two_programs() -> None:
     read = Read()
     decode = Program("decode", read, (TensorSpec("place"),), "Read.", inputs=(Input(POSITION),))
     graphs = graph.collect([decode, replace(PROGRAM, readout=read)])
     assert [entry.name for entry in graphs] == ["decode", "sample_step"]
 
 
-def test_a_module_used_with_different_tensors_is_refused() -> None:
+def test_collect_rejects_module_used_with_different_tensors() -> None:
     read = Read()
     wide = TensorSpec("position", shape=(2,))
     decode = Program("decode", read, (TensorSpec("place"),), "Read.", inputs=(Input(wide),))

@@ -1,4 +1,4 @@
-"""Training that is interrupted goes on, and ends as if it had not been."""
+"""Checkpoints: an interrupted training resumes, and ends with the same result as an uninterrupted one."""
 
 import dataclasses
 import os
@@ -27,91 +27,95 @@ SETTINGS = Settings(steps=23, batch_rows=8, evaluations=5)
 
 
 class Net(trainer.Network):
-    """Everything that has a state: dropout, batch statistics, noise of its own; and it can break down."""
+    """A network with all kinds of state: dropout, batch statistics, random noise.
 
-    def __init__(self, breaks_at: int = 0) -> None:
+    It raises KeyboardInterrupt at its training step number `interrupt_at`.
+    """
+
+    def __init__(self, interrupt_at: int = 0) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
-        self.breaks_at, self.calls = breaks_at, 0
+        self.interrupt_at, self.num_calls = interrupt_at, 0
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
-        self.calls += self.training
-        if self.training and self.calls == self.breaks_at:
+        self.num_calls += self.training
+        if self.training and self.num_calls == self.interrupt_at:
             raise KeyboardInterrupt
-        moved: Tensor = self.layers(rows + 0.1 * torch.randn_like(rows))
-        return (moved - rows).square().mean(1)
+        outputs: Tensor = self.layers(rows + 0.1 * torch.randn_like(rows))
+        return (outputs - rows).square().mean(1)
 
 
 @pytest.fixture
 def points() -> Dataset:
     rows = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
-    part = Split(rows, np.zeros(60, np.int64))
-    value = DataSpec("vector", TensorSpec("point", shape=(2,)))
-    return Dataset("points", value, part[:20], part[20:40], part[40:], "no digest")
+    split = Split(rows, np.zeros(60, np.int64))
+    data_spec = DataSpec("vector", TensorSpec("point", shape=(2,)))
+    return Dataset("points", data_spec, split[:20], split[20:40], split[40:], "no digest")
 
 
 def fit(
-    points: Dataset, directory: Path, breaks_at: int = 0, every: float = 0
+    points: Dataset, directory: Path, interrupt_at: int = 0, save_interval_seconds: float = 0
 ) -> tuple[trainer.TrainingResult, dict[str, Tensor]]:
     torch.manual_seed(1)
-    net = Net(breaks_at)
-    outcome = trainer.fit(net, points, SETTINGS, checkpoint=Checkpoint(directory, {"run": "1"}, every))
-    return outcome, net.state_dict()
+    net = Net(interrupt_at)
+    saved = Checkpoint(directory, {"run": "1"}, save_interval_seconds)
+    result = trainer.fit(net, points, SETTINGS, checkpoint=saved)
+    return result, net.state_dict()
 
 
-def steps(directory: Path) -> int:
+def saved_steps(directory: Path) -> int:
     saved = Checkpoint(directory, {"run": "1"}).load()
     return saved["steps"] if saved else -1
 
 
-@pytest.mark.parametrize("breaks_at", [2, 11, 12, 23])
-def test_an_interrupted_run_ends_like_one_that_was_not(
-    points: Dataset, tmp_path: Path, breaks_at: int
+@pytest.mark.parametrize("interrupt_at", [2, 11, 12, 23])
+def test_fit_interrupted_ends_with_same_bits_after_resuming(
+    points: Dataset, tmp_path: Path, interrupt_at: int
 ) -> None:
-    """Mid-epoch and at its end, before the first evaluation and after the last but one."""
+    """Interrupts within an epoch and at its end, before the first and before the last evaluation."""
     expected, weights = fit(points, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(points, tmp_path / "broken", breaks_at)
-    assert steps(tmp_path / "broken") == breaks_at - 1
-    outcome, resumed = fit(points, tmp_path / "broken")
-    assert (outcome.best, outcome.curve) == (expected.best, expected.curve)
+        fit(points, tmp_path / "interrupted", interrupt_at)
+    assert saved_steps(tmp_path / "interrupted") == interrupt_at - 1
+    result, resumed = fit(points, tmp_path / "interrupted")
+    assert (result.best, result.curve) == (expected.best, expected.curve)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
 
 
-def test_what_was_lost_since_the_last_checkpoint_is_done_again(points: Dataset, tmp_path: Path) -> None:
+def test_fit_repeats_steps_since_last_checkpoint(points: Dataset, tmp_path: Path) -> None:
     _, weights = fit(points, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(points, tmp_path / "broken", breaks_at=20, every=1000)
-    assert steps(tmp_path / "broken") == -1
-    _, resumed = fit(points, tmp_path / "broken", every=1000)
+        fit(points, tmp_path / "interrupted", interrupt_at=20, save_interval_seconds=1000)
+    assert saved_steps(tmp_path / "interrupted") == -1
+    _, resumed = fit(points, tmp_path / "interrupted", save_interval_seconds=1000)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_finished_run_is_not_trained_again(points: Dataset, tmp_path: Path) -> None:
-    """Whoever interrupts the measuring, or finds a fault in it, does not train for that once more."""
+def test_fit_does_not_train_finished_run_again(points: Dataset, tmp_path: Path) -> None:
+    """An interrupt or an error while quality is measured does not cost the training."""
     expected, weights = fit(points, tmp_path)
-    outcome, again = fit(points, tmp_path, breaks_at=1)
-    assert outcome.curve == expected.curve
+    result, again = fit(points, tmp_path, interrupt_at=1)
+    assert result.curve == expected.curve
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
-def test_the_curve_is_the_mean_loss_between_evaluations(points: Dataset, tmp_path: Path) -> None:
-    outcome, _ = fit(points, tmp_path)
-    assert [point.step for point in outcome.curve] == [5, 10, 14, 19, 23]
-    assert outcome.best == min(outcome.curve, key=lambda point: point.validation_loss)
-    assert all(0 < point.training_loss < 10 for point in outcome.curve)
+def test_curve_holds_mean_loss_between_evaluations(points: Dataset, tmp_path: Path) -> None:
+    result, _ = fit(points, tmp_path)
+    assert [point.step for point in result.curve] == [5, 10, 14, 19, 23]
+    assert result.best == min(result.curve, key=lambda point: point.validation_loss)
+    assert all(0 < point.training_loss < 10 for point in result.curve)
 
 
-def test_the_bar_shows_the_loss_before_the_first_evaluation(
+def test_progress_bar_shows_loss_before_first_evaluation(
     points: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit(Net(breaks_at=4), points, SETTINGS)
+        trainer.fit(Net(interrupt_at=4), points, SETTINGS)
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"training:  13%\|.*<.*, step 3 of 23, loss \d\.\d+ *$", last), last
 
 
-def test_the_bar_of_a_run_that_time_ends_comes_to_its_end(
+def test_progress_bar_is_complete_when_time_ends_run(
     points: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(SETTINGS, steps=10**9, seconds=0.3)
@@ -120,69 +124,70 @@ def test_the_bar_of_a_run_that_time_ends_comes_to_its_end(
     assert re.search(r"training: 100%\|.*, step \d+ of 1000000000, loss \d.*, best \d", last), last
 
 
-class Lost(Net):
+class NanLoss(Net):
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         return super().loss(rows, labels) * float("nan")
 
 
-def test_losses_that_are_no_numbers_are_said_to_be_and_what_to_do(points: Dataset, tmp_path: Path) -> None:
-    """Its checkpoint is gone: going on from there would end in the same way."""
-    kept = Checkpoint(tmp_path / "model", {"run": "1"}, 0)
-    said = r"after 23 steps no validation loss was a finite .* --learning-rate below 0\.002 or .* --seed"
-    with pytest.raises(trainer.TrainingError, match=said):
-        trainer.fit(Lost(), points, SETTINGS, checkpoint=kept)
+def test_fit_with_nan_loss_fails_with_advice_and_removes_checkpoint(points: Dataset, tmp_path: Path) -> None:
+    """A run that resumed from the checkpoint would fail in the same way."""
+    saved = Checkpoint(tmp_path / "model", {"run": "1"}, 0)
+    message = r"no finite validation loss after 23 steps.* --learning-rate below 0\.002 or .* --seed"
+    with pytest.raises(trainer.TrainingError, match=message):
+        trainer.fit(NanLoss(), points, SETTINGS, checkpoint=saved)
     assert list(tmp_path.iterdir()) == []
     fit(points, tmp_path / "model")
-    assert steps(tmp_path / "model") == 23
+    assert saved_steps(tmp_path / "model") == 23
 
 
-def test_another_run_may_not_go_on(tmp_path: Path) -> None:
+def test_checkpoint_load_rejects_another_run(tmp_path: Path) -> None:
     Checkpoint(tmp_path, {"steps": "10", "seed": "0"}).save({"steps": 3})
-    with pytest.raises(CheckpointError, match=r"another run \(seed: 0 there, 1 here\); .*--fresh"):
+    message = r"another run: seed is 0 in the checkpoint and 1 now; .*--no-resume"
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint(tmp_path, {"steps": "10", "seed": "1"}).load()
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    kept = Checkpoint(tmp_path, {})
-    kept.save({"steps": 3})
-    kept.path.write_bytes(kept.path.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"cannot be read .*--fresh"):
-        kept.load()
+def test_checkpoint_load_rejects_damaged_file(tmp_path: Path) -> None:
+    saved = Checkpoint(tmp_path, {})
+    saved.save({"steps": 3})
+    saved.path.write_bytes(saved.path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"cannot read the checkpoint: .*--no-resume"):
+        saved.load()
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
-    kept = Checkpoint(tmp_path, {})
-    kept.save({"steps": 3})
+def test_checkpoint_save_failure_leaves_previous_file(tmp_path: Path) -> None:
+    saved = Checkpoint(tmp_path, {})
+    saved.save({"steps": 3})
     with pytest.raises(AttributeError):
-        kept.save({"steps": lambda: 4})
-    assert kept.load() == {"steps": 3}
-    assert [path.name for path in kept.path.parent.iterdir()] == [kept.path.name]
+        saved.save({"steps": lambda: 4})
+    assert saved.load() == {"steps": 3}
+    assert [path.name for path in saved.path.parent.iterdir()] == [saved.path.name]
 
 
-def signalled(seen: list[bool], *numbers: int) -> None:
-    with defer_signals() as interrupt:
+def send_signals(flags: list[bool], *numbers: int) -> None:
+    with defer_signals() as stop:
         for number in numbers:
             os.kill(os.getpid(), number)
-            seen.append(interrupt.is_set)
+            flags.append(stop.is_set)
 
 
-def test_a_signal_waits_for_the_end_of_the_block() -> None:
-    seen: list[bool] = []
+def test_defer_signals_raises_at_end_of_block() -> None:
+    flags: list[bool] = []
     with pytest.raises(KeyboardInterrupt):
-        signalled(seen, signal.SIGTERM)
-    assert seen == [True]
+        send_signals(flags, signal.SIGTERM)
+    assert flags == [True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    seen: list[bool] = []
+def test_defer_signals_raises_immediately_on_second_signal() -> None:
+    flags: list[bool] = []
     with pytest.raises(KeyboardInterrupt):
-        signalled(seen, signal.SIGINT, signal.SIGTERM)
-    assert seen == [True]
+        send_signals(flags, signal.SIGINT, signal.SIGTERM)
+    assert flags == [True]
 
 
-class Stopping(mlp.Family):
-    """Interrupted when its training is over."""
+class InterruptedFamily(mlp.Family):
+    """A family that is interrupted after its training."""
 
     def build_programs(self, network: trainer.Network, data: Dataset) -> tuple[Program, ...]:
         raise KeyboardInterrupt
@@ -193,30 +198,39 @@ def tiny(digits: Dataset, tmp_path: Path) -> pipeline.TrainingJob:
     return pipeline.TrainingJob(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
 
 
-def test_the_checkpoint_is_gone_when_the_artifact_is_there(tiny: pipeline.TrainingJob) -> None:
-    written = pipeline.run(tiny)
-    assert [path.name for path in written.parent.iterdir()] == ["1"]
+def test_run_removes_checkpoint_when_artifact_is_written(tiny: pipeline.TrainingJob) -> None:
+    directory = pipeline.run(tiny)
+    assert [path.name for path in directory.parent.iterdir()] == ["1"]
 
 
-def test_the_seed_is_recorded(tiny: pipeline.TrainingJob) -> None:
+def test_run_records_seed(tiny: pipeline.TrainingJob) -> None:
     assert reader.read(pipeline.run(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
-def test_an_interrupted_recipe_says_where_it_goes_on(
+def test_run_reports_progress_and_prints_nothing(
     tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupted = dataclasses.replace(tiny, family=Stopping())
+    messages: list[str] = []
+    pipeline.run(tiny, messages.append)
+    assert messages[0].startswith("accuracy: ")
+    assert messages[-1] == "writing and verifying the graphs ..."
+    assert capsys.readouterr().out == ""
+
+
+def test_run_interrupted_reports_where_it_resumes(tiny: pipeline.TrainingJob) -> None:
+    interrupted = dataclasses.replace(tiny, family=InterruptedFamily())
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(interrupted)
     assert [path.name for path in (tiny.models / "digits-mlp").iterdir()] == [checkpoint.DIRECTORY]
-    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
+    with pytest.raises(CheckpointError, match="seed is 0 in the checkpoint and 1 now"):
         pipeline.run(dataclasses.replace(tiny, seed=1))
-    pipeline.run(tiny)
-    assert "going on at step 4 of 4" in capsys.readouterr().out
+    messages: list[str] = []
+    pipeline.run(tiny, messages.append)
+    assert messages[0].startswith("resuming at step 4 of 4, from ")
 
 
-class Exploding(mlp.Family):
-    """Its loss is no number."""
+class NanFamily(mlp.Family):
+    """A family whose loss is NaN."""
 
     def build_network(self, data: Dataset, preset: Preset) -> Classifier:
         classifier = super().build_network(data, preset)
@@ -225,25 +239,26 @@ class Exploding(mlp.Family):
         return classifier
 
 
-def test_a_failed_training_leaves_nothing_and_can_be_repeated(tiny: pipeline.TrainingJob) -> None:
-    exploding = dataclasses.replace(tiny, family=Exploding())
+def test_run_failed_leaves_no_files_and_can_be_repeated(tiny: pipeline.TrainingJob) -> None:
+    failing = dataclasses.replace(tiny, family=NanFamily())
     for learning_rate in (None, 1e-4):
-        with pytest.raises(trainer.TrainingError, match="no validation loss was a finite number"):
-            pipeline.run(dataclasses.replace(exploding, learning_rate=learning_rate))
+        with pytest.raises(trainer.TrainingError, match="no finite validation loss"):
+            pipeline.run(dataclasses.replace(failing, learning_rate=learning_rate))
         assert list(tiny.models.iterdir()) == []
     manifest = reader.read(pipeline.run(dataclasses.replace(tiny, learning_rate=1e-4)))
     assert manifest.provenance.settings["learning_rate"] == "0.0001"
 
 
-def test_a_failed_training_leaves_the_artifacts_that_there_are(tiny: pipeline.TrainingJob) -> None:
-    written = pipeline.run(tiny)
+def test_run_failed_leaves_existing_artifacts(tiny: pipeline.TrainingJob) -> None:
+    directory = pipeline.run(tiny)
     with pytest.raises(trainer.TrainingError):
-        pipeline.run(dataclasses.replace(tiny, family=Exploding()))
-    assert [path.name for path in written.parent.iterdir()] == ["1"]
+        pipeline.run(dataclasses.replace(tiny, family=NanFamily()))
+    assert [path.name for path in directory.parent.iterdir()] == ["1"]
 
 
-def test_a_fresh_start_forgets(tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_resume_discards_checkpoint(tiny: pipeline.TrainingJob) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(dataclasses.replace(tiny, family=Stopping()))
-    pipeline.run(dataclasses.replace(tiny, seed=1, fresh=True))
-    assert "going on" not in capsys.readouterr().out
+        pipeline.run(dataclasses.replace(tiny, family=InterruptedFamily()))
+    messages: list[str] = []
+    pipeline.run(dataclasses.replace(tiny, seed=1, resume=False), messages.append)
+    assert not any("resuming" in message for message in messages)
