@@ -1,4 +1,4 @@
-"""A galaxy: a long normal cloud of points, wound up around its centre. Its density is known exactly."""
+"""A spiral galaxy: normally distributed points, wound around the center, with an exact density."""
 
 import math
 
@@ -14,7 +14,7 @@ EXACT = Score("exact", dimensions=2, coordinate_space="the plane", nats_output="
 
 
 def wind(rows: Tensor, winding: float) -> Tensor:
-    """Turn each point by an angle in proportion to its radius, which keeps areas."""
+    """Rotate each point [B, 2] by an angle proportional to its radius; this preserves areas."""
     angle = winding * rows.square().sum(1).sqrt()
     x, y = rows.unbind(1)
     return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], 1)
@@ -32,8 +32,8 @@ def score(point: Tensor) -> Tensor:
 
 PROGRAMS = (
     Program("sample", decode, (POINT,), "Draw points.", noise=(Noise("latent", "normal", (2,), stream=0),)),
-    Program("decode", decode, (POINT,), "The point of a latent.", inputs=(Input(LATENT),)),
-    Program("encode", encode, (LATENT,), "The latent of a point.", inputs=(Input(POINT),)),
-    Program("score", score, (LOG_DENSITY,), "The density of a point.", inputs=(Input(POINT),), score=EXACT),
+    Program("decode", decode, (POINT,), "Map latents to points.", inputs=(Input(LATENT),)),
+    Program("encode", encode, (LATENT,), "Map points to latents.", inputs=(Input(POINT),)),
+    Program("score", score, (LOG_DENSITY,), "Score points.", inputs=(Input(POINT),), score=EXACT),
 )
 MODEL = Model(DataSpec("vector", POINT), PROGRAMS)
