@@ -26,7 +26,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Client]
         yield connected
 
 
-@pytest.mark.parametrize(("name", "max_lines"), [("galaxy", 40), ("ising", 60)])
+@pytest.mark.parametrize(("name", "max_lines"), [("galaxy", 40), ("ising", 70)])
 def test_example_is_short(name: str, max_lines: int) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < max_lines
 
