@@ -1,13 +1,14 @@
-"""Energy-based model, for points and for images of integers.
+"""Energy-based model for points and for images of integers.
 
-A base density q is tilted by a network f (exponential tilting):
+A base density q is multiplied by the exponential of a network f (exponential tilting):
 
     p(x) = exp(-E(x)) / Z,   E(x) = -log q(x) + f(x).
 
-f is learned by noise-contrastive estimation (Gutmann & Hyvarinen 2012) with q as the noise. Points have the
-wide normal distribution as base. Images are scaled to -1..1, and their density is that of images with normal
-noise of standard deviation SMOOTHING on every pixel: a smooth one, which chains can walk on. Their base is a
-mixture of one normal distribution for each class. No score is of the integers themselves.
+f is trained by noise-contrastive estimation (Gutmann & Hyvarinen 2012) with draws from q as the noise. The
+base for points is a wide normal distribution. Images are scaled to -1..1, and the model is of images with
+normal noise of standard deviation SMOOTHING_STD on each pixel: a smooth density, on which Markov chains
+mix. Their base is a mixture of one normal distribution for each class. No score is a probability of
+integers.
 """
 
 from export.families.ebm.family import FAMILY

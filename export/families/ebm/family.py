@@ -1,4 +1,4 @@
-"""The energy-based model as the exporter sees it: sizes, programs, golden examples, quality and pictures."""
+"""The energy-based family for the exporter: presets, golden requests, quality and figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, Tensors, make_rows
 from export.datasets.loading import Dataset, first_half_mask
-from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
+from export.evaluation.figures import Heatmap, ImageGrid, Plot, Scatter
 from export.evaluation.sample_quality import (
-    SETS,
+    NUM_SETS,
     SampleEvaluator,
-    density,
-    mean,
+    density_grid,
+    mean_quality,
     negative_log_density,
-    play,
+    run_in_chunks,
     two_sample_test,
 )
 from export.families.base import Preset
@@ -27,14 +27,15 @@ from export.graphs.program import Program
 from export.training.trainer import Network, Settings
 from samovar.v1 import manifest_pb2
 
-# Of chains that are measured and drawn, and the ages at which they are drawn.
-CHAINS, PICTURED = 1000, 100
-PROGRESS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 300)
-# The picture of a density: -LIMIT..LIMIT on both axes, in so many cells each.
-LIMIT, CELLS = 2.5, 200
+# Chains compared with test points; chains in a panel of the figure; numbers of steps after which panels
+# show chains.
+NUM_COMPARED_CHAINS, NUM_PANEL_IMAGES = 1000, 100
+PROGRESS_STEPS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 300)
+# The density figure covers the square from -PLOT_LIMIT to PLOT_LIMIT, in PLOT_CELLS x PLOT_CELLS cells.
+PLOT_LIMIT, PLOT_CELLS = 2.5, 200
 
 
-# Of the starter and of medium.
+# For points, in the presets starter and medium.
 POINTS = Preset(
     width=128,
     depth=3,
@@ -44,19 +45,20 @@ POINTS = Preset(
 
 
 class Family:
-    """The energy-based model as the exporter sees it."""
+    """Exporter family of energy-based models."""
 
     name = "ebm"
     description = (
-        "Energy-based model: a base density tilted by a network, learned by noise-contrastive estimation "
+        "Energy-based model: a base density times the exponential of a network, trained by noise-contrastive "
+        "estimation "
         "(Gutmann & Hyvarinen 2012)."
     )
     operations: tuple[str, ...] = ("sample", "sample:langevin", "energy", "score")
     unsupported_operations: Mapping[str, str] = {
-        "encode": "it has no latents; energy says how likely a row is",
-        "decode": "it has no latents; sample walks from noise to a row",
-        "reconstruct": "it has no latents to go through; sample with start=given walks on from a row",
-        "classify": "it has learned the rows of all classes together",
+        "encode": "the model has no latents; use energy to compare rows",
+        "decode": "the model has no latents; use sample to generate a row from noise",
+        "reconstruct": "the model has no latents; use sample with start=given to continue a chain from a row",
+        "classify": "the model is trained without labels",
     }
     presets: Mapping[str, Preset] = {
         "tiny": Preset(
@@ -91,76 +93,85 @@ class Family:
     }
 
     def build_network(self, data: Dataset, preset: Preset) -> EnergyModel:
-        """An untrained model, beginning as its base."""
+        """Return an untrained model, whose density is the base density."""
         return EnergyModel(data, preset)
 
     def build_programs(self, network: Network, data: Dataset) -> tuple[Program, ...]:
-        """sample by MALA and by unadjusted Langevin steps, energy and score; log Z is estimated here."""
+        """Return two sampling programs, energy and score. Estimates log Z, which takes minutes for images."""
         assert isinstance(network, EnergyModel)
-        return *mcmc.programs(network, data.spec), *scoring.programs(network, data.spec)
+        return *mcmc.build_programs(network, data.spec), *scoring.build_programs(network, data.spec)
 
     def build_examples(self, data: Dataset) -> tuple[Example, ...]:
-        """Chains from noise and from rows, free and with known coordinates; energies and scores of rows."""
+        """Return golden requests: chains with all kinds of inputs, energies and scores."""
         name, rows = data.spec.tensor.name, data.test.rows[:3]
-        given, known = {name: rows}, {name: rows, "known": first_half_mask(rows)}
-        start, few = {"start": GIVEN}, {"steps": 12}
-        drawn = (Example("score", seed=6, parameters={"blur": DRAW}, inputs=given),)
+        inputs, known = {name: rows}, {name: rows, "known": first_half_mask(rows)}
+        start, steps = {"start": GIVEN}, {"steps": 12}
+        blurred = (Example("score", seed=6, parameters={"blur": DRAW}, inputs=inputs),)
         return (
-            Example("sample", seed=1, parameters=few),
-            Example("sample", seed=2, first_row=5, parameters={**few, **start}, inputs=given),
-            Example("sample", seed=3, parameters=few, inputs=known),
-            Example("sample:langevin", seed=4, parameters=few),
-            Example("sample:langevin", seed=5, parameters={**few, **start, "noise_scale": 0.5}, inputs=known),
-            Example("energy", inputs=given),
-            Example("score", inputs=given),
-            *(drawn if data.spec.kind == "image" else ()),
+            Example("sample", seed=1, parameters=steps),
+            Example("sample", seed=2, first_row=5, parameters={**steps, **start}, inputs=inputs),
+            Example("sample", seed=3, parameters=steps, inputs=known),
+            Example("sample:langevin", seed=4, parameters=steps),
+            Example(
+                "sample:langevin", seed=5, parameters={**steps, **start, "noise_scale": 0.5}, inputs=known
+            ),
+            Example("energy", inputs=inputs),
+            Example("score", inputs=inputs),
+            *(blurred if data.spec.kind == "image" else ()),
         )
 
     def measure_quality(
         self, interpreter: Interpreter, data: Dataset, preset: Preset
     ) -> list[manifest_pb2.Quality]:
-        """The density of test rows, the estimates of log Z, and how samples compare with test rows."""
+        """Measure the density of test rows, log Z, the similarity of samples to test rows, and acceptance."""
         rows = data.test.rows[: preset.evaluation_rows]
         if data.spec.kind == "vector":
-            weighed = _scores(interpreter, rows)
+            scores = _scores(interpreter, rows)
             doc = f"Estimate, with Z by quadrature. In {data.spec.tensor.doc}."
             return [
-                negative_log_density(weighed["log_density"], doc),
-                _log_normaliser(interpreter, rows, weighed, "log Z"),
-                two_sample_test(data, _sampler(interpreter), min(CHAINS, preset.evaluation_rows)),
+                negative_log_density(scores["log_density"], doc),
+                _log_partition(interpreter, rows, scores, "log Z"),
+                two_sample_test(
+                    data, _sampler(interpreter), min(NUM_COMPARED_CHAINS, preset.evaluation_rows)
+                ),
                 _acceptance(interpreter),
             ]
-        weighed = _scores(interpreter, rows, {"blur": DRAW})
-        doc = f"Estimate, with Z by annealed importance sampling. Of {interpreter.program('score').score.coordinate_space}."
-        still = _scores(interpreter, rows)
+        blurred = _scores(interpreter, rows, {"blur": DRAW})
+        space = interpreter.program("score").score.coordinate_space
+        doc = f"Estimate, with Z by annealed importance sampling. Of {space}."
+        scores = _scores(interpreter, rows)
         return [
-            negative_log_density(weighed["log_density"], doc),
-            _log_normaliser(interpreter, rows, still, "log Z, forwards"),
-            _log_normaliser(interpreter, rows, still, "log Z, backwards", "_reverse"),
+            negative_log_density(blurred["log_density"], doc),
+            _log_partition(interpreter, rows, scores, "log Z, forwards"),
+            _log_partition(interpreter, rows, scores, "log Z, backwards", "_reverse"),
             *SampleEvaluator.train(data, preset.evaluator).similarity(
                 _sampler(interpreter), preset.evaluation_rows
             ),
             _acceptance(interpreter),
         ]
 
-    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
-        """Test rows beside samples, with the density of points, or the progress of chains and inpainting."""
+    def build_plots(self, interpreter: Interpreter, data: Dataset) -> Sequence[Plot]:
+        """Return test rows and samples; for points the density, for images progress and inpainting."""
         if data.spec.kind == "vector":
             return [
-                Scatter("test points", data.test.rows[:CHAINS], LIMIT),
-                Scatter("samples", _chains(interpreter, CHAINS)["point"], LIMIT),
-                Heatmap("density", density(interpreter, "score", LIMIT, CELLS), LIMIT),
+                Scatter("test points", data.test.rows[:NUM_COMPARED_CHAINS], PLOT_LIMIT),
+                Scatter("samples", _chains(interpreter, NUM_COMPARED_CHAINS)["point"], PLOT_LIMIT),
+                Heatmap("density", density_grid(interpreter, "score", PLOT_LIMIT, PLOT_CELLS), PLOT_LIMIT),
             ]
-        images = data.test.rows[:PICTURED]
+        images = data.test.rows[:NUM_PANEL_IMAGES]
         halves = {"image": images, "known": first_half_mask(images)}
-        progress = np.stack([_chains(interpreter, 10, {"steps": steps})["image"] for steps in PROGRESS], 1)
+        progress = np.stack(
+            [_chains(interpreter, 10, {"steps": steps})["image"] for steps in PROGRESS_STEPS], 1
+        )
         return [
-            Panel("test images", images),
-            Panel("samples", _chains(interpreter, PICTURED)["image"]),
-            Panel(f"chains after {', '.join(map(str, PROGRESS))} steps", np.concatenate(list(progress))),
-            Panel(
+            ImageGrid("test images", images),
+            ImageGrid("samples", _chains(interpreter, NUM_PANEL_IMAGES)["image"]),
+            ImageGrid(
+                f"chains after {', '.join(map(str, PROGRESS_STEPS))} steps", np.concatenate(list(progress))
+            ),
+            ImageGrid(
                 "upper halves of the test images, inpainted",
-                _chains(interpreter, PICTURED, {}, halves)["image"],
+                _chains(interpreter, NUM_PANEL_IMAGES, {}, halves)["image"],
             ),
         ]
 
@@ -170,14 +181,17 @@ def _chains(
     count: int,
     parameters: Mapping[str, float] | None = None,
     inputs: Mapping[str, NDArray[np.generic]] | None = None,
-    seed: int = SETS,
+    seed: int = NUM_SETS,
 ) -> Tensors:
     rows = make_rows(interpreter.program("sample"), seed, range(count), parameters, inputs)
     return interpreter.run("sample", rows, f"  {count} chains")
 
 
 def _sampler(interpreter: Interpreter) -> Callable[[int, int], NDArray[np.generic]]:
-    """Sets of samples as in `measure.sampler`, but all chains of a set in one batch: they are long."""
+    """Return a function for sets of samples, like `make_sampler`, with all chains of a set in one batch.
+
+    Chains have many steps, so a large batch is faster.
+    """
 
     def draw(count: int, number: int) -> NDArray[np.generic]:
         return _chains(interpreter, count, seed=number)[interpreter.manifest.data_spec.tensor.name]
@@ -188,33 +202,33 @@ def _sampler(interpreter: Interpreter) -> Callable[[int, int], NDArray[np.generi
 def _scores(
     interpreter: Interpreter, rows: NDArray[np.generic], parameters: Mapping[str, float] | None = None
 ) -> Tensors:
-    given = {interpreter.manifest.data_spec.tensor.name: rows}
-    asked = make_rows(interpreter.program("score"), 0, range(len(rows)), parameters, given)
-    return play(interpreter, "score", asked, "scores of test rows")
+    inputs = {interpreter.manifest.data_spec.tensor.name: rows}
+    request = make_rows(interpreter.program("score"), 0, range(len(rows)), parameters, inputs)
+    return run_in_chunks(interpreter, "score", request, "scores of test rows")
 
 
-def _log_normaliser(
-    interpreter: Interpreter, rows: NDArray[np.generic], weighed: Tensors, name: str, way: str = ""
+def _log_partition(
+    interpreter: Interpreter, rows: NDArray[np.generic], scores: Tensors, name: str, suffix: str = ""
 ) -> manifest_pb2.Quality:
-    given = {interpreter.manifest.data_spec.tensor.name: rows[:1]}
-    asked = make_rows(interpreter.program("energy"), 0, range(1), inputs=given)
-    energy = interpreter.run("energy", asked)["energy"][0]
+    inputs = {interpreter.manifest.data_spec.tensor.name: rows[:1]}
+    request = make_rows(interpreter.program("energy"), 0, range(1), inputs=inputs)
+    energy = interpreter.run("energy", request)["energy"][0]
     return manifest_pb2.Quality(
         name=name,
-        value=float(-energy - weighed[f"log_density{way}"][0]),
+        value=float(-energy - scores[f"log_density{suffix}"][0]),
         unit="nats",
-        standard_error=float(weighed[f"standard_error{way}"][0]),
-        doc=f"Estimate, of the model by itself. {interpreter.program('score').doc}",
+        standard_error=float(scores[f"standard_error{suffix}"][0]),
+        doc=f"Estimate; a property of the model alone. {interpreter.program('score').doc}",
     )
 
 
 def _acceptance(interpreter: Interpreter) -> manifest_pb2.Quality:
-    shares = _chains(interpreter, PICTURED)["acceptance"]
+    rates = _chains(interpreter, NUM_PANEL_IMAGES)["acceptance"]
     doc = (
-        "Of the model by itself: the share of MALA proposals that are accepted at the default step size, "
-        f"over {len(shares)} chains."
+        "Fraction of MALA proposals that are accepted at the default step size, over "
+        f"{len(rates)} chains; a property of the model alone."
     )
-    return mean("acceptance", shares, "", doc)
+    return mean_quality("acceptance", rates, "", doc)
 
 
 FAMILY = Family()

@@ -1,4 +1,4 @@
-"""The energy-based model: its gradient is its energy's, its chains keep the right density, Z is Z."""
+"""Tests of the energy-based model: gradients, losses, stationary density of chains, estimates of log Z."""
 
 import math
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from export.artifacts.interpreter import Interpreter, Tensors, concatenate_rows,
 from export.datasets import loading
 from export.families.base import Preset
 from export.families.ebm import FAMILY, family
-from export.families.ebm.energy import NOISE_SHARE, SMOOTHING, EnergyModel, Tilt, contrastive_loss
-from export.families.ebm.log_partition import normaliser
-from export.families.ebm.mcmc import GIVEN, AdjustedStep, UnadjustedStep
-from export.families.ebm.scoring import DRAW, EnergyOfImage, EnergyOfPoint
+from export.families.ebm.energy import NOISE_RATIO, SMOOTHING_STD, EnergyModel, Tilt, contrastive_loss
+from export.families.ebm.log_partition import estimate_log_partition
+from export.families.ebm.mcmc import GIVEN, LangevinStep, MalaStep
+from export.families.ebm.scoring import DRAW, ImageEnergy, PointEnergy
 from export.graphs import graph
 from export.graphs.formats import FORMATS
 from export.graphs.program import TensorSpec
@@ -31,70 +31,72 @@ from samovar.v1 import manifest_pb2
 PRESET = Preset(width=8, depth=2, training=Settings(steps=1), evaluation_rows=16)
 
 
-def randomise(network: torch.nn.Module, scale: float) -> None:
+def randomize(network: torch.nn.Module, scale: float) -> None:
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(scale * torch.randn_like(weights))
 
 
-def randomised(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
-    """A model that is far from the base with which it begins."""
+def randomized(dataset: loading.Dataset, scale: float = 0.2) -> EnergyModel:
+    """Return a model with random weights, far from its base."""
     torch.manual_seed(0)
     model = FAMILY.build_network(dataset, PRESET)
-    randomise(model, scale)
+    randomize(model, scale)
     return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def interpreters(digits: loading.Dataset, moons: loading.Dataset) -> dict[str, Interpreter]:
     return {
-        each.name: eager_interpreter(each.spec, FAMILY.build_programs(randomised(each), each))
-        for each in (digits, moons)
+        dataset.name: eager_interpreter(dataset.spec, FAMILY.build_programs(randomized(dataset), dataset))
+        for dataset in (digits, moons)
     }
 
 
-def play(
+def run(
     interpreter: Interpreter,
     program: str,
     inputs: Mapping[str, np.ndarray] | None = None,
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Tensors:
-    """Four rows of a request, or as many as the inputs have."""
+    """Run a request with one row for each input row, or with four rows if there are no inputs."""
     count = len(next(iter((inputs or {}).values()), range(4)))
     return interpreter.run(
         program, make_rows(interpreter.program(program), seed, range(count), parameters, inputs)
     )
 
 
-def autograd(landscape: EnergyFunction, x: Tensor) -> Tensor:
-    """The gradient of the energy [B, D], by torch."""
+def autograd(energy_function: EnergyFunction, x: Tensor) -> Tensor:
+    """Return the gradient of the energy [B, D], computed by torch."""
     x = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(landscape.energy(x)[0].sum(), x)[0]
+    return torch.autograd.grad(energy_function.energy(x)[0].sum(), x)[0]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (7, 5, 3), (1, 2)])
-def test_the_gradient_of_a_convolutional_network_is_autograds(shape: tuple[int, ...]) -> None:
+def test_tilt_gradient_of_images_equals_autograd(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    tilt = Tilt.of_images(shape, Preset(width=4, depth=3, training=Settings(steps=1))).double()
-    randomise(tilt, 0.2)
+    tilt = Tilt.for_images(shape, Preset(width=4, depth=3, training=Settings(steps=1))).double()
+    randomize(tilt, 0.2)
     x = torch.randn(5, math.prod(shape)).double()
     torch.testing.assert_close(tilt.energy(x)[1], autograd(tilt, x), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(tilt.energy(x)[0], tilt(x))
 
 
-def test_the_gradient_of_the_energy_is_autograds(dataset: loading.Dataset) -> None:
-    model = randomised(dataset).double()
+def test_energy_gradient_equals_autograd(dataset: loading.Dataset) -> None:
+    model = randomized(dataset).double()
     x = torch.randn(6, model.dimensions).double()
     assert autograd(model.tilt, x).abs().max() > 0.1
     torch.testing.assert_close(model.energy(x)[1], autograd(model, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_exported_gradient_is_autograds(format: str, dataset: loading.Dataset, tmp_path: Path) -> None:
-    """To the last digits of a float32."""
-    model, rows = randomised(dataset), dataset.test.rows[:7]
-    exported = EnergyOfImage(model) if dataset.spec.num_levels else EnergyOfPoint(model)
+def test_exported_energy_gradient_equals_autograd(
+    format: str, dataset: loading.Dataset, tmp_path: Path
+) -> None:
+    """Up to float32 rounding."""
+    model, rows = randomized(dataset), dataset.test.rows[:7]
+    exported = ImageEnergy(model) if dataset.spec.num_levels else PointEnergy(model)
     module = graph.Graph(
         "energy",
         exported.eval(),
@@ -106,7 +108,7 @@ def test_the_exported_gradient_is_autograds(format: str, dataset: loading.Datase
         ),
     )
     energy, gradient, norm = graph.load(graph.write(module, [format], tmp_path)[format], format)([rows])
-    x = model.coordinates(torch.from_numpy(rows))
+    x = model.to_coordinates(torch.from_numpy(rows))
     np.testing.assert_allclose(energy, model.energy(x)[0].numpy(), rtol=1e-5, atol=1e-4)
     expected = autograd(model, x)
     np.testing.assert_allclose(gradient.reshape(7, -1), expected.numpy(), rtol=1e-4, atol=1e-3)
@@ -114,10 +116,10 @@ def test_the_exported_gradient_is_autograds(format: str, dataset: loading.Datase
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_exported_step_descends_autograds_gradient(
+def test_exported_langevin_step_follows_autograd_gradient(
     format: str, dataset: loading.Dataset, tmp_path: Path
 ) -> None:
-    model = randomised(dataset)
+    model = randomized(dataset)
     program = FAMILY.build_programs(model, dataset)[1]
     step = next(entry for entry in graph.collect([program]) if entry.name == "sample_langevin_step")
     step.module.eval()
@@ -131,13 +133,13 @@ def test_an_exported_step_descends_autograds_gradient(
     np.testing.assert_allclose(gradient, autograd(model, expected).numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_a_mixture_is_the_sum_of_its_normal_distributions() -> None:
+def test_mixture_density_equals_sum_of_normal_densities() -> None:
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     rows = torch.randn(300, 5).double() @ torch.randn(5, 5).double() + 3 * labels.unsqueeze(1)
     mixture = PpcaMixture.fit(rows, labels, 4, 0.5).double()
     parts = [rows[labels == label] for label in range(3)]
-    # Four factors of five dimensions leave a single variance over, so the fit is the sample covariance.
+    # Four factors in five dimensions leave one isotropic variance, so the fit is the sample covariance.
     normals = [
         torch.distributions.MultivariateNormal(
             part.mean(0), torch.cov(part.T, correction=0) + 0.25 * torch.eye(5).double()
@@ -151,7 +153,7 @@ def test_a_mixture_is_the_sum_of_its_normal_distributions() -> None:
     torch.testing.assert_close(mixture.energy(x)[1], autograd(mixture, x), rtol=1e-9, atol=1e-9)
 
 
-def test_draws_of_a_mixture_have_its_moments() -> None:
+def test_mixture_samples_have_its_moments() -> None:
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     rows = torch.randn(300, 5) @ torch.randn(5, 5) + 3 * labels.unsqueeze(1)
@@ -161,48 +163,50 @@ def test_draws_of_a_mixture_have_its_moments() -> None:
     torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.02, atol=0.1)
 
 
-def test_the_contrastive_loss_by_hand() -> None:
-    """One row with f = 0.3, told from noise with f = -1 and 2: f low means data."""
-    ratio = [1 / (1 + NOISE_SHARE * math.exp(f)) for f in (0.3, -1.0, 2.0)]
-    expected = -math.log(ratio[0]) - math.log(1 - ratio[1]) - math.log(1 - ratio[2])
+def test_contrastive_loss_equals_hand_computed_value() -> None:
+    """One row with f = 0.3 and noise with f = -1 and 2. Low f means data."""
+    p_data = [1 / (1 + NOISE_RATIO * math.exp(f)) for f in (0.3, -1.0, 2.0)]
+    expected = -math.log(p_data[0]) - math.log(1 - p_data[1]) - math.log(1 - p_data[2])
     loss = contrastive_loss(torch.tensor([0.3]), torch.tensor([[-1.0], [2.0]]))
     assert float(loss) == pytest.approx(expected)
 
 
-def test_the_loss_lowers_the_energy_of_data_and_raises_that_of_noise() -> None:
-    """The sign that the literature confuses: - grad log p = grad E(data) - E_noise[...]."""
-    on_data, on_noise = torch.zeros(1, requires_grad=True), torch.zeros(NOISE_SHARE, 1, requires_grad=True)
-    by_data, by_noise = torch.autograd.grad(contrastive_loss(on_data, on_noise).sum(), (on_data, on_noise))
-    assert float(by_data) > 0
-    assert (by_noise < 0).all()
+def test_contrastive_loss_lowers_energy_of_data_and_raises_energy_of_noise() -> None:
+    """The sign is that of - grad log p = grad E(data) - E_noise[...]."""
+    f_data, f_noise = torch.zeros(1, requires_grad=True), torch.zeros(NOISE_RATIO, 1, requires_grad=True)
+    data_gradient, noise_gradient = torch.autograd.grad(
+        contrastive_loss(f_data, f_noise).sum(), (f_data, f_noise)
+    )
+    assert float(data_gradient) > 0
+    assert (noise_gradient < 0).all()
 
 
-def test_the_loss_is_least_at_the_log_ratio_of_the_densities() -> None:
-    """With data N(1, 1) and noise N(0, 1), f(x) = 1/2 - x, at which Z is 1."""
+def test_contrastive_loss_is_minimal_at_log_density_ratio() -> None:
+    """For data N(1, 1) and noise N(0, 1) the minimum is f(x) = 1/2 - x, and Z is 1."""
     torch.manual_seed(0)
-    on_data, on_noise = torch.randn(200_000) + 1, torch.randn(NOISE_SHARE, 200_000)
+    data, noise_rows = torch.randn(200_000) + 1, torch.randn(NOISE_RATIO, 200_000)
 
     def loss(slope: float, offset: float) -> float:
-        return float(contrastive_loss(offset - slope * on_data, offset - slope * on_noise).mean())
+        return float(contrastive_loss(offset - slope * data, offset - slope * noise_rows).mean())
 
-    least = loss(1, 0.5)
-    assert all(least < loss(1 + a, 0.5 + b) for a, b in ((0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1)))
+    minimum = loss(1, 0.5)
+    assert all(minimum < loss(1 + a, 0.5 + b) for a, b in ((0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1)))
 
 
-def test_the_acceptance_ratio_by_hand() -> None:
+def test_log_acceptance_equals_hand_computed_value() -> None:
     """E = x^2 / 2 from 1 to 0.7 with step size 0.2, so q(b | a) = N(b; 0.8 a, 0.4)."""
-    here, there = (
+    current, proposal = (
         ChainState(torch.tensor([[x]]), torch.tensor([x**2 / 2]), torch.tensor([[x]])) for x in (1.0, 0.7)
     )
     forwards, backwards = -((0.7 - 0.8) ** 2) / 0.8, -((1 - 0.56) ** 2) / 0.8
     expected = (1 - 0.49) / 2 + backwards - forwards
-    assert float(langevin.log_acceptance(here, there, torch.tensor([0.2]))) == pytest.approx(
+    assert float(langevin.log_acceptance(current, proposal, torch.tensor([0.2]))) == pytest.approx(
         expected, rel=1e-5
     )
 
 
-def test_the_acceptance_ratio_is_detailed_balance() -> None:
-    """p(a) q(b | a) min(1, r) is the same both ways."""
+def test_log_acceptance_satisfies_detailed_balance() -> None:
+    """p(a) q(b | a) min(1, r) is symmetric in a and b."""
     torch.manual_seed(0)
     model, eta = PpcaMixture.isotropic(3, 0.7), torch.full((50,), 0.3)
     a, b = (ChainState(x, *model.energy(x)) for x in torch.randn(2, 50, 3))
@@ -216,191 +220,192 @@ def test_the_acceptance_ratio_is_detailed_balance() -> None:
     torch.testing.assert_close(flow(a, b), flow(b, a))
 
 
-ETA, CHAINS = 0.4, 40_000
+STEP_SIZE, NUM_CHAINS = 0.4, 40_000
 
 
-class Bowl(torch.nn.Module):
-    """The energy of N(0, I)."""
+class NormalEnergy(torch.nn.Module):
+    """Energy of N(0, I)."""
 
     def energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return 0.5 * x.square().sum(1), x
 
 
-def variance(step: torch.nn.Module, adjusted: bool) -> tuple[float, float, float]:
-    """Mean, variance and acceptance of chains on N(0, 1) after 40 steps from a point far off."""
+def run_chains(step: torch.nn.Module, adjusted: bool) -> tuple[float, float, float]:
+    """Return mean, variance and acceptance rate of chains on N(0, 1), 40 steps after they start at 3."""
     torch.manual_seed(0)
-    known = torch.zeros(CHAINS, 1, dtype=torch.uint8)
-    x = torch.full((CHAINS, 1), 3.0)
-    state = (x, *Bowl().energy(x), torch.zeros(CHAINS), torch.zeros_like(x))
-    size, scale = torch.full((CHAINS,), ETA), torch.ones(CHAINS)
+    known = torch.zeros(NUM_CHAINS, 1, dtype=torch.uint8)
+    x = torch.full((NUM_CHAINS, 1), 3.0)
+    state = (x, *NormalEnergy().energy(x), torch.zeros(NUM_CHAINS), torch.zeros_like(x))
+    size, scale = torch.full((NUM_CHAINS,), STEP_SIZE), torch.ones(NUM_CHAINS)
     for _ in range(40):
-        drawn = torch.randn(CHAINS, 1)
+        step_noise = torch.randn(NUM_CHAINS, 1)
         if adjusted:
-            state = step(*state, known, size, drawn, torch.rand(CHAINS))
+            state = step(*state, known, size, step_noise, torch.rand(NUM_CHAINS))
         else:
-            state = step(state[0], *state[2:], known, size, scale, drawn)
+            state = step(state[0], *state[2:], known, size, scale, step_noise)
     return float(state[0].mean()), float(state[0].var()), float(state[3].mean() / 40)
 
 
-def test_adjusted_chains_have_the_variance_of_the_density() -> None:
-    mean, spread, acceptance = variance(AdjustedStep(Bowl()), adjusted=True)
-    error = 4 * math.sqrt(2 / CHAINS)
-    assert mean == pytest.approx(0, abs=4 / math.sqrt(CHAINS))
-    assert spread == pytest.approx(1, abs=error)
+def test_mala_chains_have_the_variance_of_the_density() -> None:
+    mean, variance, acceptance = run_chains(MalaStep(NormalEnergy()), adjusted=True)
+    error = 4 * math.sqrt(2 / NUM_CHAINS)
+    assert mean == pytest.approx(0, abs=4 / math.sqrt(NUM_CHAINS))
+    assert variance == pytest.approx(1, abs=error)
     assert 0.8 < acceptance < 1
 
 
-def test_unadjusted_chains_have_the_variance_of_theory() -> None:
-    """1 / (1 - eta / 2): the step is downhill with noise sqrt(2 eta), and biased by as much as is known."""
-    mean, spread, acceptance = variance(UnadjustedStep(Bowl()), adjusted=False)
-    expected = 1 / (1 - ETA / 2)
-    assert mean == pytest.approx(0, abs=4 * math.sqrt(expected / CHAINS))
-    assert spread == pytest.approx(expected, abs=4 * expected * math.sqrt(2 / CHAINS))
+def test_langevin_chains_have_the_biased_variance_of_theory() -> None:
+    """The variance is 1 / (1 - eta / 2)."""
+    mean, variance, acceptance = run_chains(LangevinStep(NormalEnergy()), adjusted=False)
+    expected = 1 / (1 - STEP_SIZE / 2)
+    assert mean == pytest.approx(0, abs=4 * math.sqrt(expected / NUM_CHAINS))
+    assert variance == pytest.approx(expected, abs=4 * expected * math.sqrt(2 / NUM_CHAINS))
     assert acceptance == 1
 
 
-def test_proposals_into_the_void_are_refused() -> None:
-    here = ChainState(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1))
-    there = ChainState(torch.ones(2, 1), torch.tensor([math.nan, math.inf]), torch.zeros(2, 1))
-    place, accepted = langevin.adjust(here, there, torch.ones(2), torch.full((2,), 1e-30))
-    assert not accepted.any()
-    assert (place.x == 0).all()
+def test_accept_or_reject_rejects_nonfinite_energies() -> None:
+    current = ChainState(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1))
+    proposal = ChainState(torch.ones(2, 1), torch.tensor([math.nan, math.inf]), torch.zeros(2, 1))
+    state, is_accepted = langevin.accept_or_reject(current, proposal, torch.ones(2), torch.full((2,), 1e-30))
+    assert not is_accepted.any()
+    assert (state.x == 0).all()
 
 
-def test_annealing_finds_a_known_normaliser_from_both_sides() -> None:
-    """From N(0, I) to exp(-|x|^2) times its density: Z = 3^(-D / 2)."""
+def test_annealing_estimates_known_log_z_in_both_directions() -> None:
+    """The path is from N(0, I) to N(0, I) exp(-|x|^2), so Z = 3^(-D / 2)."""
     torch.manual_seed(0)
 
-    class Square(torch.nn.Module):
+    class SquaredNorm(torch.nn.Module):
         def energy(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x.square().sum(1), 2 * x
 
     base, expected = PpcaMixture.isotropic(4, 1.0), -2 * math.log(3)
-    path, times = langevin.Path(base, Square()), torch.linspace(0, 1, 41)
-    _, forwards = path.walk(base.sample(4000), times, 0.2, "forwards")
-    _, backwards = path.walk(base.sample(4000) / math.sqrt(3), times.flip(0), 0.2, "backwards")
+    path, times = langevin.AnnealingPath(base, SquaredNorm()), torch.linspace(0, 1, 41)
+    _, forwards = path.anneal(base.sample(4000), times, 0.2, "forwards")
+    _, backwards = path.anneal(base.sample(4000) / math.sqrt(3), times.flip(0), 0.2, "backwards")
     for sign, log_weights in ((1, forwards), (-1, backwards)):
-        log_z, error = langevin.log_mean(log_weights)
+        log_z, error = langevin.log_mean_weight(log_weights)
         assert error < 0.02
         assert sign * log_z == pytest.approx(expected, abs=4 * error)
 
 
-def test_quadrature_finds_the_normaliser_of_points(moons: loading.Dataset) -> None:
-    """Of the base, 1; and of any energy, the number that makes its density integrate to 1."""
-    assert normaliser(FAMILY.build_network(moons, PRESET)).log_z == pytest.approx(0, abs=1e-3)
-    model = randomised(moons, 0.3)
-    known = normaliser(model)
+def test_quadrature_log_z_normalizes_the_density_of_points(moons: loading.Dataset) -> None:
+    """log Z of an untrained model is 0. For any model, the density integrates to 1."""
+    assert estimate_log_partition(FAMILY.build_network(moons, PRESET)).log_z == pytest.approx(0, abs=1e-3)
+    model = randomized(moons, 0.3)
+    partition = estimate_log_partition(model)
     axis = torch.linspace(-8, 8, 251)
-    density = (-model.energy(torch.cartesian_prod(axis, axis))[0] - known.log_z).double().exp()
-    assert abs(known.log_z) > 0.02
+    density = (-model.energy(torch.cartesian_prod(axis, axis))[0] - partition.log_z).double().exp()
+    assert abs(partition.log_z) > 0.02
     assert float(density.sum() * (16 / 250) ** 2) == pytest.approx(1, abs=2e-3)
-    assert known.standard_error < 1e-3
+    assert partition.standard_error < 1e-3
 
 
-def test_annealing_and_quadrature_agree(moons: loading.Dataset) -> None:
-    model = randomised(moons, 0.3)
-    exact = normaliser(model).log_z
+def test_annealing_agrees_with_quadrature(moons: loading.Dataset) -> None:
+    model = randomized(moons, 0.3)
+    exact = estimate_log_partition(model).log_z
     torch.manual_seed(1)
-    path = langevin.Path(model.base, model.tilt)
-    _, log_weights = path.walk(model.base.sample(2000), torch.linspace(0, 1, 31), 0.05, "forwards")
-    log_z, error = langevin.log_mean(log_weights)
+    path = langevin.AnnealingPath(model.base, model.tilt)
+    _, log_weights = path.anneal(model.base.sample(2000), torch.linspace(0, 1, 31), 0.05, "forwards")
+    log_z, error = langevin.log_mean_weight(log_weights)
     assert log_z == pytest.approx(exact, abs=4 * error)
 
 
-def test_the_score_is_minus_the_energy_minus_log_z(
+def test_score_is_negative_energy_minus_log_z(
     dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    interpreter, known = interpreters[dataset.name], normaliser(randomised(dataset))
-    given = {dataset.spec.tensor.name: dataset.test.rows[:5]}
-    energy, score = play(interpreter, "energy", given)["energy"], play(interpreter, "score", given)
-    np.testing.assert_allclose(score["log_density"], -energy - known.log_z, rtol=1e-5)
-    np.testing.assert_allclose(score["standard_error"], known.standard_error, rtol=1e-5)
-    assert f"{known.log_z:.3f}" in interpreter.program("score").doc
-    semantics = interpreter.program("score").score
-    assert semantics.kind == manifest_pb2.Score.KIND_ESTIMATE
+    interpreter, partition = interpreters[dataset.name], estimate_log_partition(randomized(dataset))
+    inputs = {dataset.spec.tensor.name: dataset.test.rows[:5]}
+    energy, score = run(interpreter, "energy", inputs)["energy"], run(interpreter, "score", inputs)
+    np.testing.assert_allclose(score["log_density"], -energy - partition.log_z, rtol=1e-5)
+    np.testing.assert_allclose(score["standard_error"], partition.standard_error, rtol=1e-5)
+    assert f"{partition.log_z:.3f}" in interpreter.program("score").doc
+    declaration = interpreter.program("score").score
+    assert declaration.kind == manifest_pb2.Score.KIND_ESTIMATE
     assert interpreter.program("energy").score.kind == manifest_pb2.Score.KIND_UNNORMALIZED
-    assert semantics.dimensions == dataset.test.rows[0].size
+    assert declaration.dimensions == dataset.test.rows[0].size
 
 
-def test_each_way_to_log_z_is_measured_with_an_error_of_its_own(
+def test_quality_reports_both_log_z_estimates_with_their_errors(
     digits: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    interpreter, known, rows = interpreters["digits"], normaliser(randomised(digits)), digits.test.rows[:2]
-    weighed = play(interpreter, "score", {"image": rows})
+    interpreter, rows = interpreters["digits"], digits.test.rows[:2]
+    partition = estimate_log_partition(randomized(digits))
+    scores = run(interpreter, "score", {"image": rows})
     forwards, backwards = (
-        family._log_normaliser(interpreter, rows, weighed, "log Z", way) for way in ("", "_reverse")
+        family._log_partition(interpreter, rows, scores, "log Z", suffix) for suffix in ("", "_reverse")
     )
-    assert known.standard_error != pytest.approx(known.reverse_standard_error, rel=0.01)
-    for figure, value, error in (
-        (forwards, known.log_z, known.standard_error),
-        (backwards, known.reverse, known.reverse_standard_error),
+    assert partition.standard_error != pytest.approx(partition.reverse_standard_error, rel=0.01)
+    for quality, value, error in (
+        (forwards, partition.log_z, partition.standard_error),
+        (backwards, partition.reverse_log_z, partition.reverse_standard_error),
     ):
-        assert figure.value == pytest.approx(value, rel=1e-4, abs=1e-3)
-        assert figure.standard_error == pytest.approx(error, rel=1e-5)
+        assert quality.value == pytest.approx(value, rel=1e-4, abs=1e-3)
+        assert quality.standard_error == pytest.approx(error, rel=1e-5)
 
 
-def test_a_drawn_blur_is_the_documented_noise(
+def test_score_with_drawn_blur_adds_the_documented_noise(
     digits: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    model, interpreter, given = randomised(digits), interpreters["digits"], {"image": digits.test.rows[:3]}
-    still, drawn = (
-        play(interpreter, "score", given, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW)
+    model, interpreter, inputs = randomized(digits), interpreters["digits"], {"image": digits.test.rows[:3]}
+    sharp, blurred = (
+        run(interpreter, "score", inputs, {"blur": blur}, seed=8)["log_density"] for blur in (0, DRAW)
     )
-    normal = noise.normal(np.full(3, 8, np.uint64), np.arange(3), np.zeros(3, int), 0, [64])
-    x = model.coordinates(torch.from_numpy(given["image"]))
-    change = model.energy(x)[0] - model.energy(x + SMOOTHING * torch.from_numpy(normal))[0]
-    np.testing.assert_allclose(drawn - still, change.numpy(), rtol=1e-4, atol=1e-4)
+    blur_noise = noise.normal(np.full(3, 8, np.uint64), np.arange(3), np.zeros(3, int), 0, [64])
+    x = model.to_coordinates(torch.from_numpy(inputs["image"]))
+    change = model.energy(x)[0] - model.energy(x + SMOOTHING_STD * torch.from_numpy(blur_noise))[0]
+    np.testing.assert_allclose(blurred - sharp, change.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("program", ["sample", "sample:langevin"])
-def test_known_coordinates_stay(
+def test_sample_keeps_known_elements(
     program: str, dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     name, rows = dataset.spec.tensor.name, dataset.test.rows[:4]
     known = loading.first_half_mask(rows)
-    walked = play(interpreters[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
-    np.testing.assert_array_equal(walked[known == 1], rows[known == 1])
-    assert (walked[known == 0] != rows[known == 0]).any()
+    samples = run(interpreters[dataset.name], program, {name: rows, "known": known}, {"steps": 7})[name]
+    np.testing.assert_array_equal(samples[known == 1], rows[known == 1])
+    assert (samples[known == 0] != rows[known == 0]).any()
 
 
-def test_a_chain_starts_where_it_is_told_to(
+def test_sample_starts_from_the_row_or_from_the_base(
     dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
-    """One step of no size from the given row leaves it there; from noise it is a draw of the base."""
+    """With a tiny step size, one step hardly changes the first state."""
     interpreter, name, rows = interpreters[dataset.name], dataset.spec.tensor.name, dataset.test.rows[:4]
-    still = {"steps": 1, "step_size": 1e-6}
-    given = play(interpreter, "sample", {name: rows}, {**still, "start": GIVEN})
-    ignored = play(interpreter, "sample", {name: rows}, still)
-    free = play(interpreter, "sample", None, still)
-    np.testing.assert_array_equal(ignored[name], free[name])
+    tiny_step = {"steps": 1, "step_size": 1e-6}
+    from_row = run(interpreter, "sample", {name: rows}, {**tiny_step, "start": GIVEN})
+    with_ignored_row = run(interpreter, "sample", {name: rows}, tiny_step)
+    from_base = run(interpreter, "sample", None, tiny_step)
+    np.testing.assert_array_equal(with_ignored_row[name], from_base[name])
     assert (
-        np.abs(given[name].astype(float) - rows).mean()
-        < 0.25 * np.abs(free[name].astype(float) - rows).mean()
+        np.abs(from_row[name].astype(float) - rows).mean()
+        < 0.25 * np.abs(from_base[name].astype(float) - rows).mean()
     )
 
 
-def test_without_noise_a_chain_descends(
+def test_langevin_without_noise_descends_the_energy(
     dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     parameters = {"noise_scale": 0, "step_size": 1e-3}
     energies = [
-        play(interpreters[dataset.name], "sample:langevin", None, {**parameters, "steps": steps})["energy"]
+        run(interpreters[dataset.name], "sample:langevin", None, {**parameters, "steps": steps})["energy"]
         for steps in (1, 10, 40)
     ]
     assert (np.diff(energies, axis=0) < 0).all()
 
 
-def test_rows_of_every_age_and_size_mix(
+def test_sample_of_mixed_steps_and_step_sizes_in_one_batch_equals_separate_runs(
     dataset: loading.Dataset, interpreters: dict[str, Interpreter]
 ) -> None:
     interpreter = interpreters[dataset.name]
     program = interpreter.program("sample")
     settings: list[dict[str, float]] = [{"steps": 3}, {"steps": 9, "step_size": 1e-3}, {"steps": 1}]
-    parts = [make_rows(program, seed, range(2), each) for seed, each in enumerate(settings)]
-    together = interpreter.run("sample", concatenate_rows(parts))
-    apart = [interpreter.run("sample", part) for part in parts]
-    for name, values in together.items():
-        expected = np.concatenate([each[name] for each in apart])
+    parts = [make_rows(program, seed, range(2), parameters) for seed, parameters in enumerate(settings)]
+    batched = interpreter.run("sample", concatenate_rows(parts))
+    separate = [interpreter.run("sample", part) for part in parts]
+    for name, values in batched.items():
+        expected = np.concatenate([outputs[name] for outputs in separate])
         tolerance = 1 if values.dtype == np.uint8 else 1e-4
         np.testing.assert_allclose(values.astype(float), expected.astype(float), rtol=1e-4, atol=tolerance)
-    assert ((together["acceptance"] >= 0) & (together["acceptance"] <= 1)).all()
+    assert ((batched["acceptance"] >= 0) & (batched["acceptance"] <= 1)).all()

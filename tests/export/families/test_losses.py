@@ -15,7 +15,7 @@ from export.families.base import Preset
 from export.families.diffusion.denoiser import Denoiser
 from export.families.diffusion.sampling_graphs import EditPointInit
 from export.families.diffusion.solvers import noise_level
-from export.families.ebm.energy import NOISE_SHARE, EnergyModel, contrastive_loss
+from export.families.ebm.energy import NOISE_RATIO, EnergyModel, contrastive_loss
 from export.families.realnvp.network import RealNVP
 from export.families.vae import LATENT_DIMENSIONS, TRAINING_DRAWS
 from export.training.trainer import Network, Settings, fit, validation_loss
@@ -183,11 +183,11 @@ def test_ebm_loss_is_contrastive_loss_of_rows_and_base_noise(dataset: loading.Da
     assert isinstance(model, EnergyModel)
     loss = loss_with_seed(3, model, dataset)
     torch.manual_seed(3)
-    clean = model.coordinates(batch_of(dataset)[0])
-    rows = clean + model.smoothing * torch.randn_like(clean)
-    drawn = model.base.sample(NOISE_SHARE * NUM_ROWS)
+    clean = model.to_coordinates(batch_of(dataset)[0])
+    rows = clean + model.smoothing_std * torch.randn_like(clean)
+    drawn = model.base.sample(NOISE_RATIO * NUM_ROWS)
     torch.testing.assert_close(
-        loss, contrastive_loss(model.tilt(rows), model.tilt(drawn).reshape(NOISE_SHARE, NUM_ROWS))
+        loss, contrastive_loss(model.tilt(rows), model.tilt(drawn).reshape(NOISE_RATIO, NUM_ROWS))
     )
 
 
