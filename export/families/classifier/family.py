@@ -73,7 +73,7 @@ class ClassifierFamily:
             _calibration_error(fitted, held_out, temperature),
         ]
 
-    def build_panels(self, interpreter: Interpreter, data: Dataset) -> list[ImageGrid]:
+    def build_plots(self, interpreter: Interpreter, data: Dataset) -> list[ImageGrid]:
         """Return the test images with the lowest and the highest top probability."""
         images = data.test.rows[:NUM_SEARCHED_IMAGES]
         order = _classify(interpreter, images, "pictures")["probabilities"].max(1).argsort()

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from export.artifacts.golden import Example
 from export.artifacts.interpreter import Interpreter, make_rows
 from export.datasets.loading import Dataset
-from export.evaluation.figures import Drawing, Heatmap, Panel, Scatter
+from export.evaluation.figures import Heatmap, ImageGrid, Plot, Scatter
 from export.evaluation.sample_quality import (
     SampleEvaluator,
     bits_per_dimension,
-    density,
+    density_grid,
+    make_sampler,
     negative_log_density,
-    play,
-    sampler,
+    run_in_chunks,
     two_sample_test,
 )
 from export.families.base import Preset
@@ -118,7 +118,7 @@ class Family:
         self, interpreter: Interpreter, data: Dataset, preset: Preset
     ) -> list[manifest_pb2.Quality]:
         """Measure the density of test rows and the similarity of samples to test rows."""
-        draw, count = sampler(interpreter), preset.evaluation_rows
+        draw, count = make_sampler(interpreter), preset.evaluation_rows
         rows = data.test.rows[:count]
         if data.spec.kind == "vector":
             return [
@@ -131,18 +131,20 @@ class Family:
         ]
         return [*bounds, *SampleEvaluator.train(data, preset.evaluator).similarity(draw, count)]
 
-    def build_panels(self, interpreter: Interpreter, data: Dataset) -> Sequence[Drawing]:
+    def build_plots(self, interpreter: Interpreter, data: Dataset) -> Sequence[Plot]:
         """Return test rows next to samples; for points the density, for images a lower temperature."""
         if data.spec.kind == "vector":
             return [
                 Scatter("test points", data.test.rows, PLOT_LIMIT),
                 Scatter("samples", _samples(interpreter, len(data.test)), PLOT_LIMIT),
-                Heatmap("density", density(interpreter, "score", PLOT_LIMIT, PLOT_CELLS), PLOT_LIMIT),
+                Heatmap("density", density_grid(interpreter, "score", PLOT_LIMIT, PLOT_CELLS), PLOT_LIMIT),
             ]
         return [
-            Panel("test images", data.test.rows[:NUM_PANEL_IMAGES]),
-            Panel("samples", _samples(interpreter, NUM_PANEL_IMAGES)),
-            Panel("samples, temperature 0.7", _samples(interpreter, NUM_PANEL_IMAGES, {"temperature": 0.7})),
+            ImageGrid("test images", data.test.rows[:NUM_PANEL_IMAGES]),
+            ImageGrid("samples", _samples(interpreter, NUM_PANEL_IMAGES)),
+            ImageGrid(
+                "samples, temperature 0.7", _samples(interpreter, NUM_PANEL_IMAGES, {"temperature": 0.7})
+            ),
         ]
 
 
@@ -158,7 +160,7 @@ def _scores(
 ) -> NDArray[np.float32]:
     program, inputs = interpreter.program("score"), {interpreter.manifest.data_spec.tensor.name: data_rows}
     rows = make_rows(program, 0, range(len(data_rows)), parameters, inputs)
-    return play(interpreter, "score", rows, "log-density of test rows")[program.score.nats_output]
+    return run_in_chunks(interpreter, "score", rows, "log-density of test rows")[program.score.nats_output]
 
 
 FAMILY = Family()
