@@ -1,6 +1,7 @@
-"""What being a family means, for every family on every data set that it is for: tiny untrained networks."""
+"""Contract tests of every family on every dataset that it supports, with tiny untrained networks."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,49 +24,55 @@ def dataset(pair: Pair) -> loading.Dataset:
 
 
 @pytest.fixture
-def written(pair: Pair, request: pytest.FixtureRequest) -> Path:
-    """The shared artifact of the family on the data set."""
+def artifact(pair: Pair, request: pytest.FixtureRequest) -> Path:
+    """Return the directory of the pair's shared artifact."""
     models: Path = request.getfixturevalue("models" if pair.is_default else "other_models")
     return models / pair.model / "1"
 
 
-def test_the_table_of_contents_tells_the_truth(pair: Pair, dataset: loading.Dataset) -> None:
-    loaded = FAMILIES[pair.family].load()
-    preset = loaded.presets["tiny"].for_data(dataset.spec)
-    programs = loaded.build_programs(loaded.build_network(dataset, preset), dataset)
-    assert loaded.name == pair.family
+@cache
+def verification_report(artifact: Path) -> verify.Report:
+    """Verify an artifact once for all tests."""
+    return verify.verify(artifact)
+
+
+def test_family_matches_its_entry_in_the_list_of_families(pair: Pair, dataset: loading.Dataset) -> None:
+    family = FAMILIES[pair.family].load()
+    preset = family.presets["tiny"].for_data(dataset.spec)
+    programs = family.build_programs(family.build_network(dataset, preset), dataset)
+    assert family.name == pair.family
     assert (
-        tuple(program.name for program in programs) == loaded.operations == FAMILIES[pair.family].operations
+        tuple(program.name for program in programs) == family.operations == FAMILIES[pair.family].operations
     )
     assert {program.operation for program in programs} <= set(OPERATIONS)
-    assert set(loaded.presets) - {"medium"} == {"tiny", "starter", "full"}
+    assert set(family.presets) - {"medium"} == {"tiny", "starter", "full"}
 
 
-def test_every_operation_is_offered_or_refused_with_a_reason(pair: Pair) -> None:
-    loaded = FAMILIES[pair.family].load()
-    offered = {parse_program_name(name)[0] for name in loaded.operations}
-    assert set(loaded.unsupported_operations) == set(OPERATIONS) - offered
-    assert all(loaded.unsupported_operations.values())
+def test_family_gives_a_reason_for_each_unsupported_operation(pair: Pair) -> None:
+    family = FAMILIES[pair.family].load()
+    supported = {parse_program_name(name)[0] for name in family.operations}
+    assert set(family.unsupported_operations) == set(OPERATIONS) - supported
+    assert all(family.unsupported_operations.values())
 
 
-def test_every_format_reproduces_the_modules_in_any_company(pair: Pair, written: Path) -> None:
-    report = verify.verify(written)
+def test_artifact_in_every_format_reproduces_the_modules(pair: Pair, artifact: Path) -> None:
+    report = verification_report(artifact)
     assert report.failures == []
-    assert {finding.format for finding in report.results} == set(
+    assert {result.format for result in report.results} == set(
         FORMATS if pair.is_default else DEFAULT_FORMATS
     )
-    assert {finding.program for finding in report.results} == set(FAMILIES[pair.family].operations)
+    assert {result.program for result in report.results} == set(FAMILIES[pair.family].operations)
 
 
-def test_rows_are_bitwise_independent_in_onnx(pair: Pair, written: Path) -> None:
-    findings = [f for f in verify.verify(written).results if f.check == "independence"]
-    assert [f.difference for f in findings if f.format == "onnx"] == [0.0] * len(
+def test_onnx_graphs_give_bitwise_equal_rows_alone_and_in_a_batch(pair: Pair, artifact: Path) -> None:
+    results = [result for result in verification_report(artifact).results if result.check == "independence"]
+    assert [result.difference for result in results if result.format == "onnx"] == [0.0] * len(
         FAMILIES[pair.family].operations
     )
 
 
-def test_every_program_is_described_for_people(pair: Pair, written: Path) -> None:
-    manifest = reader.read(written)
+def test_every_program_and_tensor_has_a_description(pair: Pair, artifact: Path) -> None:
+    manifest = reader.read(artifact)
     assert manifest.description
     for program in manifest.programs:
         assert program.doc
@@ -74,8 +81,8 @@ def test_every_program_is_described_for_people(pair: Pair, written: Path) -> Non
         assert all(spec.doc for spec in [*program.state, *program.outputs])
 
 
-def test_some_golden_rows_have_parameters(pair: Pair, written: Path) -> None:
-    manifest = reader.read(written)
+def test_every_program_has_golden_rows_with_parameters(pair: Pair, artifact: Path) -> None:
+    manifest = reader.read(artifact)
     for program in manifest.programs:
         golden = [entry for entry in manifest.golden_rows if _name(entry) == _name(program)]
         assert golden
@@ -86,20 +93,22 @@ def _name(message: manifest_pb2.Program | manifest_pb2.GoldenRows) -> str:
     return program_name(message.operation, message.variant)
 
 
-def test_the_manifest_is_readable_json(pair: Pair, written: Path) -> None:
-    read = json.loads((written / reader.MANIFEST).read_text())
-    assert read["format_version"] == 2
-    assert read["provenance"]["dataset"] == pair.data
-    assert {entry["name"] for entry in read["graphs"]} >= {program["readout"] for program in read["programs"]}
+def test_manifest_file_is_json_with_provenance(pair: Pair, artifact: Path) -> None:
+    manifest = json.loads((artifact / reader.MANIFEST).read_text())
+    assert manifest["format_version"] == 2
+    assert manifest["provenance"]["dataset"] == pair.data
+    assert {entry["name"] for entry in manifest["graphs"]} >= {
+        program["readout"] for program in manifest["programs"]
+    }
 
 
-def test_training_measuring_and_writing_go_through(
+def test_pipeline_trains_measures_and_writes_an_artifact(
     pair: Pair, dataset: loading.Dataset, tmp_path: Path
 ) -> None:
-    order = pipeline.TrainingJob(
+    job = pipeline.TrainingJob(
         FAMILIES[pair.family].load(), dataset, tmp_path, preset="tiny", formats=("torchscript",)
     )
-    manifest = reader.read(pipeline.run(order))
+    manifest = reader.read(pipeline.run(job))
     assert manifest.quality
     assert (tmp_path / manifest.name / "1" / pipeline.SAMPLES_IMAGE).read_bytes().startswith(b"\x89PNG")
     assert manifest.provenance.settings["steps"] == "1"
