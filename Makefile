@@ -1,4 +1,4 @@
-# The only commands there are. `make help` lists them.
+# All commands of the project. `make help` lists them.
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -8,20 +8,22 @@ PORT    ?= 8001
 METRICS ?= 8002
 # onnxruntime or onnxruntime-gpu
 DEVICE  := $(if $(shell command -v nvidia-smi),gpu,cpu)
+# Number of processes that run tests
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test bench check fmt proto stale-stubs image clean
+.PHONY: help setup models serve test bench check prose fmt proto stale-stubs image clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
 
 $(VENV)/.ready: pyproject.toml clients/python/pyproject.toml
-	@echo "Making the environment in $(VENV) ..."
+	@echo "Creating the environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e clients/python -e ".[$(DEVICE),export,dev]"
 	@touch $@
 
-setup: $(VENV)/.ready ## Make the environment
+setup: $(VENV)/.ready ## Create the environment
 
 models: setup ## Train and export the starter models that are missing
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m export train-starters
@@ -29,19 +31,27 @@ models: setup ## Train and export the starter models that are missing
 serve: models ## Serve the starter models (gRPC on 8001, metrics on 8002)
 	@$(BIN)/python -m server --models models --port $(PORT) --metrics-port $(METRICS)
 
-test: setup ## Run the whole test suite
-	$(BIN)/python -m pytest
+test: setup ## Run all tests; FAST=1 skips those that export artifacts, start processes or load models
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(FAST),-m "not slow") $(PYTEST)
 
 bench: setup ## Measure speed and write docs/benchmarks.md, in minutes; QUICK=1 for rough figures
 	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick,--docs docs)
 
-check: setup stale-stubs ## Format, lint, types, layers, contracts
+check: setup prose stale-stubs ## Check format, lint, types, layers, contracts and prose
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+
+# The guide and the changelog quote banned words; the stubs are generated.
+PROSE := '*.py' '*.md' '*.proto' '*.html' '*.toml' Makefile Dockerfile .ci/run \
+	':!CONTRIBUTING.md' ':!CHANGELOG.md' ':!*_pb2*'
+
+prose: ## Search for the words that the style guide bans, listed in .ci/banned-words
+	@git grep --untracked -nwiE -f .ci/banned-words -- $(PROSE); [ $$? = 1 ] || \
+		{ echo "These lines contain words of .ci/banned-words; see Style in CONTRIBUTING.md."; exit 1; }
 
 fmt: setup ## Format everything
 	$(BIN)/ruff format .
@@ -53,7 +63,7 @@ fmt: setup ## Format everything
 	.venv-proto/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
-# The stubs of everything, in the directory $(1).
+# Generate all stubs in the directory $(1).
 define stubs
 . .venv-proto/bin/activate && $(PROTOC) --python_out=$(1) --mypy_out=quiet:$(1) proto/samovar/v1/*.proto
 . .venv-proto/bin/activate && $(PROTOC) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) proto/samovar/v1/inference.proto
@@ -67,10 +77,10 @@ stale-stubs: .venv-proto/.ready
 	@rm -rf build/stubs && mkdir -p build/stubs
 	@$(call stubs,build/stubs)
 	@diff -r -x __init__.py -x __pycache__ build/stubs/samovar/v1 $(STUBS)/samovar/v1 > /dev/null || \
-		{ echo "The stubs are stale: run 'make proto' and commit what it makes."; exit 1; }
+		{ echo "The stubs are stale: run 'make proto' and commit its output."; exit 1; }
 
 image: ## Build the server's container image
 	docker build -t samovar .
 
-clean: ## Remove environments and caches; models stay
-	rm -rf $(VENV) .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove environments and caches, but no models
+	rm -rf $(VENV) .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis build/stubs build/test-artifacts

@@ -279,10 +279,11 @@ def assert_runs(
 ) -> None:
     """Request a row with the maximum of a parameter, wait until the row runs, and cancel the request."""
     value = parameter_to_proto(parameter, parameter.maximum)
+    has_previews = operation.previewable and rpc_name(operation) == "sample"
     call = start_call(
-        stub, model, operation.name, inputs, {parameter.name: value}, preview_every=int(operation.previewable)
+        stub, model, operation.name, inputs, {parameter.name: value}, preview_every=int(has_previews)
     )
-    if operation.previewable:
+    if has_previews:
         next(call)
     else:
         wait_until(lambda: server.app.engine.num_running > 0 or call.done(), "the row does not run")
