@@ -17,6 +17,7 @@ from export.training.signals import defer_signals
 
 _POLL_SECONDS = 0.2
 _NUM_LAST_LINES = 12
+_BAR_FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
@@ -62,7 +63,7 @@ def run_commands(commands: Mapping[str, Sequence[str]], size: int, logs: Path) -
     logs.mkdir(parents=True, exist_ok=True)
     pending, running, results = deque(commands), dict[str, _Process](), dict[str, Result]()
     # disable=None hides the bar if stderr is not a terminal.
-    bar = tqdm(total=len(commands), desc="jobs", unit="job", dynamic_ncols=True, disable=None)
+    bar = tqdm(total=len(commands), desc="finished", bar_format=_BAR_FORMAT, dynamic_ncols=True, disable=None)
     with bar, defer_signals() as stop:
         try:
             while (pending or running) and not stop.is_set:
@@ -76,6 +77,7 @@ def run_commands(commands: Mapping[str, Sequence[str]], size: int, logs: Path) -
                     del running[result.name]
                     results[result.name] = result
                     tqdm.write(str(result), sys.stderr)
+                    bar.set_postfix_str(", ".join(running), refresh=False)
                     bar.update()
         finally:
             for process in running.values():

@@ -109,7 +109,7 @@ def chorales() -> Dataset:
         raise DataError(
             f"dataset 'chorales' needs the package music21: {error}; install it with: pip install music21"
         ) from error
-    return _token_dataset("chorales", corpus, "soprano, alto, tenor and bass of each eighth note in turn")
+    return _token_dataset("chorales", corpus, "soprano, alto, tenor and bass of each eighth note")
 
 
 DATASETS: dict[str, Callable[[], Dataset]] = {
