@@ -21,7 +21,7 @@ settings.register_profile(
 settings.load_profile("samovar")
 
 # A test that needs one of these fixtures exports artifacts or starts servers: `make test FAST=1` skips it.
-_SLOW_FIXTURES = {"models", "models_of", "other_models"}
+_SLOW_FIXTURES = {"default_models", "models_of", "other_models"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,9 +38,15 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of every family on its default dataset in every format, such as digits-vae/1."""
     return artifact_cache.link(DEFAULT_PAIRS, FORMATS, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def models(default_models: Path) -> Path:
+    """`default_models`, unless the tests of a file need fewer."""
+    return default_models
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +57,7 @@ def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function that returns a directory with some of `models`, for a server that loads no others."""
+    """Function that returns a directory with some of `default_models`, for a server that loads no others."""
 
     def select(*names: str) -> Path:
         pairs = [pair for pair in DEFAULT_PAIRS if pair.model in names]
@@ -62,16 +68,16 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def default_server(models: Path) -> Iterator[RunningServer]:
-    """A server of `models` in the default formats. Tests share it and must leave it idle."""
-    with serving(models, formats=DEFAULT_FORMATS) as running:
+def default_server(default_models: Path) -> Iterator[RunningServer]:
+    """A server of `default_models` in the default formats. Tests share it and must leave it idle."""
+    with serving(default_models, formats=DEFAULT_FORMATS) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def torch_export_server(models: Path) -> Iterator[RunningServer]:
-    """A server of `models` as torch.export programs, which take longer to load than the other formats."""
-    with serving(models, formats=("torch_export",)) as running:
+def torch_export_server(default_models: Path) -> Iterator[RunningServer]:
+    """A server of `default_models` as torch.export programs, which take longer to load than other formats."""
+    with serving(default_models, formats=("torch_export",)) as running:
         yield running
 
 

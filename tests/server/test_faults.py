@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,12 @@ class FaultyRuntime:
 
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * torch.nan if tensor.is_floating_point() else tensor
+
+
+@pytest.fixture(scope="module")
+def models(models_of: Callable[..., Path]) -> Path:
+    """The model under test."""
+    return models_of(MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,12 @@ def repository() -> Repository:
 
 
 @pytest.fixture(scope="module")
+def models(models_of: Callable[..., Path]) -> Path:
+    """The artifact under test, and another one."""
+    return models_of(NAME, "digits-mlp")
+
+
+@pytest.fixture(scope="module")
 def manifest(models: Path) -> Json:
     return json.loads((models / NAME / "1" / "manifest.json").read_text())
 

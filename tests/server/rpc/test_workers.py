@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
@@ -16,7 +16,7 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc import health
 from server.rpc.workers import WorkerPool
-from tests.support.live_server import RunningServer, assert_idle, await_true, listening, scrape, serving
+from tests.support.live_server import RunningServer, assert_idle, listening, scrape, serving, wait_until
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
 # One format loads in a tenth of the time of all.
@@ -26,8 +26,14 @@ Parameters = Mapping[str, bool | int | float | str]
 
 
 @pytest.fixture(scope="module")
-def fronted(models: Path) -> Iterator[RunningServer]:
-    with serving(models, formats=ONNX, grpc_workers=2) as running:
+def models(models_of: Callable[..., Path]) -> Path:
+    """The model that the servers of single tests load."""
+    return models_of(DIFFUSION)
+
+
+@pytest.fixture(scope="module")
+def fronted(default_models: Path) -> Iterator[RunningServer]:
+    with serving(default_models, formats=ONNX, grpc_workers=2) as running:
         yield running
 
 
@@ -111,7 +117,7 @@ def test_a_slow_reader_is_not_computed_for_without_bound(fronted: RunningServer)
     with grpc.insecure_channel(fronted.address, narrow) as channel:
         call = pb_grpc.InferenceStub(channel).Sample(pb.SampleRequest(model=selector, rows=100_000, seed=1))
         next(call)
-        await_true(lambda: engine.num_waiting > 0 and engine.num_active == 0, "the engine did not pause")
+        wait_until(lambda: engine.num_queued > 0 and engine.num_running == 0, "the engine did not pause")
         call.cancel()
     assert_idle(fronted)
 
@@ -120,7 +126,7 @@ def test_calls_are_counted_where_the_metrics_are(models: Path) -> None:
     with serving(models, formats=ONNX, grpc_workers=1) as server, samovar.Client(server.address) as client:
         client.sample(DIFFUSION, 10, parameters={"steps": 4})
         key = ("samovar_requests_total", ("OK", "Sample", DIFFUSION))
-        await_true(lambda: scrape(server)[key] == 1, "the call was not counted")
+        wait_until(lambda: scrape(server)[key] == 1, "the call was not counted")
         metrics = scrape(server)
         assert metrics["samovar_queue_duration_seconds_count", ("Sample", DIFFUSION)] == 1
         assert metrics["samovar_requests_in_flight", ()] == 0
@@ -139,19 +145,19 @@ def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> 
             with pytest.raises(samovar.SamovarError):
                 list(events)
         assert_idle(server)
-        await_true(lambda: processes(server) not in ([], [first]), "it was not replaced")
+        wait_until(lambda: processes(server) not in ([], [first]), "it was not replaced")
         with samovar.Client(server.address, timeout=60.0) as client:
             assert len(client.sample(DIFFUSION, 3, parameters={"steps": 2}).value) == 3
         assert scrape(server)["samovar_grpc_worker_restarts_total", ()] == 1
         in_flight = ("samovar_requests_in_flight", ())
-        await_true(lambda: scrape(server)[in_flight] == 0, "a call that died is still counted")
+        wait_until(lambda: scrape(server)[in_flight] == 0, "a call that died is still counted")
 
 
 def test_they_are_not_serving_until_the_models_are_loaded(models: Path) -> None:
     with listening(models, formats=ONNX, grpc_workers=1) as server:
-        assert not asyncio.run(health.is_serving(server.address, 5.0))
+        assert not asyncio.run(health.is_serving(server.address, 60.0))
         server.load()
-        await_true(lambda: asyncio.run(health.is_serving(server.address, 5.0)), "it never served")
+        wait_until(lambda: asyncio.run(health.is_serving(server.address, 60.0)), "it never served")
 
 
 def test_a_port_that_another_has_is_refused(models: Path) -> None:
