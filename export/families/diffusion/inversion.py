@@ -146,7 +146,7 @@ def _encode(
         steps=Steps(parameter="steps"),
         parameters=(
             steps_parameter(
-                DEFAULT_STEPS, "heun takes two for each noise level; an odd number adds an Euler step"
+                DEFAULT_STEPS, "heun takes two for each noise level; if odd, the first is an Euler step"
             ),
             sampler_parameter("heun"),
         ),
@@ -167,7 +167,8 @@ def _decode(denoiser: Denoiser, data_spec: DataSpec, step: OdeStep, readout: Sam
         parameters=(
             steps_parameter(
                 DEFAULT_STEPS,
-                "heun takes two for each noise level and one for the last; an even number adds an Euler step",
+                "heun takes two for each noise level but one for the last; if even, the first is "
+                "an Euler step",
             ),
             sampler_parameter("heun"),
         ),

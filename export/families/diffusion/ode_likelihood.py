@@ -274,7 +274,7 @@ def _image_program(denoiser: Denoiser, data_spec: DataSpec) -> Program:
                 "uniform",
                 (NUM_PROBES, *shape),
                 1,
-                "uniform numbers; below 0.5 the random direction is -1, otherwise +1",
+                "uniform numbers; below 0.5 a component of the direction is -1, else +1",
             ),
         ),
         score=Score("estimate", denoiser.dimensions, coordinate_space(data_spec), "log_likelihood"),

@@ -43,4 +43,4 @@ def coordinate_space(data_spec: DataSpec) -> str:
 
 def scaled_space(data_spec: DataSpec) -> str:
     """Return the scale of the rows that the denoiser takes."""
-    return "scaled to -1..1" if data_spec.num_levels else f"as {data_spec.tensor.doc}"
+    return "scaled to -1..1" if data_spec.num_levels else f"in {data_spec.tensor.doc}"

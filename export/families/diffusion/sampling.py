@@ -77,7 +77,7 @@ def _guided(data_spec: DataSpec, init: SampleInit, step: GuidedStep, readout: Sa
         readout=readout,
         outputs=(data_spec.tensor,),
         doc="Denoise pure noise with classifier-free guidance. One step is two evaluations of the network. "
-        "With a guidance other than 0 and 1, samples come from no known density.",
+        "With a guidance other than 0 and 1, samples follow no known density.",
         state=_state(data_spec),
         steps=Steps(parameter="steps"),
         parameters=(*_sampler_parameters(), guidance),
@@ -133,7 +133,7 @@ def _inpaint(denoiser: Denoiser, data_spec: DataSpec, readout: SampleReadout) ->
         ),
         steps=Steps(parameter="steps"),
         parameters=(
-            steps_parameter(INPAINT_STEPS, "ancestral steps, as of ddim with eta 1"),
+            steps_parameter(INPAINT_STEPS, "they are ancestral, like those of ddim with eta 1"),
             Parameter(
                 "rounds", "integer", INPAINT_ROUNDS, 1, 20,
                 doc="number of steps at each noise level; more rounds make the unknown elements agree better "
@@ -143,7 +143,9 @@ def _inpaint(denoiser: Denoiser, data_spec: DataSpec, readout: SampleReadout) ->
         inputs=(
             row_input(data_spec, "row with the known elements; the other elements are ignored"),
             Input(
-                TensorSpec("known", "uint8", shape, 0, 1, "1 for known elements, which stay; 0 otherwise")
+                TensorSpec(
+                    "known", "uint8", shape, 0, 1, "1 for known elements, which stay unchanged; else 0"
+                )
             ),
             known_label_input(data_spec),
         ),
@@ -172,7 +174,7 @@ def _sampler_parameters() -> tuple[Parameter, ...]:
     return (
         steps_parameter(
             DEFAULT_STEPS,
-            "heun takes two for each noise level and one for the last; an even number adds an Euler step",
+            "heun takes two for each noise level but one for the last; if even, the first is an Euler step",
         ),
         sampler_parameter("dpmpp2m"),
         Parameter(

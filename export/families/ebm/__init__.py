@@ -1,6 +1,6 @@
 """Energy-based model for points and for images of integers.
 
-A base density q is multiplied by the exponential of a network f (exponential tilting):
+A base density q is reweighted by exp(-f), where f is a network (exponential tilting):
 
     p(x) = exp(-E(x)) / Z,   E(x) = -log q(x) + f(x).
 

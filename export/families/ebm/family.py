@@ -49,8 +49,8 @@ class Family:
 
     name = "ebm"
     description = (
-        "Energy-based model: a base density times the exponential of a network, trained by noise-contrastive "
-        "estimation "
+        "Energy-based model: a base density reweighted by a network, trained by noise-contrastive estimation "
+        " "
         "(Gutmann & Hyvarinen 2012)."
     )
     operations: tuple[str, ...] = ("sample", "sample:langevin", "energy", "score")

@@ -259,9 +259,7 @@ def _chain_parameters(model: EnergyModel) -> tuple[Parameter, ...]:
 
 def _inputs(data_spec: DataSpec) -> tuple[Input, Input]:
     tensor = data_spec.tensor
-    row_doc = (
-        "row from which the chain starts with start given, and that holds the known elements; else unused"
-    )
+    row_doc = "first state of the chain if start is given, and values of the known elements; otherwise unused"
     known_doc = "1 for elements of the given row that stay unchanged, 0 for elements to generate"
     return (
         Input(replace(tensor, doc=row_doc), optional=True),
