@@ -84,6 +84,7 @@ class ProgramRunner:
         self.capacity = self.buckets[-1]
         self._graphs = graphs
         self._device = device
+        self._device_context = device_context(device)
         self._prefetch_executor = prefetch_executor
         self._noise = {item.tensor.name: item for item in spec.noise}
         self.clear()
@@ -152,7 +153,7 @@ class ProgramRunner:
     def advance(self) -> StepResult:
         """Start new rows, take one step with all rows, and read out those that end or are due a preview."""
         rows, batch_rows = self.slots.num_active, self.batch_rows()
-        with device_context(self._device):
+        with self._device_context:
             self._start()
             if self.spec.step is not None and rows:
                 self._step(self.spec.step, batch_rows)
