@@ -1,6 +1,6 @@
 """Fixtures of several test files: untrained artifacts, real servers over them, and the selection of tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 import samovar
 from export.graphs.formats import DEFAULT_FORMATS, FORMATS
 from tests.support import artifact_cache
-from tests.support.datasets import DEFAULT_PAIRS, OTHER_PAIRS
+from tests.support.datasets import DEFAULT_PAIRS, OTHER_PAIRS, TOKEN_PAIRS
 from tests.support.live_server import HANG_SECONDS, RunningServer, serving
 
 # No test depends on the clock: examples have no deadline, and their generation may be slow. A failure prints
@@ -57,12 +57,12 @@ def other_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function that returns a directory with some of `default_models`, for a server that loads no others."""
+    """Function that returns a directory with a few artifacts, for a server that loads no others."""
 
-    def select(*names: str) -> Path:
-        pairs = [pair for pair in DEFAULT_PAIRS if pair.model in names]
+    def select(*names: str, formats: Sequence[str] = FORMATS) -> Path:
+        pairs = [pair for pair in (*DEFAULT_PAIRS, *TOKEN_PAIRS) if pair.model in names]
         assert len(pairs) == len(names), names
-        return artifact_cache.link(pairs, FORMATS, tmp_path_factory.mktemp("some-models"))
+        return artifact_cache.link(pairs, formats, tmp_path_factory.mktemp("models-of"))
 
     return select
 

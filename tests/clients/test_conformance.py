@@ -1,18 +1,14 @@
 """The script that exercises the table of operations, over every family, and over models that do not pass."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from export import pipeline
 from export.artifacts import golden, writer
-from export.datasets import loading
-from export.families import lstm
 from export.graphs import program
-from samovar import midi
 from tests.support.live_server import RunningServer, serving
 from tests.support.run_example import run_conformance
 
@@ -70,18 +66,9 @@ class IgnoresParameter(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def odd(models_of: Callable[..., Path]) -> Iterator[RunningServer]:
     """A server with an untrained writer of music, and a model that heeds no setting and gives no reasons."""
-    models = tmp_path_factory.mktemp("odd")
-    words = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
-    sequence = program.TensorSpec("sequence", "uint8", (24,), 0, len(words) - 1)
-    rows = np.random.default_rng(0).integers(1, len(words), (4, 24)).astype(np.uint8)
-    part = loading.Split(rows, np.zeros(4, np.int64))
-    value = program.DataSpec("tokens", sequence, len(words), words)
-    pitches = loading.Dataset("pitches", value, part, part, part, sha256="")
-    pipeline.export_untrained(
-        pipeline.TrainingJob(lstm.FAMILY, pitches, models, preset="tiny", formats=("onnx",))
-    )
+    models = models_of("pitches-lstm", formats=("onnx",))
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     sample = program.Program(
         "sample",

@@ -9,35 +9,16 @@ import numpy as np
 import pytest
 
 import samovar
-from export import pipeline
-from export.datasets import loading
-from export.families.lstm import FAMILY
-from export.graphs.program import DataSpec, TensorSpec
 from samovar import midi, text, tokens
 from samovar.cli.main import main
+from tests.support.datasets import CONTEXT
 from tests.support.live_server import serving
-
-CONTEXT = 24
-LETTERS = ("", "\n", " ", *"abcdefgh")
-PITCHES = ("", midi.END, midi.HOLD, midi.REST, *map(str, range(60, 68)))
-
-
-def dataset(name: str, words: tuple[str, ...]) -> loading.Dataset:
-    rows = np.random.default_rng(0).integers(1, len(words), (4, CONTEXT)).astype(np.uint8)
-    tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(words) - 1)
-    part = loading.Split(rows, np.zeros(4, np.int64))
-    return loading.Dataset(name, DataSpec("tokens", tensor, len(words), words), part, part, part, sha256="")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a writer of letters and one of pitches, both untrained."""
-    models = tmp_path_factory.mktemp("writers")
-    for given in (dataset("letters", LETTERS), dataset("pitches", PITCHES)):
-        pipeline.export_untrained(
-            pipeline.TrainingJob(FAMILY, given, models, preset="tiny", formats=("onnx",))
-        )
-    with serving(models) as running:
+def address(models_of: Callable[..., Path]) -> Iterator[str]:
+    """Address of a server with two untrained models of tokens, one of letters and one of pitches."""
+    with serving(models_of("letters-lstm", "pitches-lstm", formats=("onnx",))) as running:
         yield running.address
 
 

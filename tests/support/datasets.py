@@ -1,5 +1,6 @@
-"""The pairs of a family and a dataset that the contract tests cover."""
+"""Pairs of a family and a dataset, of which the tests export untrained artifacts."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,19 @@ class Pair:
 
     def dataset(self) -> Dataset:
         """Return the dataset; random pieces instead of the chorales, which take a minute to read."""
-        return _random_chorales() if self.data == "chorales" else load(self.data)
+        create = _RANDOM_DATASETS.get(self.data)
+        return create() if create else load(self.data)
 
 
 PAIRS = tuple(Pair(family, data) for family, entry in FAMILIES.items() for data in entry.datasets)
 DEFAULT_PAIRS = tuple(pair for pair in PAIRS if pair.is_default)
 OTHER_PAIRS = tuple(pair for pair in PAIRS if not pair.is_default)
+
+# Vocabularies and lengths of the small datasets of tokens.
+LETTERS = ("", "\n", " ", *"abcdefgh")
+PITCHES = ("", chorales.END, chorales.HOLD, chorales.REST, *map(str, range(60, 68)))
+CONTEXT = 24
+TOKEN_PAIRS = (Pair("lstm", "letters"), Pair("lstm", "pitches"))
 
 for_each_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
 
@@ -53,3 +61,18 @@ def _random_chorales() -> Dataset:
     spec = DataSpec("tokens", tensor, last_token + 1, chorales.VOCABULARY)
     split = Split(rows, np.zeros(len(rows), np.int64))
     return Dataset("chorales", spec, split, split, split, sha256="random pieces")
+
+
+def _random_tokens(name: str, vocabulary: tuple[str, ...]) -> Dataset:
+    rows = np.random.default_rng(0).integers(1, len(vocabulary), (4, CONTEXT)).astype(np.uint8)
+    tensor = TensorSpec("sequence", "uint8", (CONTEXT,), 0, len(vocabulary) - 1)
+    spec = DataSpec("tokens", tensor, len(vocabulary), vocabulary)
+    split = Split(rows, np.zeros(len(rows), np.int64))
+    return Dataset(name, spec, split, split, split, sha256="random tokens")
+
+
+_RANDOM_DATASETS: Mapping[str, Callable[[], Dataset]] = {
+    "chorales": _random_chorales,
+    "letters": lambda: _random_tokens("letters", LETTERS),
+    "pitches": lambda: _random_tokens("pitches", PITCHES),
+}
