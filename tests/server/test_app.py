@@ -17,7 +17,6 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import samovar
-from server.config import parse
 from server.rpc import health
 from server.runtime import RUNTIMES
 from tests.support.live_server import RunningServer, listening, scrape, serving, wait_until
@@ -137,38 +136,6 @@ def test_reflection_lists_the_services(server: RunningServer) -> None:
         response = next(iter(stub.ServerReflectionInfo(iter([request]))))
     services = {service.name for service in response.list_services_response.service}
     assert {"samovar.v1.Inference", "grpc.health.v1.Health"} <= services
-
-
-def test_flags_win_over_environment_and_environment_over_defaults() -> None:
-    environment = {"SAMOVAR_PORT": "9001", "SAMOVAR_FORMATS": "torchscript"}
-    assert parse([], environment).port == 9001
-    assert parse(["--port", "9002"], environment).port == 9002
-    assert parse([], environment).formats == ("torchscript",)
-    assert parse(["--formats", "onnx,onnx"], {}).formats == ("onnx",)
-    assert parse([], {}).port == 8001
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--port", "x"],
-        ["--port", "99999"],
-        ["--metrics-port", "-1"],
-        ["--formats", "cuneiform"],
-        ["--max-batch-rows", "0"],
-        ["--max-message-mib", "5000"],
-        ["--drain-timeout", "nan"],
-        ["--log-level", "loud"],
-    ],
-)
-def test_a_wrong_setting_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    name, value = flags
-    variable = f"SAMOVAR_{name.strip('-').replace('-', '_').upper()}"
-    for arguments, environment in ((flags, {}), ([], {variable: value})):
-        with pytest.raises(SystemExit) as exit_:
-            parse(arguments, environment)
-        assert exit_.value.code == 2
-        assert name in capsys.readouterr().err
 
 
 @pytest.fixture

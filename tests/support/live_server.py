@@ -98,7 +98,7 @@ def listening(
         runtimes: functions that open graphs, by format.
         **settings: fields of `Config` that differ from their defaults.
     """
-    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "drain_timeout": 5.0}
+    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "intra_op_threads": 1, "drain_timeout": 5.0}
     server = RunningServer(Config(models=models, **{**defaults, **settings}), runtimes)
     try:
         yield server
