@@ -1,7 +1,7 @@
-"""Charts and pictures inside a page: SVG in the page's own inks, and PNG as data. Knows arrays and no model.
+"""Charts as inline SVG, and images as inline PNG.
 
-Inks are matplotlib's colours that stand for variables of the page's style sheet, so that a chart is
-readable by day and by night; what is painted as pixels takes one copper that suits both.
+Charts have a transparent background and one palette, for a light page. In dark mode, a filter in the page's
+style sheet inverts their lightness.
 """
 
 import base64
@@ -15,192 +15,222 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from export.evaluation import calibration
-from export.evaluation.figures import Panel, grid
+from export.evaluation.figures import tile_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Rows = NDArray[Any]
 
-INK, FAINT, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", ACCENT: "var(--accent)", SECOND: "var(--second)"}
-_SERIES = (ACCENT, SECOND)
-_COPPER = (0.78, 0.44, 0.22)
-_GREY = "#888888"
-_SIZE, _SQUARE, _LONG = (4.4, 3.0), (3.4, 3.4), (10.0, 2.4)
+# The colors of the light page, in templates/page.html.
+_TEXT, _FAINT, _ACCENT, _SECOND = "#26221d", "#7d756a", "#b2561f", "#2b7375"
+_SERIES_COLORS = (_ACCENT, _SECOND)
+_GRAY = "#888888"
+# Width and height in inches.
+_SIZE, _SQUARE, _WIDE = (4.4, 3.0), (3.4, 3.4), (10.0, 2.4)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
     "legend.frameon": False,
 }
-_BINS = 30
+_HISTOGRAM_BINS = 30
 _OCTAVE = 12
 
 
-def tiles(images: NDArray[np.float64], columns: int, title: str) -> Markup:
-    """Images [N, height, width] or [N, height, width, 1 or 3] of brightness 0..1, in rows of `columns`.
+def image_grid(images: NDArray[np.float64], columns: int, title: str) -> Markup:
+    """Return a grid of images as PNG.
 
-    Grey ones become ink, on whatever paper the page has.
+    Args:
+        images: [N, height, width] or [N, height, width, 1 or 3], brightness in 0..1.
+        columns: images in each line.
+        title: alternative text.
+
+    Returns:
+        An `img` element. Grayscale images are black with the brightness as opacity, so that 0 shows the
+        background of the page.
     """
     from PIL import Image
 
-    plain = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-    bright = np.rint(255 * grid(Panel(title, plain, min(columns, len(plain))))).astype(np.uint8)
-    if bright.ndim == 2:
-        return _image(Image.fromarray(np.stack([np.zeros_like(bright), bright], -1)), "ink", title)
-    return _image(Image.fromarray(bright), "colour", title)
+    images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+    pixels = np.rint(255 * tile_images(images, min(columns, len(images)))).astype(np.uint8)
+    if pixels.ndim == 2:
+        return _inline_png(Image.fromarray(np.stack([np.zeros_like(pixels), pixels], -1)), "grayscale", title)
+    return _inline_png(Image.fromarray(pixels), "color", title)
 
 
-def curve(steps: Sequence[int], losses: Mapping[str, Sequence[float]], best: int, title: str) -> Markup:
-    """Losses by the number of steps; a line stands where the best was."""
+def loss_curve(steps: Sequence[int], losses: Mapping[str, Sequence[float]], best: int, title: str) -> Markup:
+    """Return losses by training step, with a dotted line at the step `best`."""
 
-    def paint(axes: "Axes") -> None:
-        for (name, values), ink in zip(losses.items(), _SERIES, strict=False):
-            axes.plot(steps, values, color=ink, label=name, marker="o", markersize=3)
-        axes.axvline(best, color=FAINT, linestyle=":")
+    def plot(axes: "Axes") -> None:
+        for (name, values), color in zip(losses.items(), _SERIES_COLORS, strict=False):
+            axes.plot(steps, values, color=color, label=name, marker="o", markersize=3)
+        axes.axvline(best, color=_FAINT, linestyle=":")
         axes.set(xlabel="step", ylabel="loss")
-        axes.legend(labelcolor=INK)
+        axes.legend()
 
-    return _draw(paint, title)
+    return _render(plot, title)
 
 
 def histogram(series: Mapping[str, Rows], label: str, title: str) -> Markup:
-    """How numbers [N] are distributed, every series over its own count, with a line at its mean."""
-    every = np.concatenate(list(series.values()))
-    low, high = np.quantile(every, (0.002, 0.998)).tolist()
-    edges = np.linspace(low, high, _BINS + 1)
+    """Return the density of values [N] of each series, with a line at its mean."""
+    all_values = np.concatenate(list(series.values()))
+    low, high = np.quantile(all_values, (0.002, 0.998)).tolist()
+    edges = np.linspace(low, high, _HISTOGRAM_BINS + 1)
 
-    def paint(axes: "Axes") -> None:
-        for (name, values), ink in zip(series.items(), _SERIES, strict=False):
-            axes.hist(values, edges.tolist(), density=True, color=ink, alpha=0.4, label=name)
-            axes.axvline(float(values.mean()), color=ink)
+    def plot(axes: "Axes") -> None:
+        for (name, values), color in zip(series.items(), _SERIES_COLORS, strict=False):
+            axes.hist(values, edges.tolist(), density=True, color=color, alpha=0.4, label=name)
+            axes.axvline(float(values.mean()), color=color)
         axes.set(xlabel=label, yticks=[])
         axes.spines["left"].set_visible(False)
-        axes.legend(labelcolor=INK)
+        axes.legend()
 
-    return _draw(paint, title)
-
-
-def reliability(confidence: Rows, hits: NDArray[np.bool_], title: str) -> Markup:
-    """How often top labels are right, by their probability [N]; perfect probabilities lie on the diagonal."""
-    bins = calibration.bins(confidence)
-    counts = np.bincount(bins, minlength=calibration.BINS)
-    (filled,) = np.nonzero(counts)
-    sure, right = (np.bincount(bins, each)[filled] / counts[filled] for each in (confidence, hits))
-    error = np.sqrt(right * (1 - right) / counts[filled])
-
-    def paint(axes: "Axes") -> None:
-        axes.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
-        axes.errorbar(sure, right, error, ecolor=FAINT, linestyle="none")
-        axes.scatter(sure, right, 12 + 150 * counts[filled] / counts.max(), color=ACCENT, alpha=0.7)
-        axes.set(xlabel="probability of the top label", ylabel="share that is right", xlim=(0, 1.03))
-
-    return _draw(paint, title)
+    return _render(plot, title)
 
 
-def points(rows: Rows, limits: Sequence[float], title: str) -> Markup:
-    """The first two coordinates of points [N, 2 or more] as dots, within limits of both axes."""
+def reliability_diagram(confidence: Rows, is_correct: NDArray[np.bool_], title: str) -> Markup:
+    """Return the accuracy by the probability of the predicted label.
 
-    def paint(axes: "Axes") -> None:
-        _scatter(axes, rows, _COPPER, 0.7)
-        _frame(axes, limits)
+    Args:
+        confidence: probability of the predicted label [N].
+        is_correct: whether the predicted label is right [N].
+        title: label for screen readers.
+    """
+    bins = calibration.bin_indices(confidence)
+    counts = np.bincount(bins, minlength=calibration.NUM_BINS)
+    (used,) = np.nonzero(counts)
+    mean_confidence, accuracy = (
+        np.bincount(bins, values)[used] / counts[used] for values in (confidence, is_correct)
+    )
+    error = np.sqrt(accuracy * (1 - accuracy) / counts[used])
 
-    return _draw(paint, title, _SQUARE)
+    def plot(axes: "Axes") -> None:
+        axes.plot([0, 1], [0, 1], color=_FAINT, linestyle=":")
+        axes.errorbar(mean_confidence, accuracy, error, ecolor=_FAINT, linestyle="none")
+        sizes = 12 + 150 * counts[used] / counts.max()
+        axes.scatter(mean_confidence, accuracy, sizes, color=_ACCENT, alpha=0.7)
+        axes.set(xlabel="probability of the predicted label", ylabel="accuracy", xlim=(0, 1.03))
+
+    return _render(plot, title)
 
 
-def paths(ways: Rows, rows: Rows, limits: Sequence[float], title: str) -> Markup:
-    """Ways [N, length, 2 or more] from end to end through a cloud of points."""
+def scatter(points: Rows, limits: Sequence[float], title: str) -> Markup:
+    """Return the first two coordinates of points [N, >= 2] as dots; both axes have the same limits."""
 
-    def paint(axes: "Axes") -> None:
-        _scatter(axes, rows, _GREY, 0.5)
-        for way in ways:
-            axes.plot(way[:, 0], way[:, 1], color=ACCENT, marker="o", markersize=2.5, linewidth=1)
-        _frame(axes, limits)
+    def plot(axes: "Axes") -> None:
+        _plot_dots(axes, points, _ACCENT, 0.7)
+        _set_limits(axes, limits)
 
-    return _draw(paint, title, _SQUARE)
+    return _render(plot, title, _SQUARE)
 
 
-def field(values: Rows, limits: Sequence[float], title: str) -> Markup:
-    """Numbers from 0 up, [n, n], over both axes' limits; the first index is the abscissa."""
+def paths(paths: Rows, points: Rows, limits: Sequence[float], title: str) -> Markup:
+    """Return paths [N, length, >= 2] over points [M, >= 2]."""
 
-    def paint(axes: "Axes") -> None:
-        from matplotlib.colors import LinearSegmentedColormap
+    def plot(axes: "Axes") -> None:
+        _plot_dots(axes, points, _GRAY, 0.5)
+        for path in paths:
+            axes.plot(path[:, 0], path[:, 1], color=_ACCENT, marker="o", markersize=2.5, linewidth=1)
+        _set_limits(axes, limits)
 
-        copper = LinearSegmentedColormap.from_list("copper", [(*_COPPER, 0.0), (*_COPPER, 1.0)])
+    return _render(plot, title, _SQUARE)
+
+
+def heatmap(values: Rows, limits: Sequence[float], title: str) -> Markup:
+    """Return values >= 0, [n, n], as opacity; the first index is the x axis, 0 is transparent."""
+
+    def plot(axes: "Axes") -> None:
+        from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+        colors = [to_rgba(_ACCENT, 0.0), to_rgba(_ACCENT, 1.0)]
         low, high = limits
-        axes.imshow(values.T, copper, vmin=0, origin="lower", extent=(low, high, low, high))
-        _frame(axes, limits)
+        axes.imshow(
+            values.T,
+            LinearSegmentedColormap.from_list("accent", colors),
+            vmin=0,
+            origin="lower",
+            extent=(low, high, low, high),
+        )
+        _set_limits(axes, limits)
 
-    return _draw(paint, title, _SQUARE)
+    return _render(plot, title, _SQUARE)
 
 
-def roll(sounding: NDArray[np.bool_], lowest: int, title: str) -> Markup:
-    """Which pitches sound, [pitches, frames], the highest first, as a piano roll; `lowest` is of MIDI."""
-    last = lowest + len(sounding) - 1
-    octaves = list(range(-(-lowest // _OCTAVE) * _OCTAVE, last + 1, _OCTAVE))
+def piano_roll(is_sounding: NDArray[np.bool_], lowest: int, title: str) -> Markup:
+    """Return a piano roll.
 
-    def paint(axes: "Axes") -> None:
-        for pitch, frames in zip(range(last, lowest - 1, -1), sounding, strict=True):
-            axes.broken_barh(_runs(frames), (pitch - 0.45, 0.9), color=ACCENT, linewidth=0)
+    Args:
+        is_sounding: [pitches, frames], the highest pitch first.
+        lowest: MIDI number of the lowest pitch.
+        title: label for screen readers.
+    """
+    highest = lowest + len(is_sounding) - 1
+    octaves = list(range(-(-lowest // _OCTAVE) * _OCTAVE, highest + 1, _OCTAVE))
+
+    def plot(axes: "Axes") -> None:
+        for pitch, frames in zip(range(highest, lowest - 1, -1), is_sounding, strict=True):
+            axes.broken_barh(_bars(frames), (pitch - 0.45, 0.9), color=_ACCENT, linewidth=0)
         axes.set_yticks(octaves, [f"C{pitch // _OCTAVE - 1}" for pitch in octaves])
-        axes.set(xlabel="eighth notes", xlim=(0, max(sounding.shape[1], 1)), ylim=(lowest - 1, last + 1))
-        axes.grid(axis="y", color=FAINT, alpha=0.3)
+        axes.set(
+            xlabel="eighth notes",
+            xlim=(0, max(is_sounding.shape[1], 1)),
+            ylim=(lowest - 1, highest + 1),
+        )
+        axes.grid(axis="y", color=_FAINT, alpha=0.3)
 
-    return _draw(paint, title, _LONG)
+    return _render(plot, title, _WIDE)
 
 
-def _runs(frames: NDArray[np.bool_]) -> list[tuple[float, float]]:
-    """Where a pitch sounds: beginnings and lengths, with a little air between."""
+def _bars(frames: NDArray[np.bool_]) -> list[tuple[float, float]]:
+    """Return start and length of each run of frames; bars end 0.1 frames early, so that they stay apart."""
     changes = np.flatnonzero(np.diff(np.concatenate([[False], frames, [False]]).astype(int)))
     return [(float(start), float(end - start) - 0.1) for start, end in changes.reshape(-1, 2)]
 
 
-def _scatter(axes: "Axes", rows: Rows, colour: Any, alpha: float) -> None:
-    axes.scatter(rows[:, 0], rows[:, 1], 1.5, color=colour, linewidths=0, alpha=alpha, rasterized=True)
+def _plot_dots(axes: "Axes", points: Rows, color: str, alpha: float) -> None:
+    axes.scatter(points[:, 0], points[:, 1], 1.5, color=color, linewidths=0, alpha=alpha, rasterized=True)
 
 
-def _frame(axes: "Axes", limits: Sequence[float]) -> None:
+def _set_limits(axes: "Axes", limits: Sequence[float]) -> None:
     axes.set(xlim=limits, ylim=limits, aspect="equal")
 
 
-def _draw(paint: "Callable[[Axes], None]", title: str, size: tuple[float, float] = _SIZE) -> Markup:
+def _render(plot: "Callable[[Axes], None]", title: str, size: tuple[float, float] = _SIZE) -> Markup:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    written = io.StringIO()
+    svg = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(size, layout="constrained")
         FigureCanvasSVG(figure)
-        paint(figure.subplots())
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, dpi=200, metadata=nothing)
-    return _inline(written.getvalue(), title)
+        plot(figure.subplots())
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, dpi=200, metadata=no_metadata)
+    return _inline_svg(svg.getvalue(), title)
 
 
-def _inline(svg: str, title: str) -> Markup:
-    """The picture without prologue, and without names that another one on the page may have too."""
-    bare = re.sub(r' (id="[\w.]+_\d+"|xmlns(:\w+)?="[^"]*")', "", svg[svg.index("<svg") :])
-    for ink, variable in _VARIABLES.items():
-        bare = bare.replace(ink, variable)
-    labelled = Markup('<svg role="img" aria-label="{}"').format(title)
-    return labelled + Markup(bare.removeprefix("<svg").replace("xlink:href", "href"))
+def _inline_svg(svg: str, title: str) -> Markup:
+    """Return the `svg` element without the prolog and without ids that another chart may have too."""
+    element = re.sub(r' (id="[\w.]+_\d+"|xmlns(:\w+)?="[^"]*")', "", svg[svg.index("<svg") :])
+    start = Markup('<svg role="img" aria-label="{}"').format(title)
+    return start + Markup(element.removeprefix("<svg").replace("xlink:href", "href"))
 
 
-def _image(picture: Any, kind: str, title: str) -> Markup:
+def _inline_png(image: Any, css_class: str, title: str) -> Markup:
     png = io.BytesIO()
-    picture.save(png, "PNG", optimize=True)
+    image.save(png, "PNG", optimize=True)
     data = base64.b64encode(png.getvalue()).decode()
     return Markup('<img class="{}" width="{}" alt="{}" src="data:image/png;base64,{}">').format(
-        kind, picture.width, title, data
+        css_class, image.width, title, data
     )

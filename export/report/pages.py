@@ -1,7 +1,7 @@
-"""Reports: a page of HTML for each artifact, which holds all that it shows, and an index of them.
+"""HTML pages: one self-contained page for each artifact, and an index.
 
-A page is made of the manifest, of the training curve and the picture where the artifact has them, and of
-exhibits that its own graphs compute. Knows no family; how a page looks is in templates/.
+A page shows the manifest, the training curve and the pictures of the artifact, and sections that its graphs
+compute. It does not depend on the family. The HTML is in templates/.
 """
 
 import base64
@@ -19,19 +19,22 @@ from export.artifacts import reader, verify
 from export.datasets.loading import DATASETS, DataError, Dataset, Split
 from export.evaluation import formatting
 from export.graphs.formats import FORMATS
-from export.graphs.program import program_name
 from export.report import baselines, charts, snippets
-from export.report.sections import EXHIBITS, NEGATED_KINDS, LoadedArtifact, Section
+from export.report.loaded_artifact import LoadedArtifact
+from export.report.sections import SECTIONS, Section
+from export.report.sections.scores import NEGATED_KINDS
+from samovar.operations import program_name
 from samovar.v1 import manifest_pb2
 
 INDEX = "index.html"
-CURVE = "training.json"
-_SCORED = "negative log"
+TRAINING_CURVE = "training.json"
+# Start of the names of figures that are the mean of negative scores.
+_NEGATIVE_SCORE = "negative log"
 
 
 @dataclass(frozen=True)
 class Page:
-    """A written page, as the index shows it."""
+    """Page of an artifact, as the index lists it."""
 
     file: str
     manifest: manifest_pb2.Manifest
@@ -39,168 +42,195 @@ class Page:
 
     @property
     def operations(self) -> list[str]:
-        """The programs' names."""
-        return [program_name(each.operation, each.variant) for each in self.manifest.programs]
+        """Names of the programs."""
+        return [program_name(program.operation, program.variant) for program in self.manifest.programs]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A model among others."""
+class LeaderboardEntry:
+    """Line of a leaderboard."""
 
     model: str
     value: str
     kind: str
     source: str
-    remark: str = ""
+    note: str = ""
     is_own: bool = False
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """An artifact's figures among those of others, the best last."""
+    """Figures of an artifact among baselines of the same metric, the best last."""
 
     name: str
     unit: str
-    lines: tuple[Line, ...]
+    entries: tuple[LeaderboardEntry, ...]
 
 
 class DatasetIndex:
-    """The data sets that are at hand, found by the digest of their training rows."""
+    """Available datasets, by the SHA-256 of their training rows.
 
-    def __init__(self, others: Sequence[Dataset] = ()) -> None:
-        self._known = {each.sha256: each for each in others}
+    Args:
+        datasets: datasets in addition to the built-in ones, which are loaded when they are needed.
+    """
 
-    def test(self, provenance: manifest_pb2.Provenance) -> Split | None:
-        """The test rows of the data that a model was made of; None where it is not at hand."""
-        if provenance.dataset_sha256 not in self._known and provenance.dataset in DATASETS:
+    def __init__(self, datasets: Sequence[Dataset] = ()) -> None:
+        self._by_sha256 = {dataset.sha256: dataset for dataset in datasets}
+
+    def find_test_rows(self, provenance: manifest_pb2.Provenance) -> Split | None:
+        """Return the test rows of the dataset of an artifact; None if the dataset is not available."""
+        if provenance.dataset_sha256 not in self._by_sha256 and provenance.dataset in DATASETS:
             try:
-                found = DATASETS[provenance.dataset]()
+                loaded = DATASETS[provenance.dataset]()
             except DataError:
                 return None
-            self._known[found.sha256] = found
-        known = self._known.get(provenance.dataset_sha256)
-        return known.test if known else None
+            self._by_sha256[loaded.sha256] = loaded
+        dataset = self._by_sha256.get(provenance.dataset_sha256)
+        return dataset.test if dataset else None
 
 
 def artifacts(models: Path, names: Sequence[str] = ()) -> list[Path]:
-    """The directories of all versions of all models, or of these; ArtifactError when there are none."""
-    held = sorted(path.name for path in models.iterdir() if reader.versions(path)) if models.is_dir() else []
-    if not held:
-        raise reader.ArtifactError(f"{models}: expected artifacts; python -m export starter makes some")
+    """Return the artifact directories of all versions of the models.
+
+    Args:
+        models: directory of models.
+        names: models to include; all if it is empty.
+
+    Raises:
+        ArtifactError: There are no artifacts, or there is no model of this name.
+    """
+    known = sorted(path.name for path in models.iterdir() if reader.versions(path)) if models.is_dir() else []
+    if not known:
+        raise reader.ArtifactError(f"{models}: no artifacts; make some: python -m export train-starters")
     for name in names:
-        if name not in held:
-            raise reader.ArtifactError(f"expected models of {models}: {', '.join(held)}; got {name!r}")
+        if name not in known:
+            raise reader.ArtifactError(
+                f"{models}: unknown model {name!r}; expected one of: {', '.join(known)}"
+            )
     return [
-        models / name / str(version) for name in names or held for version in reader.versions(models / name)
+        models / name / str(version) for name in names or known for version in reader.versions(models / name)
     ]
 
 
-def write(directories: Sequence[Path], out: Path, library: DatasetIndex, models: Path) -> list[Page]:
-    """Write the page of every artifact and the index under a progress bar; returns the pages."""
+def write(directories: Sequence[Path], out: Path, datasets: DatasetIndex, models: Path) -> list[Page]:
+    """Write the page of each artifact and the index, with a progress bar.
+
+    Args:
+        directories: artifact directories.
+        out: output directory; it is created if it does not exist.
+        datasets: source of the test rows.
+        models: directory of models, which the index names.
+
+    Returns:
+        The pages, in the order of `directories`.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(directories) * len(EXHIBITS), unit="exhibit", dynamic_ncols=True) as bar:
-        pages = [_write_page(directory, out, library, bar) for directory in directories]
+    with tqdm(total=len(directories) * len(SECTIONS), unit="section", dynamic_ncols=True) as bar:
+        pages = [_write_page(directory, out, datasets, bar) for directory in directories]
     environment = _environment()
     (out / INDEX).write_text(environment.get_template(INDEX).render(pages=pages, models=models), "utf-8")
     return pages
 
 
-def _write_page(directory: Path, out: Path, library: DatasetIndex, bar: "tqdm[Never]") -> Page:
+def _write_page(directory: Path, out: Path, datasets: DatasetIndex, bar: "tqdm[Never]") -> Page:
     manifest = reader.read(directory)
     bar.set_description(f"  {manifest.name} {manifest.version}")
-    format = _format(manifest)
-    test = library.test(manifest.provenance)
-    subject = LoadedArtifact(reader.load(directory, manifest, format), test)
-    exhibits = list(_shown(subject, bar))
-    page = Page(f"{manifest.name}-{manifest.version}.html", manifest, _thumbnail(exhibits))
+    format = _select_format(manifest)
+    test = datasets.find_test_rows(manifest.provenance)
+    artifact = LoadedArtifact(reader.load(directory, manifest, format), test)
+    sections = list(_make_sections(artifact, bar))
+    page = Page(f"{manifest.name}-{manifest.version}.html", manifest, _select_thumbnail(sections))
     template = _environment().get_template("artifact.html")
     html = template.render(
         manifest=manifest,
-        programs=subject.programs,
-        is_sealed=reader.checksum_matches(directory),
-        facts=_facts(directory, manifest),
+        programs=artifact.programs,
+        is_unchanged=reader.checksum_matches(directory),
+        properties=_properties(directory, manifest),
         settings=_settings(manifest.provenance),
         format=format,
         has_test=test is not None,
-        exhibits=exhibits,
-        boards=list(_boards(manifest)),
-        curve=_curve(directory),
+        sections=sections,
+        leaderboards=list(_leaderboards(manifest)),
+        curve=_loss_curve(directory),
         pictures=_pictures(directory),
     )
     (out / page.file).write_text(html, "utf-8")
     return page
 
 
-def _format(manifest: manifest_pb2.Manifest) -> str:
-    """The first format that every graph has a file in."""
+def _select_format(manifest: manifest_pb2.Manifest) -> str:
+    """Return the first format of FORMATS that every graph has a file in."""
     common = verify.common_formats(manifest)
     if not common:
-        raise reader.ArtifactError(f"{manifest.name}: expected a format that all of its graphs have")
+        raise reader.ArtifactError(
+            f"{manifest.name}: its graphs have no format in common; export it again: python -m export train"
+        )
     return min(common, key=FORMATS.index)
 
 
-def _shown(subject: LoadedArtifact, bar: "tqdm[Never]") -> Iterator[Section]:
-    for exhibit in EXHIBITS:
-        yield from exhibit(subject)
+def _make_sections(artifact: LoadedArtifact, bar: "tqdm[Never]") -> Iterator[Section]:
+    for make_sections in SECTIONS:
+        yield from make_sections(artifact)
         bar.update()
 
 
-def _thumbnail(exhibits: Sequence[Section]) -> Markup:
-    """What it makes, if it makes something; else what is told of it last."""
-    samples = [each.figure for each in exhibits if each.title == "Samples"]
-    return next(iter([*samples, *(each.figure for each in reversed(exhibits))]), Markup())
+def _select_thumbnail(sections: Sequence[Section]) -> Markup:
+    """Return the figure of the samples, else that of the last section, else nothing."""
+    samples = [section.figure for section in sections if section.title == "Samples"]
+    return next(iter([*samples, *(section.figure for section in reversed(sections))]), Markup())
 
 
-def _facts(directory: Path, manifest: manifest_pb2.Manifest) -> dict[str, str]:
-    made = manifest.provenance
-    facts = {
-        "artifact": reader.sha256((directory / reader.MANIFEST).read_bytes()),
+def _properties(directory: Path, manifest: manifest_pb2.Manifest) -> dict[str, str]:
+    provenance, row = manifest.provenance, manifest.data_spec.tensor
+    formats = dict.fromkeys(file.format for graph in manifest.graphs for file in graph.files)
+    properties = {
+        "artifact SHA-256": reader.sha256((directory / reader.MANIFEST).read_bytes()),
         "family": manifest.family,
-        "a row": snippets.tensor(manifest.data_spec.tensor)
-        + (f", {doc}" if (doc := manifest.data_spec.tensor.doc) else ""),
+        "row": ", ".join(filter(None, (snippets.format_tensor(row), row.doc))),
         "classes": ", ".join(manifest.data_spec.class_labels),
-        "made": f"{made.created.ToDatetime():%Y-%m-%d %H:%M} UTC",
-        "data": made.dataset,
-        "data digest": made.dataset_sha256,
-        "preset": made.settings.get("preset", ""),
-        "seed": str(made.seed) if made.dataset else "",
-        "training": f"{made.training_seconds:g} s on {made.device}" if made.device else "",
-        "formats": ", ".join(dict.fromkeys(file.format for graph in manifest.graphs for file in graph.files)),
+        "created": f"{provenance.created.ToDatetime():%Y-%m-%d %H:%M} UTC",
+        "dataset": provenance.dataset,
+        "dataset SHA-256": provenance.dataset_sha256,
+        "preset": provenance.settings.get("preset", ""),
+        "seed": str(provenance.seed) if provenance.dataset else "",
+        "training": f"{provenance.training_seconds:g} s on {provenance.device}" if provenance.device else "",
+        "formats": ", ".join(formats),
     }
-    return {name: fact for name, fact in facts.items() if fact}
+    return {name: value for name, value in properties.items() if value}
 
 
-def _settings(made: manifest_pb2.Provenance) -> dict[str, str]:
-    return dict(sorted(made.settings.items())) | dict(sorted(made.library_versions.items()))
+def _settings(provenance: manifest_pb2.Provenance) -> dict[str, str]:
+    return dict(sorted(provenance.settings.items())) | dict(sorted(provenance.library_versions.items()))
 
 
-def _boards(manifest: manifest_pb2.Manifest) -> Iterator[Leaderboard]:
-    for table in baselines.tables(manifest.provenance):
-        own = [each for each in manifest.quality if table.suits(each)]
+def _leaderboards(manifest: manifest_pb2.Manifest) -> Iterator[Leaderboard]:
+    for table in baselines.find_tables(manifest.provenance):
+        own = [quality for quality in manifest.quality if table.is_comparable(quality)]
         if own:
-            lines = [
-                *(_ranked(anchor) for anchor in table.anchors),
-                *((each.value, _own(each, manifest)) for each in own),
+            entries = [
+                *((baseline.value, _baseline_entry(baseline)) for baseline in table.baselines),
+                *((quality.value, _own_entry(quality, manifest)) for quality in own),
             ]
-            ascending = table.name == "accuracy"
-            lines.sort(key=lambda pair: pair[0], reverse=not ascending)
-            yield Leaderboard(table.name, table.unit, tuple(line for _, line in lines))
+            is_higher_better = table.name == "accuracy"
+            entries.sort(key=lambda pair: pair[0], reverse=not is_higher_better)
+            yield Leaderboard(table.name, table.unit, tuple(entry for _, entry in entries))
 
 
-def _ranked(anchor: baselines.Baseline) -> tuple[float, Line]:
-    error = "" if anchor.error is None else f" ± {anchor.error:.3f}"
-    value = f"{anchor.value:.3f}{error}"
-    return anchor.value, Line(anchor.model, value, anchor.kind, anchor.source, anchor.remark)
+def _baseline_entry(baseline: baselines.Baseline) -> LeaderboardEntry:
+    error = "" if baseline.standard_error is None else f" ± {baseline.standard_error:.3f}"
+    value = f"{baseline.value:.3f}{error}"
+    return LeaderboardEntry(baseline.model, value, baseline.kind, baseline.source, baseline.note)
 
 
-def _own(figure: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> Line:
-    detail = figure.name.partition(", ")[2]
+def _own_entry(quality: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> LeaderboardEntry:
+    detail = quality.name.partition(", ")[2]
     model = f"{manifest.name}, {detail}" if detail else manifest.name
-    return Line(model, _value(figure), _kind(figure, manifest), "this artifact", is_own=True)
+    value, kind = formatting.format_value(quality), _quality_kind(quality, manifest)
+    return LeaderboardEntry(model, value, kind, "this artifact", is_own=True)
 
 
-def _curve(directory: Path) -> Markup | None:
-    path = directory / CURVE
+def _loss_curve(directory: Path) -> Markup | None:
+    path = directory / TRAINING_CURVE
     recorded = json.loads(path.read_text()) if path.is_file() else {}
     points = recorded.get("curve", [])
     if len(points) < 2:
@@ -209,7 +239,7 @@ def _curve(directory: Path) -> Markup | None:
         "training": [point["training_loss"] for point in points],
         "validation": [point["validation_loss"] for point in points],
     }
-    return charts.curve([point["step"] for point in points], losses, recorded["best_step"], "Loss")
+    return charts.loss_curve([point["step"] for point in points], losses, recorded["best_step"], "Loss")
 
 
 def _pictures(directory: Path) -> Mapping[str, Markup]:
@@ -229,35 +259,31 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "line": formatting.line,
-        "value": _value,
-        "kind": _kind,
-        "steps": snippets.steps,
-        "score": _score,
-        "bounds": snippets.bounds,
-        "tensor": snippets.tensor,
-        "command": snippets.command,
-        "call": snippets.call,
+        "format_quality": formatting.format_quality,
+        "format_value": formatting.format_value,
+        "quality_kind": _quality_kind,
+        "format_score": _format_score,
+        "format_steps": snippets.format_steps,
+        "format_parameter": snippets.format_parameter,
+        "format_tensor": snippets.format_tensor,
+        "shell_command": snippets.shell_command,
+        "python_call": snippets.python_call,
     }
     return environment
 
 
-def _value(figure: manifest_pb2.Quality) -> str:
-    error = f" ± {figure.standard_error:.3f}" if figure.HasField("standard_error") else ""
-    return f"{figure.value:.3f}{error}"
-
-
-def _kind(figure: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> str:
-    """What the figure's doc says, else what the model's scores are, when it is the mean of one."""
-    stated = [kind for kind in NEGATED_KINDS.values() if kind.capitalize() in figure.doc]
-    scores = {NEGATED_KINDS[each.score.kind] for each in manifest.programs if each.operation == "score"}
+def _quality_kind(quality: manifest_pb2.Quality, manifest: manifest_pb2.Manifest) -> str:
+    """Return the kind of a figure: as its doc states it, else the kind of the only kind of scores."""
+    stated = [kind for kind in NEGATED_KINDS.values() if kind.capitalize() in quality.doc]
     if stated:
         return stated[0]
-    if not figure.name.startswith(_SCORED):
+    if not quality.name.startswith(_NEGATIVE_SCORE):
         return "measured"
-    return scores.pop() if len(scores) == 1 else "not stated"
+    programs = [program for program in manifest.programs if program.operation == "score"]
+    kinds = {NEGATED_KINDS[program.score.kind] for program in programs}
+    return kinds.pop() if len(kinds) == 1 else "not stated"
 
 
-def _score(program: manifest_pb2.Program) -> str:
+def _format_score(program: manifest_pb2.Program) -> str:
     kind = manifest_pb2.Score.Kind.Name(program.score.kind).removeprefix("KIND_").lower().replace("_", " ")
     return f"{kind}, {program.score.dimensions} dimensions, {program.score.coordinate_space}"

@@ -1,4 +1,7 @@
-"""How a program is asked for: its settings in words, and the client's lines to copy. Light: no torch."""
+"""Text of programs for people: settings, and example calls for the shell and for Python.
+
+Does not import torch.
+"""
 
 from samovar import midi
 from samovar.tensors import DTYPES
@@ -7,19 +10,20 @@ from samovar.v1 import manifest_pb2
 Program = manifest_pb2.Program
 Manifest = manifest_pb2.Manifest
 
-_ROWS, _SEED = 16, 7
-_ENDINGS = {
+_NUM_ROWS, _SEED = 16, 7
+_FILE_EXTENSIONS = {
     manifest_pb2.DataSpec.KIND_IMAGE: "png",
     manifest_pb2.DataSpec.KIND_VECTOR: "npy",
     manifest_pb2.DataSpec.KIND_TOKENS: "txt",
 }
-# Operations that answer rows of the model's own kind.
-_MAKING = ("sample", "reconstruct", "decode")
-_PRINTING = ("score", "energy", "classify")
+# Operations that return rows of the data.
+_RETURNS_ROWS = ("sample", "reconstruct", "decode")
+# Operations whose result the command line prints.
+_PRINTS_RESULT = ("score", "energy", "classify")
 
 
-def tensor(spec: manifest_pb2.TensorSpec) -> str:
-    """Element type, shape and bounds of one row."""
+def format_tensor(spec: manifest_pb2.TensorSpec) -> str:
+    """Return dtype, shape and bounds of one row: `uint8[8, 8] in 0..16`."""
     shape = ", ".join(map(str, spec.shape))
     if not spec.HasField("minimum") and not spec.HasField("maximum"):
         return f"{DTYPES[spec.dtype].name}[{shape}]"
@@ -28,8 +32,8 @@ def tensor(spec: manifest_pb2.TensorSpec) -> str:
     return f"{DTYPES[spec.dtype].name}[{shape}] in {low}..{high}"
 
 
-def default(parameter: manifest_pb2.Parameter) -> str:
-    """A parameter's value where none is given."""
+def format_default(parameter: manifest_pb2.Parameter) -> str:
+    """Return the default value of a parameter."""
     if parameter.type == manifest_pb2.Parameter.TYPE_CHOICE:
         return parameter.choices[int(parameter.default_value)]
     if parameter.type == manifest_pb2.Parameter.TYPE_BOOLEAN:
@@ -37,60 +41,61 @@ def default(parameter: manifest_pb2.Parameter) -> str:
     return f"{parameter.default_value:g}"
 
 
-def bounds(parameter: manifest_pb2.Parameter) -> str:
-    """What a parameter may be, and what it is when left out."""
+def format_parameter(parameter: manifest_pb2.Parameter) -> str:
+    """Return the allowed values and the default value of a parameter: `0..2, default 1`."""
     if parameter.type == manifest_pb2.Parameter.TYPE_CHOICE:
         allowed = " | ".join(parameter.choices)
     elif parameter.type == manifest_pb2.Parameter.TYPE_BOOLEAN:
         allowed = "true | false"
     else:
         allowed = f"{parameter.minimum:g}..{parameter.maximum:g}"
-    return f"{allowed}, else {default(parameter)}"
+    return f"{allowed}, default {format_default(parameter)}"
 
 
-def steps(program: Program) -> str:
-    """How long a row takes."""
+def format_steps(program: Program) -> str:
+    """Return the number of steps of a row."""
     if not program.step:
-        return "At once."
-    count, per = program.steps.parameter or str(program.steps.fixed), program.steps.units_per_step
-    early = ", fewer where a row ends early" if program.steps.done_flag else ""
-    return f"Steps: {count}{f' / {per}' if per > 1 else ''}{early}."
+        return "One call, no steps."
+    count, units = program.steps.parameter or str(program.steps.fixed), program.steps.units_per_step
+    early = ", fewer if a row ends early" if program.steps.done_flag else ""
+    return f"Steps: {count}{f' / {units}' if units > 1 else ''}{early}."
 
 
-def command(program: Program, manifest: Manifest) -> str:
-    """The line for a shell."""
+def shell_command(program: Program, manifest: Manifest) -> str:
+    """Return a command line that calls the program."""
     words = ["samovar", program.operation, manifest.name]
     if program.variant:
         words += ["--method", program.variant]
     if program.operation == "sample":
-        words += ["-n", str(_ROWS), "--seed", str(_SEED)]
-    needed = required(program)
-    for name in needed:
-        words += ["--input", f"{name}.npy" if len(needed) == 1 else f"{name}={name}.npy"]
-    if program.operation not in _PRINTING:
-        ending = _ending(manifest.data_spec) if program.operation in _MAKING else "npy"
-        words += ["-o", f"{manifest.name}.{ending}"]
+        words += ["-n", str(_NUM_ROWS), "--seed", str(_SEED)]
+    inputs = required_inputs(program)
+    for name in inputs:
+        words += ["--input", f"{name}.npy" if len(inputs) == 1 else f"{name}={name}.npy"]
+    if program.operation not in _PRINTS_RESULT:
+        extension = _file_extension(manifest.data_spec) if program.operation in _RETURNS_ROWS else "npy"
+        words += ["-o", f"{manifest.name}.{extension}"]
     return " ".join(words)
 
 
-def _ending(value: manifest_pb2.DataSpec) -> str:
-    return "mid" if midi.is_music(value.vocabulary) else _ENDINGS[value.kind]
+def _file_extension(data_spec: manifest_pb2.DataSpec) -> str:
+    return "mid" if midi.is_music(data_spec.vocabulary) else _FILE_EXTENSIONS[data_spec.kind]
 
 
-def call(program: Program, manifest: Manifest) -> str:
-    """The lines for Python."""
-    needed = required(program)
-    mapping = "{" + ", ".join(f'"{name}": {name}' for name in needed) + "}"
-    words = [f'"{manifest.name}"']
+def python_call(program: Program, manifest: Manifest) -> str:
+    """Return Python code that calls the program."""
+    inputs = required_inputs(program)
+    mapping = "{" + ", ".join(f'"{name}": {name}' for name in inputs) + "}"
+    arguments = [f'"{manifest.name}"']
     if program.operation == "sample":
-        words += [str(_ROWS), f"seed={_SEED}", *([f"inputs={mapping}"] if needed else [])]
+        arguments += [str(_NUM_ROWS), f"seed={_SEED}", *([f"inputs={mapping}"] if inputs else [])]
     else:
-        words += [needed[0] if len(needed) == 1 else mapping]
+        arguments += [inputs[0] if len(inputs) == 1 else mapping]
     if program.variant:
-        words.append(f'method="{program.variant}"')
-    return f"with samovar.Client() as client:\n    result = client.{program.operation}({', '.join(words)})"
+        arguments.append(f'variant="{program.variant}"')
+    call = f"client.{program.operation}({', '.join(arguments)})"
+    return f"with samovar.Client() as client:\n    result = {call}"
 
 
-def required(program: Program) -> list[str]:
-    """The names of the inputs that a request must give."""
-    return [each.tensor.name for each in program.inputs if not each.optional]
+def required_inputs(program: Program) -> list[str]:
+    """Return the names of the inputs that a request must contain."""
+    return [spec.tensor.name for spec in program.inputs if not spec.optional]
