@@ -1,7 +1,7 @@
-"""An artifact on disk: read it whole, doubt it, and say what it promises.
+"""Artifacts on disk: read and validated.
 
-Nothing here opens a graph: that a file is the one that was exported is checked by
-its digest, that it computes what it should by the repository's golden rows.
+No graph is opened here: the digest of a file shows that it is the exported one, and the replay of golden
+rows that it computes what it should.
 """
 
 import hashlib
@@ -20,36 +20,37 @@ CHECKSUM = "manifest.sha256"
 
 
 def read(directory: Path) -> tuple[manifest_pb2.Manifest, ModelSpec]:
-    """The manifest of an artifact directory models/<name>/<version>, and what it promises.
+    """Read and validate the artifact directory models/<name>/<version>.
 
-    Raises ArtifactRefused, in one line, when anything about it is wrong.
+    Raises:
+        InvalidArtifact: lists every violation, in one line.
     """
-    text, digest = _read_sealed(directory)
+    text, digest = _read_manifest(directory)
+    validation.check_format_version(text)
     message = _parse(text)
-    problems = list(validation.problems(message, directory)) or list(_changed_files(message, directory))
-    if problems:
-        raise InvalidArtifact("; ".join(problems))
+    violations = list(validation.violations(message, directory)) or list(_changed_files(message, directory))
+    if violations:
+        raise InvalidArtifact("; ".join(violations))
     return message, manifest.model_spec(message, directory, digest)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal."""
+    """Return the SHA-256 of a file as hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_sealed(directory: Path) -> tuple[str, str]:
+def _read_manifest(directory: Path) -> tuple[str, str]:
+    """Return the text of the manifest and its digest, once it agrees with the checksum file."""
     try:
         data = (directory / MANIFEST).read_bytes()
         text = data.decode("utf-8")
-        seal = (directory / CHECKSUM).read_text(encoding="ascii").split()
+        checksum = (directory / CHECKSUM).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArtifact(f"cannot read the manifest: {error}") from None
+        raise InvalidArtifact(f"cannot read the manifest: {error}") from error
     digest = hashlib.sha256(data).hexdigest()
-    if seal != [digest, MANIFEST]:
-        raise InvalidArtifact(
-            f"{MANIFEST} is not the file that {CHECKSUM} was made for: it was changed after export"
-        )
+    if checksum != [digest, MANIFEST]:
+        raise InvalidArtifact(f"{MANIFEST} does not match {CHECKSUM}: it was changed after export")
     return text, digest
 
 
@@ -57,7 +58,8 @@ def _parse(text: str) -> manifest_pb2.Manifest:
     try:
         return json_format.Parse(text, manifest_pb2.Manifest())
     except json_format.ParseError as error:
-        raise InvalidArtifact(f"{MANIFEST} is not a manifest: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise InvalidArtifact(f"{MANIFEST} is not a manifest: {reason}") from error
 
 
 def _changed_files(message: manifest_pb2.Manifest, directory: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What stands for the inputs that a request leaves out."""
+"""Default values of optional inputs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from server.core.spec import ProgramSpec
 
 
 def default_inputs(spec: ProgramSpec) -> dict[str, NDArray[Any]]:
-    """One row for every row of a request, of each input that may be left out."""
+    """Return an array [1, *row shape] for each optional input, which applies to every row of a request."""
     return {
         item.tensor.name: np.full((1, *item.tensor.shape), item.default, item.tensor.dtype)
         for item in spec.inputs

@@ -1,6 +1,6 @@
-"""Manifest messages as frozen specs, and as clients see them.
+"""Conversion of manifest messages to frozen specifications.
 
-Knows the contract's messages and trusts them: what may be wrong is audit.py's.
+Messages are trusted: validation.py checks them first.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ PARAMETER_KINDS: dict[int, ParameterKind] = {
 
 
 def model_spec(manifest: manifest_pb2.Manifest, directory: Path, digest: str) -> ModelSpec:
-    """What a sound manifest, found in this directory under this digest, promises."""
+    """Return the specification of a valid manifest in this directory, with this digest."""
     graphs = {graph.name: graph for graph in manifest.graphs}
     files: dict[str, dict[str, Path]] = {}
     for graph in manifest.graphs:
@@ -90,12 +90,12 @@ def tensor_spec(message: manifest_pb2.TensorSpec) -> TensorSpec:
 
 
 def golden_array(message: manifest_pb2.GoldenTensor) -> tensors.Array:
-    """The array; MalformedTensor when its shape and bytes do not agree."""
+    """Return the array; MalformedTensor if its shape and bytes do not agree."""
     return tensors.unpack(inference_pb2.Tensor(dtype=message.dtype, shape=message.shape, data=message.data))
 
 
 def public(manifest: manifest_pb2.Manifest) -> manifest_pb2.Manifest:
-    """The manifest as clients see it: without its golden rows."""
+    """Return the manifest for clients, without its golden rows."""
     copy = manifest_pb2.Manifest()
     copy.CopyFrom(manifest)
     copy.ClearField("golden_rows")

@@ -20,7 +20,6 @@ from samovar.v1 import inference_pb2 as pb
 from server.core.errors import InvalidRequest, Violation
 from server.core.request import UNBOUNDED, Preview, Request, Rows, Timings
 from server.core.spec import ParameterSpec, ProgramSpec, TensorSpec
-from server.models.default_inputs import default_inputs
 from server.models.registry import LoadedProgram, Model
 from server.rpc.response_stream import MAX_PREVIEWS
 
@@ -87,7 +86,7 @@ def sample_request(
         violations.add("rows", f"expected 1 to {limits.max_rows}, got {message.rows}")
     if message.preview_every and not spec.previewable:
         violations.add("preview_every", "expected 0: this program has no previews")
-    inputs = _read_inputs(message.inputs, spec, message.rows, violations)
+    inputs = _read_inputs(message.inputs, program, message.rows, violations)
     parameters = _read_common(message, spec, message.rows, violations)
     row_bytes = spec.output_row_bytes
     window = max(2 * program.capacity, limits.window_bytes // max(1, row_bytes))
@@ -116,7 +115,7 @@ def transform_request(
     """Return the request of a message that maps rows to rows; InvalidRequest lists all violations."""
     violations, spec = Violations(), program.spec
     rows = max((tensor.shape[0] for tensor in message.inputs.values() if tensor.shape), default=1)
-    inputs = _read_inputs(message.inputs, spec, rows, violations)
+    inputs = _read_inputs(message.inputs, program, rows, violations)
     if not violations.found and rows > limits.max_rows:
         violations.add("inputs", f"expected 1 to {limits.max_rows} rows, got {rows}")
     parameters = _read_common(message, spec, rows, violations)
@@ -232,10 +231,10 @@ def _number(value: float | np.number[Any]) -> str:
 
 
 def _read_inputs(
-    messages: Mapping[str, pb.Tensor], spec: ProgramSpec, rows: int, violations: Violations
+    messages: Mapping[str, pb.Tensor], program: LoadedProgram, rows: int, violations: Violations
 ) -> dict[str, Array]:
-    specs = {item.tensor.name: item.tensor for item in spec.inputs}
-    arrays = default_inputs(spec)
+    specs = {item.tensor.name: item.tensor for item in program.spec.inputs}
+    arrays = dict(program.default_inputs)
     for name in sorted(name for name in specs if name not in arrays and name not in messages):
         violations.add(f"inputs[{name}]", f"expected {_described(specs[name])}, got nothing")
     for name, message in sorted(messages.items()):

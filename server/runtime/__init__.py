@@ -1,4 +1,4 @@
-"""One graph, many ways to execute it: a runtime per file format."""
+"""Runtimes: one graph interface, one implementation for each file format."""
 
 from server.runtime.base import (
     Device,
@@ -10,6 +10,7 @@ from server.runtime.base import (
     is_device_lost,
     is_out_of_memory,
     set_deterministic,
+    summarize_error,
 )
 from server.runtime.onnx import OnnxGraph
 from server.runtime.torch_export import TorchExportGraph
@@ -33,4 +34,5 @@ __all__ = [
     "is_device_lost",
     "is_out_of_memory",
     "set_deterministic",
+    "summarize_error",
 ]

@@ -1,4 +1,4 @@
-"""What the engine asks of a runtime: open a graph file, then call it with tensors."""
+"""Interface of a runtime: open a graph file, then call the graph with tensors."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +19,13 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Device:
-    """Where graphs run, and on how many CPU threads each; CUDA graphs replay what was captured once."""
+    """Device that runs graphs.
+
+    Attributes:
+        name: "cpu", "cuda" or "cuda:<index>".
+        threads: CPU threads of one graph call.
+        cuda_graphs: whether steps on a GPU are captured once and replayed as CUDA graphs.
+    """
 
     name: str = "cpu"
     threads: int = 1
@@ -35,41 +41,46 @@ class Device:
 
 
 def device_context(device: torch.device) -> AbstractContextManager[Any]:
-    """While it lasts, a GPU is the one that events, streams and captures belong to."""
+    """Return a context in which a GPU is the current device of events, streams and captures."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def set_deterministic() -> None:
-    """Have torch choose kernels by what is computed, not by the clock, and round float32 as float32."""
+    """Make torch choose kernels deterministically, and compute float32 without TF32."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def summarize_error(error: BaseException) -> str:
+    """Return an error's message in one line, or its type if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Graph(Protocol):
-    """A pure function over rows: tensors [B, *row shape] in and out, in the order of its spec."""
+    """A pure function over rows: tensors [B, *row shape] in and out, in the order of its specification."""
 
     def __call__(self, inputs: Tensors) -> Tensors:
-        """New tensors, none of them a view of an input."""
+        """Return new tensors, none of which is a view of an input."""
         ...
 
 
 @runtime_checkable
 class Bindable(Protocol):
-    """A graph that has a quicker way to be called on the same tensors again and again."""
+    """A graph with a faster way of repeated calls on the same tensors."""
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]: ...
 
 
 def bind_graph(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-    """A call on these very, contiguous tensors, which writes the outputs in place."""
-    return (
-        graph.bind(inputs, outputs) if isinstance(graph, Bindable) else bind_by_copy(graph, inputs, outputs)
-    )
+    """Return a call that reads and writes these contiguous tensors in place."""
+    if isinstance(graph, Bindable):
+        return graph.bind(inputs, outputs)
+    return bind_by_copy(graph, inputs, outputs)
 
 
 def bind_by_copy(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-    """The plain way: call, then copy the results."""
+    """Return a call of the graph that copies its results to `outputs`."""
 
     def call() -> None:
         for output, result in zip(outputs, graph(inputs), strict=True):
@@ -79,10 +90,10 @@ def bind_by_copy(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[]
 
 
 def capture_cuda_graph(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
-    """Capture the kernels of a call as a CUDA graph, which is launched as one."""
+    """Capture the kernels of a call as a CUDA graph, and return its replay."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
-    # Around the capture as well: one that fails leaves its stream the current one.
+    # The context includes the capture: a failed capture leaves its stream the current one.
     with torch.cuda.stream(stream):
         for _ in range(warm_up_calls):
             call()
@@ -95,12 +106,12 @@ def capture_cuda_graph(call: Callable[[], None], warm_up_calls: int = 3) -> Call
 
 @cache
 def _pool() -> Any:
-    """Captured graphs are replayed one after the other, and may use the same memory for it."""
+    """Return one memory pool for all captured graphs, which are never replayed at the same time."""
     return torch.cuda.graph_pool_handle()
 
 
 def bind_with_capture(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
-    """The plain way; on CUDA one that replays a graph of its kernels, when asked to and where it can be."""
+    """Bind by copy; on CUDA with `cuda_graphs`, as the replay of a CUDA graph where capture succeeds."""
     call = bind_by_copy(graph, inputs, outputs)
     if not (device.is_cuda and device.cuda_graphs):
         return call
@@ -109,23 +120,22 @@ def bind_with_capture(graph: Graph, inputs: Tensors, outputs: Tensors, device: D
     except RuntimeError as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
-        reason = str(error).partition("\n")[0]
-        log.warning("a graph cannot be captured and is called kernel by kernel: %s", reason)
+        log.warning("cannot capture a CUDA graph; calling its kernels one by one: %s", summarize_error(error))
         return call
 
 
 def detach_outputs(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:
-    """Outputs without history; a graph may hand an input back, which its caller then writes in place."""
+    """Return outputs without autograd history, cloned where the graph returned an input."""
     outputs = (result,) if isinstance(result, torch.Tensor) else result
-    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    input_addresses = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     return [
-        output.detach().clone() if output.untyped_storage().data_ptr() in given else output.detach()
+        output.detach().clone() if output.untyped_storage().data_ptr() in input_addresses else output.detach()
         for output in outputs
     ]
 
 
 class OpenGraph(Protocol):
-    """Loads a graph file; ArtifactRefused when the file is not what the spec says."""
+    """Opens a graph file; raises InvalidArtifact if the file does not match the specification."""
 
     def __call__(self, path: Path, spec: GraphSpec, device: Device) -> Graph: ...
 
@@ -140,13 +150,13 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a graph failed for want of memory, in the words of any runtime."""
+    """Return whether a graph ran out of memory, by the messages of all runtimes."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
-# CUDA's errors that are there to stay: whatever this process asks of the device next fails as well.
+# CUDA errors after which every further call of this process fails as well.
 _DEVICE_LOST = (
     "illegal memory access",
     "illegal instruction",
@@ -161,6 +171,6 @@ _DEVICE_LOST = (
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Whether it is the device that failed, and not a graph on it."""
+    """Return whether an error makes the device unusable for this process."""
     text = str(error).lower()
     return "cuda" in text and any(words in text for words in _DEVICE_LOST)

@@ -1,4 +1,4 @@
-"""Graphs in ONNX, by ONNX Runtime on the CPU or on CUDA."""
+"""Runtime for ONNX graphs: ONNX Runtime, on the CPU or on CUDA."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +10,8 @@ import torch
 
 from server.core.errors import InvalidArtifact, RuntimeUnavailable
 from server.core.spec import GraphSpec, TensorSpec
-from server.runtime.base import Device, Tensors
+from server.runtime.base import Device, Tensors, summarize_error
 
-# A server reports to its own operators, and to nobody else.
 onnxruntime.disable_telemetry_events()
 
 _ELEMENT_TYPES = {
@@ -25,41 +24,44 @@ _ELEMENT_TYPES = {
 }
 
 
-# Convolutions by what is computed, not by the clock; float32 as float32.
-_SAME_BITS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+# Deterministic choice of convolution kernels, and float32 without TF32.
+_DETERMINISTIC_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
 
 
 class OnnxGraph:
-    """An ONNX Runtime session, fed by name or bound to memory."""
+    """An ONNX Runtime session, called with arrays or bound to memory."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
         self._spec = spec
         self._device = device
+        self._is_cuda = device.is_cuda
         providers = _providers(device)
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), _session_options(device), providers=providers
             )
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise InvalidArtifact(f"{path.name} is not an ONNX graph: {str(error).splitlines()[0]}") from None
+            raise InvalidArtifact(f"{path.name} is not an ONNX graph: {summarize_error(error)}") from error
         if device.is_cuda and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise RuntimeUnavailable("onnxruntime cannot load its CUDA provider")
+            raise RuntimeUnavailable(
+                "onnxruntime cannot load its CUDA provider; its log says why, or serve with --device cpu"
+            )
         _check_types(path, "inputs", self._session.get_inputs(), spec.inputs)
-        # Outputs are positional: a step's outputs bear the names of its inputs, which ONNX forbids.
+        # Outputs are positional: a step's outputs have the names of its inputs, which ONNX forbids.
         _check_types(path, "outputs", self._session.get_outputs(), spec.outputs)
         _check_names(path, self._session.get_inputs(), spec.inputs)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Tensors) -> Tensors:
-        if self._device.is_cuda:
+        if self._is_cuda:
             return self._call_bound(inputs)
         feed = {tensor.name: array.numpy() for tensor, array in zip(self._spec.inputs, inputs, strict=True)}
         return [torch.from_numpy(array) for array in self._session.run(self._outputs, feed)]
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """A call that reads and writes these tensors' memory, which must be contiguous."""
+        """Return a call that reads and writes the memory of these contiguous tensors."""
         binding, run = self._session.io_binding(), self._session.run_with_iobinding
-        is_cuda, device = self._device.is_cuda, self._device.torch
+        is_cuda, device = self._is_cuda, self._device.torch
         for tensor, array in zip(self._spec.inputs, inputs, strict=True):
             binding.bind_input(tensor.name, *self._place(array, tensor.dtype))
         for name, tensor, array in zip(self._outputs, self._spec.outputs, outputs, strict=True):
@@ -67,7 +69,7 @@ class OnnxGraph:
 
         # A binding holds addresses only: the default argument keeps the memory alive as long as the call.
         def call(kept: Any = (inputs, outputs)) -> None:
-            if is_cuda:  # the two libraries have streams of their own
+            if is_cuda:  # torch and ONNX Runtime use different streams
                 torch.cuda.current_stream(device).synchronize()
             run(binding)
             if is_cuda:
@@ -76,7 +78,7 @@ class OnnxGraph:
         return call
 
     def _call_bound(self, inputs: Tensors) -> Tensors:
-        """Run on tensors that are and stay in the GPU's memory."""
+        """Run on tensors in GPU memory, and return new ones there."""
         batch = inputs[0].shape[0]
         outputs = [
             torch.empty((batch, *tensor.shape), dtype=getattr(torch, tensor.dtype), device=self._device.torch)
@@ -105,19 +107,19 @@ def _providers(device: Device) -> list[Any]:
         raise RuntimeUnavailable(
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
         )
-    onnxruntime.preload_dlls()  # CUDA's libraries come in torch's wheels, where nothing else looks
-    options = {"device_id": device.torch.index or 0, **_SAME_BITS}
+    onnxruntime.preload_dlls()  # CUDA's libraries are in torch's wheels, where the loader does not search
+    options = {"device_id": device.torch.index or 0, **_DETERMINISTIC_OPTIONS}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
-def _check_types(path: Path, side: str, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
-    actual = [(item.type, list(item.shape[1:])) for item in given]
-    wanted = [(_ELEMENT_TYPES[tensor.dtype], list(tensor.shape)) for tensor in expected]
-    if actual != wanted:
-        raise InvalidArtifact(f"{path.name} has the {side} {actual}, its manifest says {wanted}")
+def _check_types(path: Path, side: str, nodes: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    actual = [(node.type, list(node.shape[1:])) for node in nodes]
+    expected = [(_ELEMENT_TYPES[tensor.dtype], list(tensor.shape)) for tensor in specs]
+    if actual != expected:
+        raise InvalidArtifact(f"{path.name} has {side} {actual}, expected {expected} as in the manifest")
 
 
-def _check_names(path: Path, given: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
-    actual, wanted = [item.name for item in given], [tensor.name for tensor in expected]
-    if actual != wanted:
-        raise InvalidArtifact(f"{path.name} takes {actual}, its manifest says {wanted}")
+def _check_names(path: Path, nodes: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    actual, expected = [node.name for node in nodes], [tensor.name for tensor in specs]
+    if actual != expected:
+        raise InvalidArtifact(f"{path.name} has inputs {actual}, expected {expected} as in the manifest")

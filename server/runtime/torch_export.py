@@ -1,7 +1,7 @@
-"""Graphs as torch.export programs, on the CPU or a GPU: what follows TorchScript upstream.
+"""Runtime for torch.export programs, PyTorch's successor of TorchScript, on the CPU or a GPU.
 
-A program is run operator by operator, each called from Python; on the CPU the other
-runtimes are quicker. On CUDA a captured graph of kernels leaves no Python to run.
+Operators are called one by one from Python, so that the other runtimes are faster on the CPU. On CUDA a
+captured CUDA graph runs without Python.
 """
 
 import warnings
@@ -14,11 +14,11 @@ from torch.export.passes import move_to_device_pass
 
 from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs
+from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs, summarize_error
 
 
 class TorchExportGraph:
-    """An exported program, called positionally."""
+    """An exported program, called with positional arguments."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
         self._device = device
@@ -26,8 +26,10 @@ class TorchExportGraph:
         arguments = [str(name) for name in program.graph_signature.user_inputs]
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
-            raise InvalidArtifact(f"{path.name} takes {arguments}, its manifest says {expected}")
-        if device.name != "cpu":  # constants inside graphs have a device too
+            raise InvalidArtifact(
+                f"{path.name} has inputs {arguments}, expected {expected} as in the manifest"
+            )
+        if device.name != "cpu":  # moves the constants inside the graph as well
             program = move_to_device_pass(program, device.torch)
         self._module: Any = program.module()
 
@@ -36,7 +38,7 @@ class TorchExportGraph:
             return detach_outputs(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """A call on these very tensors."""
+        """Return a call on these tensors."""
         return bind_with_capture(self, inputs, outputs, self._device)
 
 
@@ -44,9 +46,10 @@ def _load(path: Path) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-            # Until 2.13 torch wraps the file's bytes; nobody writes to weights.
+            # Before 2.13 torch wraps the file's read-only bytes; weights are never written.
             warnings.filterwarnings("ignore", r"The given buffer is not writable")
             return torch.export.load(path)
-    except Exception as error:  # a file that is none raises anything
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InvalidArtifact(f"{path.name} is not a torch.export program: {first}") from None
+    except Exception as error:  # a file of another format may raise anything
+        raise InvalidArtifact(
+            f"{path.name} is not a torch.export program: {summarize_error(error)}"
+        ) from error

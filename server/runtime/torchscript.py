@@ -1,4 +1,4 @@
-"""Graphs in TorchScript, on the CPU or a GPU."""
+"""Runtime for TorchScript graphs, on the CPU or a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,39 +8,39 @@ import torch
 
 from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs
+from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs, summarize_error
 
 
 class TorchScriptGraph:
-    """A frozen TorchScript function, called positionally."""
+    """A frozen TorchScript function, called with positional arguments."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
         self._device = device
         try:
             self._module: Any = torch.jit.load(str(path), map_location=device.torch)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise InvalidArtifact(f"{path.name} is not a TorchScript file: {_first_line(error)}") from None
+            raise InvalidArtifact(
+                f"{path.name} is not a TorchScript file: {summarize_error(error)}"
+            ) from error
         arguments = [argument.name for argument in self._module.forward.schema.arguments][1:]
         expected = [tensor.name for tensor in spec.inputs]
         if arguments != expected:
-            raise InvalidArtifact(f"{path.name} takes {arguments}, its manifest says {expected}")
+            raise InvalidArtifact(
+                f"{path.name} has inputs {arguments}, expected {expected} as in the manifest"
+            )
         _move_constants(self._module.graph, device)
 
     def __call__(self, inputs: Tensors) -> Tensors:
-        # Neither no_grad nor inference_mode: a graph may differentiate inside (energies do).
+        # Neither no_grad nor inference_mode: a graph may differentiate (energies do).
         return detach_outputs(self._module(*inputs), inputs)
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """A call on these very tensors."""
+        """Return a call on these tensors."""
         return bind_with_capture(self, inputs, outputs, self._device)
 
 
 def _move_constants(graph: Any, device: Device) -> None:
-    """What a graph makes itself, such as a range, it makes where it was traced until it is told otherwise."""
+    """Set the device of tensors that the graph creates, such as ranges; tracing recorded another one."""
     for node in graph.findAllNodes("prim::Constant"):
         if node.output().type().kind() == "DeviceObjType":
             node.s_("value", device.name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Artifacts that must not be served: each is refused in one line, whatever was done to it."""
+"""Invalid artifacts: each is rejected with its violations in one line."""
 
 import copy
 import hashlib
@@ -20,9 +20,9 @@ from tests.support.live_server import serving
 Json = Any
 NAME = "digits-vae"
 
-# What has to fit together: a program, its graphs and the tensors between them.
+# Fields that must be consistent: programs, graphs and the tensors between them.
 STRUCTURE = {"graphs", "init", "step", "readout", "state", "noise", "name", "version", "format_version"}
-FREE = {"doc", "minimum", "maximum", "choices", "tolerance", "value", "quality"}
+FREE = {"doc", "data_spec", "minimum", "maximum", "choices", "tolerance", "value", "quality"}
 
 
 def repository() -> Repository:
@@ -31,7 +31,7 @@ def repository() -> Repository:
 
 @pytest.fixture(scope="module")
 def models(models_of: Callable[..., Path]) -> Path:
-    """The artifact under test, and another one."""
+    """A directory with the artifact under test, and another one."""
     return models_of(NAME, "digits-mlp")
 
 
@@ -47,24 +47,24 @@ def artifact(models: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def reseal(directory: Path, manifest: Json) -> None:
-    """Write a manifest with a seal that fits, as an exporter with a fault would."""
+def rewrite_manifest(directory: Path, manifest: Json) -> None:
+    """Write a manifest with its checksum, as a faulty exporter would."""
     text = json.dumps(manifest)
     (directory / "manifest.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     (directory / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
 
 
-def refusal(directory: Path) -> str:
-    with pytest.raises(InvalidArtifact) as refused:
+def rejection(directory: Path) -> str:
+    with pytest.raises(InvalidArtifact) as raised:
         repository().load(directory)
-    message = str(refused.value)
+    message = str(raised.value)
     assert "\n" not in message
     return message
 
 
 def leaves(node: Json, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every scalar in a JSON document."""
+    """Yield the path of every scalar in a JSON document."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     found = False
     for key, child in children:
@@ -92,39 +92,37 @@ def tampered(manifest: Json, path: tuple[Any, ...]) -> Json:
     return document
 
 
-def test_an_untouched_artifact_is_served(artifact: Path) -> None:
+def test_valid_artifact_is_loaded_in_all_formats(artifact: Path) -> None:
     model = repository().load(artifact)
     assert model.formats == ("onnx", "torchscript")
     assert model.spec.digest == hashlib.sha256((artifact / "manifest.json").read_bytes()).hexdigest()
 
 
-def test_every_field_is_sealed(artifact: Path, manifest: Json) -> None:
+def test_change_of_any_field_is_rejected_by_the_checksum(artifact: Path, manifest: Json) -> None:
     paths = list(leaves(manifest))
     assert len(paths) > 200
     for path in paths:
         document = tampered(manifest, path)
         if document != manifest:
             (artifact / "manifest.json").write_text(json.dumps(document))
-            assert "changed after export" in refusal(artifact), path
+            assert "changed after export" in rejection(artifact), path
 
 
-def is_idle(manifest: Json, path: tuple[Any, ...]) -> bool:
-    """Whether a path leads to the numbers that decide on a chain's offers: untrained, it accepts them all."""
+def has_no_effect(manifest: Json, path: tuple[Any, ...]) -> bool:
+    """Return whether a path leads to the acceptance noise, which an untrained chain ignores."""
     if "noise" not in path or path[-1] != "stream":
         return False
     noise = manifest["programs"][path[1]]["noise"][path[3]]
     return bool(noise["tensor"]["name"] == "acceptance")
 
 
-def test_what_does_not_fit_together_is_refused_even_under_a_fitting_seal(
-    artifact: Path, manifest: Json
-) -> None:
+def test_inconsistent_manifest_with_valid_checksum_is_rejected(artifact: Path, manifest: Json) -> None:
     paths = [path for path in leaves(manifest) if STRUCTURE & set(path) and not FREE & set(path)]
-    paths = [path for path in paths if not is_idle(manifest, path)]
+    paths = [path for path in paths if not has_no_effect(manifest, path)]
     assert len(paths) > 100
     for path in paths:
-        reseal(artifact, tampered(manifest, path))
-        assert refusal(artifact), path
+        rewrite_manifest(artifact, tampered(manifest, path))
+        assert rejection(artifact), path
 
 
 def edited(edit: Callable[[Json], None]) -> Callable[[Json], Json]:
@@ -139,31 +137,36 @@ def edited(edit: Callable[[Json], None]) -> Callable[[Json], Json]:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda m: m.update(format_version=1), "format_version is 1, this server reads 2"),
-        (lambda m: m.update(programs=[]), "it has no programs"),
+        (
+            lambda m: m.update(format_version=1),
+            "format_version is 1, expected 2; export the model again: python -m export train vae",
+        ),
+        (lambda m: m.update(programs=[]), "programs are missing"),
         (lambda m: m.update(extra=1), "not a manifest"),
         (lambda m: m["programs"].append(m["programs"][0]), "not unique"),
         (lambda m: m["graphs"].append({**m["graphs"][0], "name": "spare"}), "spare is used by no program"),
-        (lambda m: m["graphs"][0]["files"][0].update(path="../../secret"), "not a plain file name"),
-        (lambda m: m["graphs"][0]["files"][0].update(path="/etc/passwd"), "not a plain file name"),
+        (lambda m: m["graphs"][0]["files"][0].update(path="../../secret"), "expected a plain name"),
+        (lambda m: m["graphs"][0]["files"][0].update(path="/etc/passwd"), "expected a plain name"),
         (lambda m: m["graphs"][0]["files"].pop(), "same formats"),
         (lambda m: m.update(golden_rows=m["golden_rows"][:1]), "has no golden rows"),
         (lambda m: m["programs"][0].pop("readout"), "readout is missing"),
-        (lambda m: m["programs"][0].update(operation="dream"), "no such operation"),
+        (lambda m: m["programs"][0].update(operation="dream"), "unknown operation 'dream'"),
         (lambda m: m.pop("provenance"), "provenance is missing"),
     ],
 )
-def test_a_fault_is_named(artifact: Path, manifest: Json, edit: Callable[[Json], None], reason: str) -> None:
-    reseal(artifact, edited(edit)(manifest))
-    assert reason in refusal(artifact)
+def test_violation_is_reported(
+    artifact: Path, manifest: Json, edit: Callable[[Json], None], reason: str
+) -> None:
+    rewrite_manifest(artifact, edited(edit)(manifest))
+    assert reason in rejection(artifact)
 
 
-def test_a_flipped_byte_in_a_graph_is_named(artifact: Path) -> None:
+def test_flipped_byte_in_graph_file_is_reported(artifact: Path) -> None:
     graph = artifact / "decode.onnx"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
     graph.write_bytes(data)
-    assert "decode.onnx does not have the SHA-256" in refusal(artifact)
+    assert "decode.onnx does not have the SHA-256" in rejection(artifact)
 
 
 @pytest.mark.parametrize(
@@ -174,62 +177,62 @@ def test_a_flipped_byte_in_a_graph_is_named(artifact: Path) -> None:
         ("decode.pt2", "is not a torch.export program"),
     ],
 )
-def test_a_graph_that_is_none_is_refused(artifact: Path, manifest: Json, name: str, reason: str) -> None:
+def test_file_of_another_format_is_rejected(artifact: Path, manifest: Json, name: str, reason: str) -> None:
     (artifact / name).write_bytes(b"PK nonsense")
     document = copy.deepcopy(manifest)
     for graph in document["graphs"]:
         for file in graph["files"]:
             if file["path"] == name:
                 file["sha256"] = hashlib.sha256(b"PK nonsense").hexdigest()
-    reseal(artifact, document)
+    rewrite_manifest(artifact, document)
     with pytest.raises(InvalidArtifact, match=f"{name} {reason}"):
         Repository(Device(), tuple(RUNTIMES), max_batch_rows=8).load(artifact)
 
 
-def test_other_weights_do_not_pass_the_golden_rows(artifact: Path, manifest: Json) -> None:
+def test_graph_of_another_program_is_rejected(artifact: Path, manifest: Json) -> None:
     document = copy.deepcopy(manifest)
     files = {file["path"]: file for graph in document["graphs"] for file in graph["files"]}
     shutil.copy(artifact / "encode.onnx", artifact / "score_init.onnx")
     files["score_init.onnx"]["sha256"] = files["encode.onnx"]["sha256"]
-    reseal(artifact, document)
-    assert "score_init.onnx" in refusal(artifact)
+    rewrite_manifest(artifact, document)
+    assert "score_init.onnx" in rejection(artifact)
 
 
 @pytest.mark.parametrize("missing", ["manifest.json", "manifest.sha256", "decode.onnx"])
-def test_a_missing_file_is_named(artifact: Path, missing: str) -> None:
+def test_missing_file_is_reported(artifact: Path, missing: str) -> None:
     (artifact / missing).unlink()
-    assert missing in refusal(artifact)
+    assert missing in rejection(artifact)
 
 
-def test_a_linked_graph_is_refused(artifact: Path) -> None:
+def test_symlinked_graph_is_rejected(artifact: Path) -> None:
     graph = artifact / "decode.onnx"
     graph.rename(artifact.parent / "elsewhere.onnx")
     graph.symlink_to(artifact.parent / "elsewhere.onnx")
-    assert "decode.onnx is missing" in refusal(artifact)
+    assert "decode.onnx is missing, or not a regular file" in rejection(artifact)
 
 
-def test_only_formats_that_are_asked_for_are_served(artifact: Path) -> None:
+def test_only_requested_formats_are_loaded(artifact: Path) -> None:
     model = Repository(Device(), ("torchscript",), max_batch_rows=8).load(artifact)
     assert model.formats == ("torchscript",)
 
 
-def absent(path: Path, spec: GraphSpec, device: Device) -> Graph:
-    """A runtime that this machine lacks."""
+def unavailable(path: Path, spec: GraphSpec, device: Device) -> Graph:
+    """A runtime that this machine does not have."""
     raise RuntimeUnavailable("there is no such provider")
 
 
-def test_a_format_that_this_device_cannot_run_is_left_out(
+def test_format_without_runtime_is_skipped_with_warning(
     artifact: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     formats = ("onnx", "torchscript")
-    served = Repository(Device(), formats, 8, {**RUNTIMES, "onnx": absent}).load(artifact)
+    served = Repository(Device(), formats, 8, {**RUNTIMES, "onnx": unavailable}).load(artifact)
     assert served.formats == ("torchscript",)
     assert caplog.messages == [f"{NAME}/1 is not served as onnx: there is no such provider"]
     with pytest.raises(InvalidArtifact, match="onnx: there is no such provider; torchscript: there is no"):
-        Repository(Device(), formats, 8, dict.fromkeys(formats, absent)).load(artifact)
+        Repository(Device(), formats, 8, dict.fromkeys(formats, unavailable)).load(artifact)
 
 
-def test_cuda_graphs_that_would_have_no_effect_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_graphs_without_effect_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     device = Device(cuda_graphs=True)
     Repository(device, ("torchscript", "onnx"), 8)
     assert not caplog.messages
@@ -237,7 +240,7 @@ def test_cuda_graphs_that_would_have_no_effect_are_spoken_of(caplog: pytest.LogC
     assert "--cuda-graphs has no effect on ONNX" in caplog.text
 
 
-def test_a_bad_artifact_is_named_and_the_others_are_served(
+def test_invalid_artifact_is_logged_and_others_are_served(
     models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(models, tmp_path / "models")
@@ -247,7 +250,6 @@ def test_a_bad_artifact_is_named_and_the_others_are_served(
     with serving(tmp_path / "models") as server, samovar.Client(server.address) as client:
         served = [(model.name, model.version) for model in client.models()]
     assert served == [(directory.name, "1") for directory in sorted(models.iterdir())]
-    refusals = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
-    assert len(refusals) == 1
-    assert str(bad) in refusals[0]
-    assert "version is '1', the directory is '2'" in refusals[0]
+    rejections = [record.getMessage() for record in caplog.records if str(bad) in record.getMessage()]
+    assert len(rejections) == 1
+    assert "version is '1', expected the directory's name '2'" in rejections[0]

@@ -1,4 +1,4 @@
-"""The proof before serving: golden rows, and the batch sizes in which rows keep their bits."""
+"""Checks at load: golden rows are replayed, and batch-invariant batch sizes are found."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,8 @@ import torch
 
 from server.core.errors import InvalidArtifact
 from server.core.spec import GoldenRows
-from server.models.batch_invariance import Probe, is_batch_invariant
+from server.models.batch_invariance import BatchInvarianceCheck, is_batch_invariant
+from server.models.golden_replay import GoldenReplay
 from server.runtime import Device, Graph
 from server.runtime.base import bind_by_copy, bind_with_capture
 from tests.support import programs
@@ -18,7 +19,7 @@ BUCKETS = (8, 16, 32)
 
 
 def golden(rows: int = 3, error: float = 0.0, tolerance: float = 1e-6) -> GoldenRows:
-    """Rows of the walk with the answers that it gives, or such that are off by an error."""
+    """Return golden rows of the walk, whose outputs differ by `error`."""
     runner = new_runner(buckets=(64,))
     admit(runner, request(rows=rows, steps=3, seed=4, first_row=9))
     outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in runner.advance().readouts]
@@ -27,69 +28,69 @@ def golden(rows: int = 3, error: float = 0.0, tolerance: float = 1e-6) -> Golden
     )
 
 
-def probe(graphs: Mapping[str, Graph] = programs.GRAPHS) -> Probe:
-    return Probe(graphs, BUCKETS, torch.device("cpu"))
+def new_replay(graphs: Mapping[str, Graph] = programs.GRAPHS) -> GoldenReplay:
+    return GoldenReplay(graphs, BUCKETS, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32, 50])
-def test_rows_that_come_out_as_measured_pass(rows: int) -> None:
-    probe().prove(programs.WALK, golden(rows))
+def test_golden_rows_with_recorded_outputs_pass(rows: int) -> None:
+    new_replay().check(programs.WALK, golden(rows))
 
 
 @pytest.mark.parametrize("rows", [3, 50])
-def test_rows_that_are_off_are_refused(rows: int) -> None:
-    with pytest.raises(InvalidArtifact, match=r"value is off by 0\.5, allowed is 0\.1"):
-        probe().prove(programs.WALK, golden(rows, error=0.5, tolerance=0.1))
+def test_golden_rows_above_tolerance_are_rejected(rows: int) -> None:
+    with pytest.raises(InvalidArtifact, match=r"output value differs by 0\.5, expected at most 0\.1"):
+        new_replay().check(programs.WALK, golden(rows, error=0.5, tolerance=0.1))
 
 
-def test_nan_is_never_within_tolerance() -> None:
-    def lost(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def test_nan_is_above_any_tolerance() -> None:
+    def all_nan(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [inputs[0] * torch.nan]
 
-    with pytest.raises(InvalidArtifact, match="off by nan"):
-        probe({**programs.GRAPHS, "end": lost}).prove(programs.WALK, golden(tolerance=1e9))
+    with pytest.raises(InvalidArtifact, match="differs by nan"):
+        new_replay({**programs.GRAPHS, "end": all_nan}).check(programs.WALK, golden(tolerance=1e9))
 
 
-def stable(walk: Graph) -> dict[str, set[int]]:
-    made = probe({**programs.GRAPHS, "walk": walk})
-    made.prove(programs.WALK, golden(tolerance=1.0))
-    return made.stable_buckets()
+def invariant_buckets(walk: Graph) -> dict[str, set[int]]:
+    check = BatchInvarianceCheck({**programs.GRAPHS, "walk": walk}, BUCKETS)
+    new_replay(check.recorded).check(programs.WALK, golden(tolerance=1.0))
+    return check.invariant_buckets()
 
 
-def test_graphs_whose_rows_are_independent_keep_every_bucket() -> None:
-    assert stable(programs.walk) == {name: set(BUCKETS) for name in ("begin", "walk", "end")}
+def test_graph_with_independent_rows_is_invariant_in_every_bucket() -> None:
+    assert invariant_buckets(programs.walk) == {name: set(BUCKETS) for name in ("begin", "walk", "end")}
 
 
-def bent(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The walk, but for the last bits of small batches."""
+def differs_if_small(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The walk, with other low bits in batches of less than 16 rows."""
     (total,) = programs.walk(inputs)
     return [total * (1 + 1e-6) if len(total) < 16 else total]
 
 
-def test_a_bucket_in_which_rows_differ_is_found() -> None:
-    found = stable(bent)
+def test_bucket_with_different_bits_is_found() -> None:
+    found = invariant_buckets(differs_if_small)
     assert found["walk"] == {16, 32}
     assert found["end"] == set(BUCKETS)
 
 
-def test_rows_that_depend_on_their_slot_have_no_stable_bucket() -> None:
+def test_graph_that_depends_on_the_slot_has_no_invariant_bucket() -> None:
     def odd_slots_differ(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = programs.walk(inputs)
         total[1::2] *= 1 + 1e-6
         return [total]
 
-    assert stable(odd_slots_differ)["walk"] == set()
+    assert invariant_buckets(odd_slots_differ)["walk"] == set()
 
 
-def test_rows_that_depend_on_their_neighbours_have_no_stable_bucket() -> None:
-    def centred(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def test_graph_that_depends_on_neighbors_has_no_invariant_bucket() -> None:
+    def adds_neighbor(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = programs.walk(inputs)
         return [total + 1e-3 * total.roll(1, 0)]
 
-    assert stable(centred)["walk"] == set()
+    assert invariant_buckets(adds_neighbor)["walk"] == set()
 
 
-def test_every_bucket_is_warm_even_where_none_is_stable() -> None:
+def test_every_bucket_is_warmed_up_even_if_none_is_invariant() -> None:
     sizes = set()
 
     def unstable(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -98,12 +99,12 @@ def test_every_bucket_is_warm_even_where_none_is_stable() -> None:
         total[1::2] *= 1 + 1e-6
         return [total]
 
-    stable(unstable)
+    invariant_buckets(unstable)
     assert sizes == set(BUCKETS)
 
 
 class Bindable:
-    """The walk, with another way to be called on the same tensors again and again."""
+    """The walk, with its own way of binding to tensors."""
 
     def __init__(self, step: Graph = programs.walk) -> None:
         self.num_bound = 0
@@ -117,13 +118,13 @@ class Bindable:
         return bind_by_copy(self._step, inputs, outputs)
 
 
-def test_steps_are_proven_in_the_way_in_which_they_are_called_while_serving() -> None:
+def test_replay_calls_steps_as_the_engine_does() -> None:
     graph = Bindable(lambda inputs: [programs.walk(inputs)[0] + 1])
-    with pytest.raises(InvalidArtifact, match="value is off by 3"):
-        probe({**programs.GRAPHS, "walk": graph}).prove(programs.WALK, golden())
+    with pytest.raises(InvalidArtifact, match="output value differs by 3"):
+        new_replay({**programs.GRAPHS, "walk": graph}).check(programs.WALK, golden())
 
 
-def test_steps_are_bound_before_they_are_needed() -> None:
+def test_invariance_check_binds_every_step_before_serving() -> None:
     graph = Bindable()
     runner = new_runner(graphs={**programs.GRAPHS, "walk": graph}, buckets=BUCKETS)
     assert is_batch_invariant(runner, golden())
@@ -135,14 +136,14 @@ def test_steps_are_bound_before_they_are_needed() -> None:
     assert graph.num_bound == 2 * len(BUCKETS)
 
 
-def test_steps_that_give_other_bits_when_bound_are_found() -> None:
-    runner = new_runner(graphs={**programs.GRAPHS, "walk": Bindable(bent)}, buckets=BUCKETS)
+def test_bound_step_with_different_bits_is_found() -> None:
+    runner = new_runner(graphs={**programs.GRAPHS, "walk": Bindable(differs_if_small)}, buckets=BUCKETS)
     assert not is_batch_invariant(runner, golden())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured")
-def test_a_graph_that_cannot_be_captured_is_called_plainly(caplog: pytest.LogCaptureFixture) -> None:
-    given, taken = torch.ones(4, 2), torch.zeros(4, 2)
-    bind_with_capture(programs.identity, [given], [taken], Device("cuda", cuda_graphs=True))()
-    assert torch.equal(taken, given)
-    assert "cannot be captured" in caplog.text
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures it")
+def test_graph_that_cannot_be_captured_is_called_directly(caplog: pytest.LogCaptureFixture) -> None:
+    input_, output = torch.ones(4, 2), torch.zeros(4, 2)
+    bind_with_capture(programs.identity, [input_], [output], Device("cuda", cuda_graphs=True))()
+    assert torch.equal(output, input_)
+    assert "cannot capture a CUDA graph" in caplog.text

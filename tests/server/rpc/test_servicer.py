@@ -1,4 +1,4 @@
-"""The wire, through a real server: answers, violations, errors, limits, chunks, cancellation."""
+"""Inference service through a real server: responses, violations, errors, limits, chunks, cancellation."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +17,16 @@ from samovar import tensors
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from samovar.v1 import manifest_pb2
-from tests.support.live_server import RunningServer, assert_idle, await_true, serving
+from tests.support.live_server import RunningServer, assert_idle, serving, wait_until
 
 VAE, DIFFUSION = "digits-vae", "digits-diffusion"
 IMAGES = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8) % 17
+
+
+@pytest.fixture(scope="module")
+def models(models_of: Callable[..., Path]) -> Path:
+    """The models that the servers of single tests load."""
+    return models_of(DIFFUSION, VAE)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,8 @@ def selector(name: str = VAE, version: str = "", format: str = "") -> pb.ModelSe
     return pb.ModelSelector(name=name, version=version, format=format)
 
 
-def refusal(call: grpc.RpcError) -> tuple[grpc.StatusCode, dict[str, str]]:
-    """Code and violations by field."""
+def code_and_violations(call: grpc.RpcError) -> tuple[grpc.StatusCode, dict[str, str]]:
+    """Return the status code, and the violations by field."""
     status = rpc_status.from_call(call)
     assert status is not None, "the error carries no google.rpc.Status"
     violations = {}
@@ -46,77 +52,77 @@ def refusal(call: grpc.RpcError) -> tuple[grpc.StatusCode, dict[str, str]]:
 
 
 class Halve(nn.Module):
-    """One way to make a sample of noise."""
+    """Default variant: halves the noise."""
 
     def forward(self, noise: Tensor) -> Tensor:
         return noise / 2
 
 
 class Double(nn.Module):
-    """Another."""
+    """Second variant: doubles the noise."""
 
     def forward(self, noise: Tensor) -> Tensor:
         return noise * 2
 
 
 @pytest.fixture(scope="module")
-def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Client]:
-    """A client of a model with two ways to sample and a reason not to score."""
+def two_variants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Client]:
+    """A client of a model with two variants of sample and a reason for not supporting score."""
     point = program.TensorSpec("point", shape=(2,), doc="a point")
     noise = program.Noise("noise", "normal", (2,), 0)
     usual = program.Program("sample", Halve(), (point,), "halve the noise", noise=(noise,))
     other = program.Program("sample", Double(), (point,), "double it", noise=(noise,), variant="double")
     model = writer.Model(
-        name="two-ways",
+        name="two-variants",
         family="toy",
         description="noise, halved or doubled",
         data_spec=program.DataSpec("vector", point),
         programs=(usual, other),
         examples=(golden.Example("sample"), golden.Example("sample:double")),
-        unsupported_operations={"score": "nobody has worked out its density"},
+        unsupported_operations={"score": "its density is unknown"},
     )
-    models = tmp_path_factory.mktemp("ways")
-    for way in (usual, other):
-        way.readout.eval()
-    writer.write(model, models)
+    models = tmp_path_factory.mktemp("variants")
+    for variant in (usual, other):
+        variant.readout.eval()
+    writer.write(model, models / model.name / "1")
     with serving(models) as running, samovar.Client(running.address) as connected:
         yield connected
 
 
-def test_a_method_is_another_way_to_do_an_operation(two_ways: samovar.Client) -> None:
-    usual = two_ways.sample("two-ways", 3, seed=5).value
-    other = two_ways.sample("two-ways", 3, seed=5, variant="double").value
+def test_sample_variant_runs_its_own_program(two_variants: samovar.Client) -> None:
+    usual = two_variants.sample("two-variants", 3, seed=5).value
+    other = two_variants.sample("two-variants", 3, seed=5, variant="double").value
     assert np.array_equal(other, 4 * usual)
 
 
-def test_a_method_that_there_is_not_is_named_with_those_that_there_are(two_ways: samovar.Client) -> None:
-    with pytest.raises(samovar.InvalidRequest, match="expected one of sample: double; got 'triple'"):
-        two_ways.sample("two-ways", variant="triple")
+def test_unknown_variant_is_rejected_by_client_with_known_ones(two_variants: samovar.Client) -> None:
+    with pytest.raises(samovar.InvalidRequest, match="unknown variant 'triple'"):
+        two_variants.sample("two-variants", variant="triple")
 
 
-def test_the_server_says_so_itself(two_ways: samovar.Client, stub: pb_grpc.InferenceStub) -> None:
+def test_unknown_variant_is_rejected_by_server(
+    two_variants: samovar.Client, stub: pb_grpc.InferenceStub
+) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, variant="magic")))
-    code, violations = refusal(raised.value)
+    code, violations = code_and_violations(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
-    assert "got 'magic'" in violations["method"]
+    assert violations["variant"] == "unknown variant 'magic' of sample; expected one of: inpaint"
 
 
-def test_a_refused_operation_comes_with_its_reason(two_ways: samovar.Client) -> None:
-    with pytest.raises(
-        samovar.UnsupportedOperation, match="nobody has worked out its density; it has sample"
-    ):
-        two_ways.score("two-ways", np.zeros((1, 2), np.float32))
+def test_unsupported_operation_is_rejected_with_its_reason(two_variants: samovar.Client) -> None:
+    with pytest.raises(samovar.UnsupportedOperation, match="its density is unknown; it supports sample"):
+        two_variants.score("two-variants", np.zeros((1, 2), np.float32))
 
 
-def test_the_reason_is_on_the_wire_too(stub: pb_grpc.InferenceStub) -> None:
+def test_reason_of_unsupported_operation_is_sent(stub: pb_grpc.InferenceStub) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         stub.Energy(pb.TransformRequest(model=selector()))
     assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "an integral without a closed form" in (raised.value.details() or "")
 
 
-def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.InferenceStub) -> None:
+def test_invalid_request_lists_every_violation_with_expected_and_given(stub: pb_grpc.InferenceStub) -> None:
     request = pb.SampleRequest(
         model=selector(DIFFUSION),
         rows=0,
@@ -130,7 +136,7 @@ def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.Inferen
     )
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(request))
-    code, violations = refusal(raised.value)
+    code, violations = code_and_violations(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert set(violations) == {
         "rows", "parameters[steps]", "parameters[eta]", "parameters[sampler]", "parameters[magic]",
@@ -144,7 +150,7 @@ def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.Inferen
 
 
 @pytest.mark.parametrize(
-    ("tensor", "complaint"),
+    ("tensor", "expected"),
     [
         (pb.Tensor(), "expected a dtype"),
         (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[3, 8, 8], data=b"\0" * 191), "got 191"),
@@ -172,38 +178,36 @@ def test_every_violation_is_listed_with_expected_and_given(stub: pb_grpc.Inferen
         (tensors.pack(np.array(3, np.uint8)), "got uint8[]"),
     ],
 )
-def test_a_tensor_that_does_not_fit_says_why(
-    stub: pb_grpc.InferenceStub, tensor: pb.Tensor, complaint: str
+def test_invalid_tensor_is_rejected_with_its_violation(
+    stub: pb_grpc.InferenceStub, tensor: pb.Tensor, expected: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         stub.Reconstruct(pb.TransformRequest(model=selector(), inputs={"image": tensor}))
-    code, violations = refusal(raised.value)
+    code, violations = code_and_violations(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
-    assert complaint in "; ".join(violations.values())
+    assert expected in "; ".join(violations.values())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_none_are_refused(stub: pb_grpc.InferenceStub, value: float) -> None:
+def test_nonfinite_input_is_rejected(stub: pb_grpc.InferenceStub, value: float) -> None:
     latent = tensors.pack(np.full((2, 16), value, np.float32))
     with pytest.raises(grpc.RpcError) as raised:
         stub.Decode(pb.TransformRequest(model=selector(), inputs={"latent": latent}))
-    assert "expected finite numbers" in refusal(raised.value)[1]["inputs[latent]"]
+    assert "expected finite numbers" in code_and_violations(raised.value)[1]["inputs[latent]"]
 
 
-def test_a_thousand_violations_still_fit_into_an_error(stub: pb_grpc.InferenceStub) -> None:
+def test_a_thousand_violations_are_truncated_to_fit_into_metadata(stub: pb_grpc.InferenceStub) -> None:
     wrong = {f"{number}-{'x' * 300}": pb.ParameterValue(float_value=1.0) for number in range(1000)}
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, parameters=wrong)))
-    code, violations = refusal(raised.value)
+    code, violations = code_and_violations(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert violations["*"] == f"and {1000 - len(violations) + 1} more"
 
 
 @pytest.mark.parametrize("character", ["x", "%", "é", "\N{HOT BEVERAGE}", "\N{GRINNING FACE}"])
-def test_long_names_of_any_characters_get_the_code_that_they_deserve(
-    stub: pb_grpc.InferenceStub, character: str
-) -> None:
-    """Errors go into headers, where a character may take twelve bytes."""
+def test_errors_with_long_names_keep_their_status_code(stub: pb_grpc.InferenceStub, character: str) -> None:
+    """Errors are sent in headers, where a character may take twelve bytes."""
     name = character * 3000
     wrong = {f"{number}{name}": pb.ParameterValue(float_value=1.0) for number in range(20)}
     inputs = {f"{number}{name}": tensors.pack(IMAGES) for number in range(20)}
@@ -231,7 +235,7 @@ def test_long_names_of_any_characters_get_the_code_that_they_deserve(
         assert rpc_status.from_call(raised.value) is not None
 
 
-def test_what_was_given_is_told_to_the_last_digit(stub: pb_grpc.InferenceStub) -> None:
+def test_violation_shows_given_number_exactly(stub: pb_grpc.InferenceStub) -> None:
     request = pb.SampleRequest(
         model=selector(DIFFUSION),
         rows=1,
@@ -243,62 +247,64 @@ def test_what_was_given_is_told_to_the_last_digit(stub: pb_grpc.InferenceStub) -
     )
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(request))
-    violations = refusal(raised.value)[1]
+    violations = code_and_violations(raised.value)[1]
     assert violations["parameters[eta]"] == "expected a float from 0 to 1, got 1.0000001"
     assert violations["parameters[steps]"] == "expected an integer from 1 to 200, got 9007199254740993"
     assert violations["inputs[label]"] == "expected elements from 0 to 10, got 16777217 to 16777217"
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "shown"),
     [(1e300, "1e+300"), (-0.1, "-0.1"), (2.0**60, "1.152921504606847e+18")],
 )
-def test_numbers_are_as_long_as_they_need_to_be(stub: pb_grpc.InferenceStub, value: float, told: str) -> None:
+def test_violation_shows_numbers_without_padding(
+    stub: pb_grpc.InferenceStub, value: float, shown: str
+) -> None:
     request = pb.SampleRequest(
         model=selector(DIFFUSION), rows=1, parameters={"eta": pb.ParameterValue(float_value=value)}
     )
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(request))
-    assert refusal(raised.value)[1]["parameters[eta]"].endswith(f"got {told}")
+    assert code_and_violations(raised.value)[1]["parameters[eta]"].endswith(f"got {shown}")
 
 
-def test_a_request_that_is_no_message_is_refused_and_counted(server: RunningServer) -> None:
+def test_undecodable_request_is_rejected_as_invalid(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/samovar.v1.Inference/Decode")
         with pytest.raises(grpc.RpcError) as raised:
             call(b"\xff\xff\xff")
-    code, violations = refusal(raised.value)
+    code, violations = code_and_violations(raised.value)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert "request" in violations
 
 
-def test_a_missing_input_is_named(stub: pb_grpc.InferenceStub) -> None:
+def test_missing_input_is_reported(stub: pb_grpc.InferenceStub) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         stub.Score(pb.TransformRequest(model=selector()))
-    assert refusal(raised.value)[1] == {
+    assert code_and_violations(raised.value)[1] == {
         "inputs[image]": "expected uint8[rows, 8, 8] from 0 to 16, got nothing"
     }
 
 
-def test_row_indices_end_at_two_to_the_32(stub: pb_grpc.InferenceStub) -> None:
+def test_row_index_above_limit_is_rejected(stub: pb_grpc.InferenceStub) -> None:
     last = pb.SampleRequest(model=selector(), rows=1, first_row=2**32 - 1, seed=1)
     assert len(list(stub.Sample(last))) == 1
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(pb.SampleRequest(model=selector(), rows=2, first_row=2**32 - 1)))
-    assert "2^32" in refusal(raised.value)[1]["first_row"]
+    assert "2^32" in code_and_violations(raised.value)[1]["first_row"]
 
 
-def test_previews_of_a_program_without_any_are_refused(stub: pb_grpc.InferenceStub) -> None:
+def test_preview_of_program_without_previews_is_rejected(stub: pb_grpc.InferenceStub) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Sample(pb.SampleRequest(model=selector(), rows=1, preview_every=1)))
-    assert "preview_every" in refusal(raised.value)[1]
+    assert "preview_every" in code_and_violations(raised.value)[1]
 
 
 @pytest.mark.parametrize(
     ("model", "method"),
     [(DIFFUSION, "Energy"), (DIFFUSION, "Classify"), ("digits-gan", "Score"), ("digits-gan", "Encode")],
 )
-def test_an_operation_that_a_model_lacks_names_those_it_has(
+def test_unsupported_operation_lists_supported_ones(
     stub: pb_grpc.InferenceStub, model: str, method: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:
@@ -313,25 +319,25 @@ def test_an_operation_that_a_model_lacks_names_those_it_has(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "named"),
+    ("selected", "listed"),
     [
         (selector("nothing"), "digits-vae"),
         (selector("../digits-vae"), "digits-vae"),
         (selector(""), "digits-vae"),
-        (selector(version="9"), "it has: 1"),
+        (selector(version="9"), "expected one of: 1"),
         (selector(format="cuneiform"), "onnx, torchscript"),
     ],
 )
-def test_a_model_that_is_not_there_names_those_that_are(
-    stub: pb_grpc.InferenceStub, chosen: pb.ModelSelector, named: str
+def test_unknown_model_version_or_format_lists_known_ones(
+    stub: pb_grpc.InferenceStub, selected: pb.ModelSelector, listed: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:
-        list(stub.Sample(pb.SampleRequest(model=chosen, rows=1)))
+        list(stub.Sample(pb.SampleRequest(model=selected, rows=1)))
     assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-    assert named in (raised.value.details() or "")
+    assert listed in (raised.value.details() or "")
 
 
-def test_a_small_answer_is_one_message_with_everything(stub: pb_grpc.InferenceStub) -> None:
+def test_small_response_is_one_message(stub: pb_grpc.InferenceStub) -> None:
     messages = list(stub.Sample(pb.SampleRequest(model=selector(), rows=5, seed=3)))
     assert sum(len(message.rows.indices) for message in messages) == 5
     run = messages[0].run
@@ -341,20 +347,20 @@ def test_a_small_answer_is_one_message_with_everything(stub: pb_grpc.InferenceSt
     assert all(not message.HasField("run") for message in messages[1:])
 
 
-def test_a_seed_that_was_drawn_is_told_and_repeats_the_answer(client: samovar.Client) -> None:
+def test_drawn_seed_is_returned_and_reproduces_the_rows(client: samovar.Client) -> None:
     first = client.sample(VAE, 4)
     again = client.sample(VAE, 4, seed=first.run.seed)
     assert np.array_equal(first.value, again.value)
 
 
-def test_large_samples_come_in_chunks(stub: pb_grpc.InferenceStub) -> None:
+def test_large_sample_is_streamed_in_chunks(stub: pb_grpc.InferenceStub) -> None:
     messages = list(stub.Sample(pb.SampleRequest(model=selector(), rows=40_000, seed=3)))
     assert len(messages) > 1
     assert max(message.ByteSize() for message in messages) < 2 << 20
     assert sorted(index for message in messages for index in message.rows.indices) == list(range(40_000))
 
 
-def test_previews_show_rows_on_the_way(client: samovar.Client) -> None:
+def test_previews_arrive_before_their_rows(client: samovar.Client) -> None:
     with client.stream(DIFFUSION, 3, seed=1, preview_every=2, parameters={"steps": 7}) as stream:
         events = list(stream)
     previews = [event for event in events if isinstance(event, samovar.Preview)]
@@ -364,7 +370,7 @@ def test_previews_show_rows_on_the_way(client: samovar.Client) -> None:
     assert np.array_equal(finished[0].outputs["image"], plain.value)
 
 
-def test_a_score_says_what_it_is(client: samovar.Client) -> None:
+def test_score_has_kind_draws_and_standard_error(client: samovar.Client) -> None:
     scores = client.score(VAE, IMAGES, seed=1, parameters={"draws": 25})
     assert scores.kind == samovar.ScoreKind.LOWER_BOUND
     assert scores.draws == 25
@@ -373,19 +379,19 @@ def test_a_score_says_what_it_is(client: samovar.Client) -> None:
     assert np.allclose(scores.bits_per_dimension, -scores.nats / (64 * np.log(2)))
 
 
-def test_one_row_of_an_input_serves_every_row(client: samovar.Client) -> None:
+def test_input_with_one_row_applies_to_every_row(client: samovar.Client) -> None:
     same = client.sample(DIFFUSION, 4, seed=1, inputs={"label": np.array([3])}, parameters={"steps": 2})
     each = client.sample(DIFFUSION, 4, seed=1, inputs={"label": np.full(4, 3)}, parameters={"steps": 2})
     assert np.array_equal(same.value, each.value)
 
 
-def test_timings_say_where_the_time_went(client: samovar.Client) -> None:
+def test_timings_are_plausible(client: samovar.Client) -> None:
     timings = client.sample(DIFFUSION, 4, parameters={"steps": 10}).timings
     assert 0 <= timings.queue < 60
     assert 0 < timings.compute <= timings.run < 60
 
 
-def test_models_are_listed_in_pages(stub: pb_grpc.InferenceStub) -> None:
+def test_models_are_listed_in_pages_by_name(stub: pb_grpc.InferenceStub) -> None:
     first = stub.ListModels(pb.ListModelsRequest(page_size=1))
     second = stub.ListModels(pb.ListModelsRequest(page_size=1, page_token=first.next_page_token))
     names = [page.models[0].manifest.name for page in (first, second)]
@@ -394,62 +400,73 @@ def test_models_are_listed_in_pages(stub: pb_grpc.InferenceStub) -> None:
     assert all(not model.manifest.golden_rows for model in first.models)
     with pytest.raises(grpc.RpcError) as raised:
         stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="0" * 5000))
-    assert set(refusal(raised.value)[1]) == {"page_size", "page_token"}
+    assert set(code_and_violations(raised.value)[1]) == {"page_size", "page_token"}
 
 
-def test_a_passed_deadline_is_deadline_exceeded(client: samovar.Client, server: RunningServer) -> None:
+def test_passed_deadline_is_deadline_exceeded_and_frees_rows(
+    client: samovar.Client, server: RunningServer
+) -> None:
     with pytest.raises(samovar.DeadlineExceeded):
         client.sample(DIFFUSION, 50_000, timeout=0.2, parameters={"steps": 200})
     assert_idle(server)
 
 
-def test_a_cancelled_call_frees_its_rows(client: samovar.Client, server: RunningServer) -> None:
+def test_cancelled_call_frees_its_rows(client: samovar.Client, server: RunningServer) -> None:
     with client.stream(DIFFUSION, 5_000, preview_every=1, parameters={"steps": 200}) as stream:
         next(iter(stream))
-        assert server.app.engine.num_active > 0
+        assert server.app.engine.num_running > 0
     assert_idle(server)
 
 
-def test_a_slow_reader_is_not_computed_for_without_bound(server: RunningServer) -> None:
+def test_slow_reader_pauses_its_request(server: RunningServer) -> None:
     engine = server.app.engine
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     with grpc.insecure_channel(server.address, narrow) as channel:
         call = pb_grpc.InferenceStub(channel).Sample(pb.SampleRequest(model=selector(), rows=100_000, seed=1))
         next(call)
-        await_true(lambda: engine.num_waiting > 0 and engine.num_active == 0, "the engine did not pause")
+        wait_until(lambda: engine.num_queued > 0 and engine.num_running == 0, "the engine did not pause")
         assert sum(len(message.rows.indices) for message in call) > 50_000
     assert_idle(server)
 
 
-def test_an_answer_that_would_not_fit_is_refused_before_it_is_computed(models: Path) -> None:
-    with serving(models, max_message_mib=1) as server, grpc.insecure_channel(server.address) as channel:
+def test_response_above_message_limit_is_rejected_before_computing(models: Path) -> None:
+    with (
+        serving(models, formats=("onnx",), max_message_mib=1) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         stub = pb_grpc.InferenceStub(channel)
         latents = tensors.pack(np.zeros((16_384, 16), np.float32)[:15_000])
         assert stub.Decode(pb.TransformRequest(model=selector(), inputs={"latent": latents})).outputs
         images = tensors.pack(np.zeros((10_000, 8, 8), np.uint8))
         with pytest.raises(grpc.RpcError) as raised:
             stub.Encode(pb.TransformRequest(model=selector(), inputs={"image": images}))
-        assert "first_row" in refusal(raised.value)[1]["inputs"]
+        assert "first_row" in code_and_violations(raised.value)[1]["inputs"]
 
 
-def test_the_client_splits_what_does_not_fit(models: Path, client: samovar.Client) -> None:
+def test_client_splits_request_above_message_limit(models: Path, client: samovar.Client) -> None:
     images = np.arange(20_000 * 64, dtype=np.uint32).astype(np.uint8).reshape(-1, 8, 8) % 17
-    with serving(models, max_message_mib=1) as server, samovar.Client(server.address) as small:
+    with (
+        serving(models, formats=("onnx",), max_message_mib=1) as server,
+        samovar.Client(server.address) as small,
+    ):
         parameters = {"latent": "draw"}
         split = small.reconstruct(VAE, images, seed=5, parameters=parameters)
     whole = client.reconstruct(VAE, images, seed=5, parameters=parameters)
     assert np.array_equal(split.value, whole.value)
 
 
-def test_too_many_waiting_rows_are_refused_with_a_time_to_retry(models: Path) -> None:
-    with serving(models, max_queued_rows=200) as server, samovar.Client(server.address) as client:
+def test_request_above_queue_limit_is_rejected_with_retry_delay(models: Path) -> None:
+    with (
+        serving(models, formats=("onnx",), max_queued_rows=200) as server,
+        samovar.Client(server.address) as client,
+    ):
         long = {"steps": 200}
         with client.stream(DIFFUSION, 200, preview_every=1, parameters=long) as stream:
             next(iter(stream))
             with pytest.raises(samovar.Overloaded) as refused:
                 client.sample(DIFFUSION, 200)
             assert refused.value.retry_delay
-        await_true(lambda: server.app.engine.num_waiting == 0, "rows were left in the engine")
+        wait_until(lambda: server.app.engine.num_queued == 0, "rows are left in the engine")
         assert len(client.sample(DIFFUSION, 200, parameters={"steps": 1}).value) == 200
         with pytest.raises(samovar.InvalidRequest):
             client.sample(DIFFUSION, 201)
