@@ -198,7 +198,7 @@ class App:
 
     def _admit(self, model: Model, seconds: float) -> None:
         for loaded in model.programs.values():
-            program = self.repository.programs[loaded.key]
+            program = self.repository.runners[loaded.key]
             self.engine.add(loaded.key, program)
             self.metrics.expect(loaded.key)
             if not loaded.is_bitwise:
