@@ -1,10 +1,10 @@
-# The server and nothing else: no exporter, no training code, no models.
+# Image of the server. It contains no exporter, no training code and no models.
 #
 #   docker build -t samovar .
 #   docker run --gpus all -p 8001:8001 -p 8002:8002 -v "$PWD/models:/models:ro" samovar
 #
-# CUDA comes with the wheels of torch and onnxruntime-gpu; the host needs NVIDIA's
-# driver and container toolkit. Without --gpus the server runs on the CPU.
+# The wheels of torch and onnxruntime-gpu contain CUDA; the host needs NVIDIA's driver
+# and container toolkit. Without --gpus the server runs on the CPU.
 
 FROM python:3.12-slim AS build
 WORKDIR /build

@@ -1,3 +1,3 @@
-"""Samovar's server: runs the programs of artifacts, batched, over gRPC. Knows no model family."""
+"""gRPC server for generative models; its folders are layers."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""python -m server: flags and environment to Config to App.run."""
+"""Command line of the server: python -m server."""
 
 import asyncio
 import logging
@@ -13,7 +13,12 @@ async def _serve(settings: config.Config) -> None:
 
 
 def main() -> int:
-    """Serve until told to stop: 0 after an orderly stop, 1 without a start, 130 when interrupted twice."""
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        The exit status: 0 after an orderly stop, 1 if the server could not start or failed, 130 after a
+        second SIGINT.
+    """
     settings = config.parse()
     process.configure(settings.log_level)
     try:

@@ -1,6 +1,6 @@
-"""The server's life: start, load, serve, drain, stop.
+"""Server application: creates the parts, and starts, loads, serves, drains and stops.
 
-Listens at once and says NOT_SERVING until every model has been proven and warmed.
+The server listens at once, and reports NOT_SERVING until all models are loaded, verified and warm.
 """
 
 import asyncio
@@ -31,13 +31,29 @@ from server.models.repository import Repository
 from server.rpc.grpc_server import GrpcServer, bind_errors
 from server.rpc.servicer import library_versions
 from server.rpc.workers import WorkerPool
-from server.runtime import RUNTIMES, Device, OpenGraph
+from server.runtime import RUNTIMES, Device, OpenGraph, summarize_error
 
 log = logging.getLogger("samovar")
 
 
 class App:
-    """One server process: everything wired together, and started and stopped in order."""
+    """A server: repository, engine, gRPC and metrics. Create it on the event loop that runs it.
+
+    Args:
+        config: the settings.
+        runtimes: functions that open graphs, by format.
+        batching: the batching policy (default: continuous batching).
+        runner: the class that runs programs.
+
+    Attributes:
+        port: the gRPC port, after `startup`.
+        metrics_port: the Prometheus port, after `startup`.
+        num_rejected: number of artifacts that are not served because they are invalid.
+        has_failed: whether the server stops because the engine or the gRPC workers failed.
+
+    Raises:
+        RuntimeError: if there is no such device.
+    """
 
     def __init__(
         self,
@@ -48,7 +64,7 @@ class App:
     ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
-        self.device = Device(_device_name(config.device), config.intra_op_threads, config.cuda_graphs)
+        self.device = Device(_resolve_device(config.device), config.intra_op_threads, config.cuda_graphs)
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         scheduler = Scheduler(
             Limits(
@@ -60,7 +76,7 @@ class App:
         )
         self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes, runner)
         self.engine = Engine(
-            scheduler, self.metrics, reload_graphs=self.repository.reload_graphs, on_death=self._end
+            scheduler, self.metrics, reload_graphs=self.repository.reload_graphs, on_death=self._fail
         )
         self.frontend = self._build_frontend()
         self.port = 0
@@ -72,28 +88,38 @@ class App:
         self._metrics_server: Any = None
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; RuntimeError when the engine died."""
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            RuntimeError: if the server cannot start, or if the engine or the gRPC workers fail.
+        """
         with _stop_signals(self._stop):
             await self.startup()
             try:
                 await self.load()
                 if not self._stop.is_set():
-                    # What was loaded stays, and is much: no collection need look at it again.
+                    # Exempt the models from garbage collection: they are large and stay in memory.
                     gc.collect()
                     gc.freeze()
                     print(self.startup_banner(), flush=True)
                     await self._stop.wait()
             finally:
-                log.info("stopping: calls in flight have %g s", self.config.drain_timeout)
+                log.info("stopping; calls in flight have %g s to finish", self.config.drain_timeout)
                 await self.shutdown()
         if self.has_failed:
-            raise RuntimeError("the engine died; the log says why")
+            raise RuntimeError("the engine or a gRPC worker failed repeatedly; see the log for the cause")
 
     async def startup(self) -> None:
-        """Listen, as NOT_SERVING."""
+        """Listen for metrics and gRPC, and report NOT_SERVING.
+
+        Raises:
+            RuntimeError: if the models directory does not exist or a port cannot be bound.
+        """
         config = self.config
         if not config.models.is_dir():
-            raise RuntimeError(f"--models {config.models}: there is no such directory")
+            raise RuntimeError(
+                f"--models {config.models}: no such directory; expected a directory of artifacts"
+            )
         torch.set_num_threads(self.device.threads)
         with bind_errors(config.host, config.metrics_port, "--metrics-port"):
             self._metrics_server, _ = prometheus_client.start_http_server(
@@ -108,10 +134,10 @@ class App:
         self.metrics.queued_rows.set_function(lambda: self.engine.num_queued)
         self.metrics.running_rows.set_function(lambda: self.engine.num_running)
         log.info("listening on %s:%d; metrics on port %d", config.host, self.port, self.metrics_port)
-        log.info("graphs run on %s with %d CPU thread(s)", self.device.name, self.device.threads)
+        log.info("device: %s; CPU threads per graph call: %d", self.device.name, self.device.threads)
 
     async def load(self) -> None:
-        """Load what there is, start the engine, and say SERVING."""
+        """Load the models, start the engine, and report SERVING."""
         await asyncio.to_thread(self._load_all)
         if self._stop.is_set():
             return
@@ -119,38 +145,35 @@ class App:
         await self.frontend.open()
 
     async def shutdown(self) -> None:
-        """Stop in order: refuse new calls, let those in flight finish, stop the engine."""
+        """Reject new calls, let calls in flight finish, and stop the engine."""
         await self.frontend.close()
         await asyncio.to_thread(self.engine.stop)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
 
     def startup_banner(self) -> str:
-        """What is being served, and one line to try next."""
+        """Return the served models with their formats and operations, and an example command."""
         models = list(self.repository.registry)
         if not models and self.num_rejected:
-            return f"Serving nothing: all {self.num_rejected} artifacts were refused, for the reasons above."
+            return (
+                f"Serving no models: all {self.num_rejected} artifacts were rejected; see the errors above."
+            )
         if not models:
             return (
-                f"Serving nothing: no artifact under {self.config.models}. "
-                "Try: python -m export train-starters"
+                f"Serving no models: no artifacts in {self.config.models}. "
+                "To train some: python -m export train-starters"
             )
         lines = ["", "Serving:"]
         for model in models:
             operations = ", ".join(sorted(model.spec.programs))
             lines.append(f"  {model.name:24} {'+'.join(model.formats):18} {operations}")
-        address = "" if self.port == 8001 else f"--address 127.0.0.1:{self.port} "
-        lines += [
-            "",
-            f"Try next, in a second shell:  .venv/bin/samovar {address}{_example_command(models)}",
-            "",
-        ]
-        return "\n".join(lines)
+        address = "" if self.port == Config.port else f"--address 127.0.0.1:{self.port} "
+        command = f".venv/bin/samovar {address}{_example_command(models)}"
+        return "\n".join([*lines, "", f"Try in another shell:  {command}", ""])
 
     def _build_frontend(self) -> GrpcServer | WorkerPool:
-        """Who speaks gRPC: this process, or others for it."""
         parts = self.config, self.repository.registry, self.engine, self.metrics, self._info()
-        return WorkerPool(*parts, on_death=self._end) if self.config.grpc_workers else GrpcServer(*parts)
+        return WorkerPool(*parts, on_death=self._fail) if self.config.grpc_workers else GrpcServer(*parts)
 
     def _info(self) -> pb.ServerInfo:
         config = self.config
@@ -172,8 +195,8 @@ class App:
             drain_timeout_seconds=config.drain_timeout,
         )
 
-    def _end(self) -> None:
-        """The device thread or the front ends died: nothing can be served any more."""
+    def _fail(self) -> None:
+        """Stop the server, from any thread: the engine or the gRPC workers cannot recover."""
         self.has_failed = True
         self._loop.call_soon_threadsafe(self._stop.set)
 
@@ -184,35 +207,39 @@ class App:
             start = time.monotonic()
             try:
                 model = self.repository.load(directory)
-            except InvalidArtifact as refusal:
-                self._refuse(directory, str(refusal))
-            except Exception as error:  # whatever is wrong with one artifact, the others are served
-                self._refuse(directory, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            except InvalidArtifact as error:
+                self._reject(directory, str(error))
+            except Exception as error:  # The other artifacts are served, for any error in this one.
+                self._reject(directory, f"{type(error).__name__}: {summarize_error(error)}")
             else:
-                self._admit(model, time.monotonic() - start)
+                self._register(model, time.monotonic() - start)
 
-    def _refuse(self, directory: Path, reason: str) -> None:
-        log.error("refused %s: %s", directory, reason)
+    def _reject(self, directory: Path, reason: str) -> None:
+        log.error("rejected artifact %s: %s", directory, reason)
         self.num_rejected += 1
         self.metrics.artifacts_rejected.set(self.num_rejected)
 
-    def _admit(self, model: Model, seconds: float) -> None:
+    def _register(self, model: Model, load_seconds: float) -> None:
         for loaded in model.programs.values():
-            program = self.repository.runners[loaded.key]
-            self.engine.add(loaded.key, program)
+            runner = self.repository.runners[loaded.key]
+            self.engine.add(loaded.key, runner)
             self.metrics.expect(loaded.key)
             if not loaded.is_bitwise:
-                log.warning("%s is SEEDED, not BITWISE: its rows' low bits depend on their slot", loaded.key)
-            log.debug("%s runs in batches of %s", loaded.key, program.buckets)
-        self.metrics.model_load_seconds.labels(model.spec.name, model.spec.version).set(seconds)
+                log.warning(
+                    "%s is SEEDED, not BITWISE: the low bits of a row depend on its position in the batch",
+                    loaded.key,
+                )
+            log.debug("%s: batch sizes %s", loaded.key, runner.buckets)
+        spec = model.spec
+        self.metrics.model_load_seconds.labels(spec.name, spec.version).set(load_seconds)
         for format_ in model.formats:
-            labels = model.spec.name, model.spec.version, format_, model.manifest.family, model.spec.digest
+            labels = spec.name, spec.version, format_, model.manifest.family, spec.digest
             self.metrics.model_info.labels(*labels).set(1)
-        log.info("loaded %s as %s in %.1f s", model.name, ", ".join(model.formats), seconds)
+        log.info("loaded %s: formats %s, %.1f s", model.name, ", ".join(model.formats), load_seconds)
 
 
 def _example_command(models: Sequence[Model]) -> str:
-    """A command of the client: samples as a picture, where a model makes pictures."""
+    """Return arguments of the client that sample a model, preferably one of images."""
     sampled = [model for model in models if "sample" in model.spec.programs]
     for model in sampled:
         if model.manifest.data_spec.kind == manifest_pb2.DataSpec.KIND_IMAGE:
@@ -221,28 +248,25 @@ def _example_command(models: Sequence[Model]) -> str:
 
 
 def _artifact_directories(root: Path) -> Iterator[Path]:
-    """Every <name>/<version> under the models directory; what starts with a dot is none of ours."""
+    """Yield each NAME/VERSION directory; names that start with a dot are skipped."""
     yield from (path for path in root.glob("[!.]*/[!.]*") if path.is_dir())
 
 
-def _device_name(asked: str) -> str:
+def _resolve_device(name: str) -> str:
+    """Return the device that a setting names; RuntimeError if there is no such device."""
     num_gpus = torch.cuda.device_count()
-    if asked == "auto":
+    if name == "auto":
         return "cuda" if num_gpus else "cpu"
-    if asked not in {
-        "cpu",
-        *(["cuda"] if num_gpus else []),
-        *(f"cuda:{number}" for number in range(num_gpus)),
-    }:
-        raise RuntimeError(
-            f"--device {asked}: expected cpu, or one of the {num_gpus} GPUs that PyTorch finds"
-        )
-    return asked
+    gpus = ["cuda", *(f"cuda:{index}" for index in range(num_gpus))] if num_gpus else []
+    if name not in ("cpu", *gpus):
+        expected = ", ".join(["auto", "cpu", *gpus])
+        raise RuntimeError(f"--device {name}: no such device in PyTorch; expected one of: {expected}")
+    return name
 
 
 @contextlib.contextmanager
 def _stop_signals(stop: asyncio.Event) -> Iterator[None]:
-    """The first SIGTERM or SIGINT sets the event; a second one ends the process, as it would have before."""
+    """Set an event on the first SIGTERM or SIGINT; a second one has its default effect."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 

@@ -1,1 +1,1 @@
-"""gRPC and protobuf: servicer, codec, status codes, health, worker processes."""
+"""gRPC and protobuf: the service, message conversion, status codes, health and worker processes."""

@@ -1,6 +1,6 @@
-"""Health, by grpc.health.v1: NOT_SERVING until every model is warm, and while draining.
+"""Health service (grpc.health.v1): NOT_SERVING until all models are loaded, and while the server drains.
 
-`python -m server.rpc.health` asks a server and exits with 0 when it serves.
+`python -m server.rpc.health` checks a server and exits with status 0 if it reports SERVING.
 """
 
 import argparse
@@ -16,13 +16,13 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health:
-    """The standard health service, for the server as a whole and for Inference."""
+    """Health service for the server as a whole ("") and for the inference service."""
 
     def __init__(self) -> None:
         self._servicer = health.aio.HealthServicer()
 
     async def add_to(self, server: grpc.aio.Server) -> None:
-        """Register with a server that has not started; it is NOT_SERVING."""
+        """Register with a server that has not started, and report NOT_SERVING."""
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
         await self.set_serving(False)
 
@@ -31,28 +31,30 @@ class Health:
             await self._servicer.set(service, SERVING if is_serving else NOT_SERVING)
 
     async def shut_down(self) -> None:
-        """NOT_SERVING from now on, whatever is set later."""
+        """Report NOT_SERVING for good; later calls of `set_serving` have no effect."""
         await self._servicer.enter_graceful_shutdown()
 
 
-async def is_serving(address: str, seconds: float) -> bool:
-    """Whether the server at an address says that it serves."""
+async def is_serving(address: str, timeout_seconds: float) -> bool:
+    """Return whether the server at an address reports SERVING within a timeout."""
     async with grpc.aio.insecure_channel(address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         try:
-            response = await check(health_pb2.HealthCheckRequest(service=INFERENCE), timeout=seconds)
+            response = await check(health_pb2.HealthCheckRequest(service=INFERENCE), timeout=timeout_seconds)
         except grpc.aio.AioRpcError:
             return False
     return bool(response.status == SERVING)
 
 
 def main() -> int:
-    """Ask, print and exit: the container's health check."""
+    """Check a server and print its status; returns the exit status. The container's health check."""
     parser = argparse.ArgumentParser(
-        prog="python -m server.rpc.health", description="Exit with 0 when a server serves."
+        prog="python -m server.rpc.health", description="Exit with status 0 if a server reports SERVING."
     )
     parser.add_argument("--address", default="127.0.0.1:8001", help="HOST:PORT (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=3.0, help="seconds to wait (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=3.0, help="timeout in seconds (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     serving = asyncio.run(is_serving(arguments.address, arguments.timeout))
     print("SERVING" if serving else "NOT_SERVING")

@@ -1,7 +1,7 @@
-"""Processes that speak gRPC on one port, for the engine in another.
+"""Worker processes that speak gRPC on one port for the engine in another process.
 
-A front end holds no model: it reads and writes messages, which is most of what a small call costs,
-and leaves the interpreter of the engine's process to the device thread. Needs no torch.
+A worker holds no model. It decodes and encodes messages, which is most of the cost of a small call, and
+leaves the GIL of the engine's process to the device thread. Needs no torch.
 """
 
 import asyncio
@@ -21,162 +21,182 @@ from server import process
 from server.config import Config
 from server.core.restart_policy import RestartPolicy
 from server.models.registry import Model, ModelRegistry
-from server.rpc.grpc_server import DRAIN_NOTICE_SECONDS, GrpcServer, bind_errors
+from server.rpc.grpc_server import DRAIN_NOTICE_SECONDS, GrpcServer, bind, bind_errors
 from server.rpc.ipc import IpcEngineClient, IpcEngineServer, WorkerObserver
 from server.rpc.response_stream import EngineClient
 
 log = logging.getLogger("samovar")
 
-START_SECONDS = 120.0
-# So many that ended by themselves within the period are one too many.
+START_TIMEOUT_SECONDS = 120.0
+# More unexpected exits than this within the period stop the server.
 MAX_RESTARTS = 5
 RESTART_PERIOD_SECONDS = 60.0
-# Beyond the grace that calls in flight have.
-EXIT_SECONDS = DRAIN_NOTICE_SECONDS + 5.0
+# Time that a worker has to exit after the drain timeout.
+EXIT_TIMEOUT_SECONDS = DRAIN_NOTICE_SECONDS + 5.0
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A front end and the engine's end of its link."""
+    """A worker process, and the engine's end of its connection."""
 
     process: SpawnProcess
-    host: IpcEngineServer
+    ipc_server: IpcEngineServer
 
 
 class WorkerPool:
-    """As many front ends as the configuration asks for; one that ends by itself is started again.
+    """Worker processes, restarted when they exit unexpectedly; has the interface of `GrpcServer`.
 
-    Listens, opens and closes as an Edge does. `on_death` is told when starting again is no use.
+    Args:
+        config: settings of the server; `grpc_workers` is the number of processes.
+        registry: the served models, sent to the workers by `open`.
+        engine: runs the requests of all workers.
+        observer: receives the calls, exits and restarts of workers.
+        info: the response to GetServerInfo.
+        on_death: called on the event loop when workers exit too often to be restarted.
     """
 
     def __init__(
         self,
         config: Config,
-        catalogue: ModelRegistry,
+        registry: ModelRegistry,
         engine: EngineClient,
         observer: WorkerObserver,
         info: pb.ServerInfo,
         on_death: Callable[[], None],
     ) -> None:
-        self._config, self._info = config, info
-        self._catalogue = catalogue
-        self._engine, self._observer = engine, observer
+        self._config = config
+        self._info = info
+        self._registry = registry
+        self._engine = engine
+        self._observer = observer
         self._on_death = on_death
         self._context = multiprocessing.get_context("spawn")
-        self._running: list[Worker] = []
+        self._workers: list[Worker] = []
         self._restarts = RestartPolicy(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
-        self._port: socket.socket | None = None
+        self._socket: socket.socket | None = None
         self._is_open = False
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run."""
-        return [each.process.pid for each in self._running if each.process.pid]
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers if worker.process.pid]
 
     async def listen(self, port: int) -> int:
-        """Start the front ends, which listen as NOT_SERVING, and return their port."""
-        self._port = _reserved(self._config.host, port)
+        """Start the workers, which listen and report NOT_SERVING.
+
+        Args:
+            port: the port that the workers share, or 0 for a free one.
+
+        Returns:
+            The port.
+
+        Raises:
+            RuntimeError: if the port cannot be bound or a worker does not start.
+        """
+        self._socket = _reserve_port(self._config.host, port)
         for _ in range(self._config.grpc_workers):
             self._start()
-        for each in list(self._running):
-            if not await asyncio.to_thread(each.host.is_listening.wait, START_SECONDS):
-                raise RuntimeError(f"a front end did not listen within {START_SECONDS:g} s; the log says why")
-        return _number(self._port)
+        for worker in list(self._workers):
+            if not await asyncio.to_thread(worker.ipc_server.is_listening.wait, START_TIMEOUT_SECONDS):
+                raise RuntimeError(
+                    f"gRPC worker did not listen within {START_TIMEOUT_SECONDS:g} s; see the log"
+                )
+        return _port(self._socket)
 
     async def open(self) -> None:
-        """Have calls taken from now on."""
+        """Send the models to the workers, which then accept calls and report SERVING."""
         self._is_open = True
-        for each in self._running:
-            each.host.open(list(self._catalogue))
+        for worker in self._workers:
+            worker.ipc_server.open(list(self._registry))
 
     async def close(self) -> None:
-        """Have calls in flight finished, and the processes ended."""
-        assert self._port is not None, "closed before it listened. This is a bug."
-        for each in self._running:
-            asyncio.get_running_loop().remove_reader(each.process.sentinel)
-            each.host.close()
-        patience = time.monotonic() + self._config.drain_timeout + EXIT_SECONDS
-        for each in self._running:
-            await asyncio.to_thread(each.process.join, max(0.0, patience - time.monotonic()))
-            each.process.kill()
-        self._port.close()
+        """Drain the workers and stop them; kill those that do not exit in time."""
+        assert self._socket is not None, "close() before listen(). This is a bug."
+        for worker in self._workers:
+            asyncio.get_running_loop().remove_reader(worker.process.sentinel)
+            worker.ipc_server.close()
+        deadline = time.monotonic() + self._config.drain_timeout + EXIT_TIMEOUT_SECONDS
+        for worker in self._workers:
+            await asyncio.to_thread(worker.process.join, max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+        self._socket.close()
 
     def _start(self) -> None:
-        assert self._port is not None, "started without a port. This is a bug."
-        ours, theirs = self._context.Pipe()
-        arguments = self._config, self._info, theirs, _number(self._port)
-        process = self._context.Process(target=serve, args=arguments, name="front-end", daemon=True)
+        assert self._socket is not None, "a worker started before listen(). This is a bug."
+        engine_end, worker_end = self._context.Pipe()
+        arguments = self._config, self._info, worker_end, _port(self._socket)
+        process = self._context.Process(target=serve, args=arguments, name="grpc-worker", daemon=True)
         process.start()
-        theirs.close()
-        host = IpcEngineServer(ours, self._engine, self._observer)
-        host.start()
+        worker_end.close()
+        ipc_server = IpcEngineServer(engine_end, self._engine, self._observer)
+        ipc_server.start()
         if self._is_open:
-            host.open(list(self._catalogue))
-        running = Worker(process, host)
-        self._running.append(running)
-        asyncio.get_running_loop().add_reader(process.sentinel, self._replace, running)
+            ipc_server.open(list(self._registry))
+        worker = Worker(process, ipc_server)
+        self._workers.append(worker)
+        asyncio.get_running_loop().add_reader(process.sentinel, self._replace, worker)
 
-    def _replace(self, ended: Worker) -> None:
-        """A front end has ended by itself."""
-        asyncio.get_running_loop().remove_reader(ended.process.sentinel)
-        self._running.remove(ended)
-        ended.process.join()
-        log.error("a front end ended by itself, with exit code %s", ended.process.exitcode)
+    def _replace(self, worker: Worker) -> None:
+        """Restart a worker that exited unexpectedly, or give up."""
+        asyncio.get_running_loop().remove_reader(worker.process.sentinel)
+        self._workers.remove(worker)
+        worker.process.join()
+        reason = f"gRPC worker exited unexpectedly (exit code {worker.process.exitcode})"
         if self._restarts.is_exhausted(time.monotonic()):
+            log.error(
+                "%s; stopping after %d restarts within %g s", reason, MAX_RESTARTS, RESTART_PERIOD_SECONDS
+            )
             self._on_death()
             return
+        log.error("%s; restarting it", reason)
         self._observer.on_worker_restart()
         self._start()
 
 
-def _reserved(host: str, port: int) -> socket.socket:
-    """A port that front ends may share, and nobody else has."""
+def _reserve_port(host: str, port: int) -> socket.socket:
+    """Return a bound socket for a port that workers can share and that no other program uses."""
     with bind_errors(host, port, "--port"):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as alone:
-            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind(address)
-        shared = socket.socket(family, kind, protocol)
-        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        shared.bind(address)
-    return shared
+        # Without SO_REUSEPORT, binding fails if another program has the port.
+        bind(host, port).close()
+        return bind(host, port, socket.SO_REUSEPORT)
 
 
-def _number(bound: socket.socket) -> int:
+def _port(bound: socket.socket) -> int:
     port: int = bound.getsockname()[1]
     return port
 
 
 def serve(config: Config, info: pb.ServerInfo, connection: Connection, port: int) -> None:
-    """A front end's life, as a process: until the engine's process asks it to end, or is gone."""
-    # An interrupt from the keyboard reaches every process; the engine's asks the others to end.
+    """Run a worker process until the engine's process asks it to stop, or exits."""
+    # Ctrl-C signals every process of the group; the engine's process asks the workers to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.configure(config.log_level)
     asyncio.run(_serve(config, info, connection, port))
 
 
 async def _serve(config: Config, info: pb.ServerInfo, connection: Connection, port: int) -> None:
-    loop, stop, told = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    models_received, stop = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    catalogue = ModelRegistry()
+    registry = ModelRegistry()
 
-    def fill(models: Sequence[Model]) -> None:
+    def add_models(models: Sequence[Model]) -> None:
         for model in models:
-            catalogue.add(model)
-        told.set()
+            registry.add(model)
+        models_received.set()
 
-    async def open_when_told() -> None:
-        await told.wait()
+    async def open_with_models() -> None:
+        await models_received.wait()
         gc.collect()
         gc.freeze()
-        await edge.open()
+        await server.open()
 
-    link = IpcEngineClient(connection, loop, fill, stop.set)
-    edge = GrpcServer(config, catalogue, link, link, info)
-    await edge.listen(port, is_shared=True)
-    link.listening()
-    opening = asyncio.create_task(open_when_told())
+    ipc_client = IpcEngineClient(connection, loop, on_open=add_models, on_close=stop.set)
+    server = GrpcServer(config, registry, ipc_client, ipc_client, info)
+    await server.listen(port, reuse_port=True)
+    ipc_client.listening()
+    opening = asyncio.create_task(open_with_models())
     await stop.wait()
     opening.cancel()
-    await edge.close()
-    link.close()
+    await server.close()
+    ipc_client.close()
