@@ -1,94 +1,98 @@
-"""Do a model's images teach a classifier? Train it on generated images, test it on real ones.
+"""Train a classifier on generated images, on real ones and on both, and test it on other real images.
 
 python augment.py --images digits.npz                        # real images and their classes
-python augment.py digits-diffusion --method edit --strength 0.3
-python augment.py --real 50 --generated 2000                 # few real ones: where augmentation may help
+python augment.py digits-diffusion --variant edit --strength 0.3
+python augment.py --real 50 --generated 2000                 # few real images: augmentation may help
 
-The classification accuracy score of Ravuri & Vinyals (2019): the accuracy on real images of a classifier that
-saw generated ones only. Beside it that of real ones, and of both together, which is what augmentation is for.
-The classifier takes the vote of the 5 nearest images in pixels. Images are made class by class; with --method
-edit each is made from a real one of its class, changed by as much as --strength says. Give images that the
-model was not trained on. ± is one standard error over the test images; they are the same for all three.
+The accuracy after training on generated images alone is the classification accuracy score of Ravuri and
+Vinyals (2019). The classifier is the majority vote of the 5 nearest neighbors in pixel space. With --variant
+edit, each generated image is a real image of the same class, changed by --strength. Use images that are not
+in the model's training set. ± is one standard error over the test images; all three classifiers see the same
+ones.
 """
 
 import argparse
 
 import numpy as np
-import pictures
+import recipe_utils as utils
 
 import samovar
 
-NEIGHBOURS = 5
+NUM_NEIGHBORS = 5
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    options = _build_parser().parse_args()
     with samovar.Client(options.address, timeout=None) as client:
-        model = pictures.served(client, lambda each: _suits(each, options), "draws by class in that way")[0]
-        images = pictures.load(client, model, options, options.real + options.test, labelled=True)
+        requirement = "samples by class in this way"
+        models = utils.find_models(client, lambda model: _is_suitable(model, options), requirement)
+        model, count = models[0], options.real + options.test
+        images = utils.load_images(client, model, options, count, needs_labels=True)
         if not options.images:
-            print(f"No --images: {images.origin} stand for real ones, so this shows the recipe and no more.")
+            print(f"No --images: {images.source} replace real images. The result only shows the recipe.")
         real, test = images[: options.real], images[options.real :]
-        made = _generate(client, model, real, options)
-        _judge(client, model, made)
-    both = np.concatenate([real.rows, made.rows]), np.concatenate([real.labels, made.labels])
-    teachers = {"real only": real, "generated only": made, "both": pictures.Images(*both, "both")}
-    for name, taught in teachers.items():
-        print(f"{name:<16} {len(taught.rows):6} images, {_share(_vote(taught, test.rows) == test.labels)}")
-    classes = [made.rows[made.labels == label] for label in np.unique(made.labels)]
-    pictures.save(options.output, [rows[: min(10, *map(len, classes))] for rows in classes], model)
+        generated = _generate(client, model, real, options)
+        for classifier in utils.find_classifiers(client, model):
+            predicted = client.classify(classifier.name, generated.rows).value.argmax(axis=1)
+            accuracy = _accuracy(predicted == generated.labels)
+            print(f"{classifier.name} predicts the requested class: {accuracy}")
+    rows = np.concatenate([real.rows, generated.rows])
+    both = utils.Images(rows, np.concatenate([real.labels, generated.labels]), "both")
+    for name, train in {"real only": real, "generated only": generated, "both": both}.items():
+        hits = _classify(train, test.rows) == test.labels
+        print(f"{name:<16} {len(train.rows):6} images, {_accuracy(hits)}")
+    by_class = [generated.rows[generated.labels == label] for label in np.unique(generated.labels)]
+    num_columns = min(10, *map(len, by_class))
+    utils.save_grid(options.output, [rows[:num_columns] for rows in by_class], model)
 
 
 def _generate(
-    client: samovar.Client, model: samovar.Model, real: pictures.Images, options: argparse.Namespace
-) -> pictures.Images:
+    client: samovar.Client, model: samovar.Model, real: utils.Images, options: argparse.Namespace
+) -> utils.Images:
+    """Return generated images with the classes in rotation, or edited copies of the real images."""
     count, inputs, parameters = options.generated, {}, {}
-    if options.method:
-        chosen = np.arange(count) % len(real.rows)
-        labels, inputs[model.value.tensor.name] = real.labels[chosen], real.rows[chosen]
+    if options.variant:
+        indices = np.arange(count) % len(real.rows)
+        labels, inputs[model.data_spec.tensor.name] = real.labels[indices], real.rows[indices]
         parameters["strength"] = options.strength
     else:
-        labels = np.arange(count) % len(model.value.class_labels)
-    settings = {"seed": options.seed, "method": options.method, "parameters": parameters}
-    made = client.sample(model.name, count, inputs={"label": labels, **inputs}, **settings).value
+        labels = np.arange(count) % len(model.data_spec.class_labels)
+    settings = {"seed": options.seed, "variant": options.variant, "parameters": parameters}
+    rows = client.sample(model.name, count, inputs={"label": labels, **inputs}, **settings).value
     print(f"{count} images of {model.name}, seed {options.seed}")
-    return pictures.Images(made, labels, model.name)
+    return utils.Images(rows, labels, model.name)
 
 
-def _judge(client: samovar.Client, model: samovar.Model, made: pictures.Images) -> None:
-    """Whether served classifiers see the classes that were asked for."""
-    for judge in pictures.judges(client, model):
-        seen = client.classify(judge.name, made.rows).value.argmax(axis=1)
-        print(f"{judge.name} sees the class that was asked for: {_share(seen == made.labels)}")
+def _classify(train: utils.Images, test: np.ndarray) -> np.ndarray:
+    """Return the most common class of the nearest training images; in a tie, the lowest class index."""
+    references, queries = (rows.reshape(len(rows), -1).astype(np.float32) for rows in (train.rows, test))
+    # The squared distance without the term that is the same for all references.
+    distances = (references**2).sum(1) - 2 * queries @ references.T
+    nearest = train.labels[distances.argsort(axis=1)[:, :NUM_NEIGHBORS]]
+    return np.array([np.bincount(labels).argmax() for labels in nearest])
 
 
-def _vote(taught: pictures.Images, test: np.ndarray) -> np.ndarray:
-    """The commonest class among the nearest rows of each test row; of equally common ones, the first."""
-    known, asked = (each.reshape(len(each), -1).astype(np.float32) for each in (taught.rows, test))
-    distances = (known**2).sum(1) - 2 * asked @ known.T
-    nearest = taught.labels[distances.argsort(axis=1)[:, :NEIGHBOURS]]
-    return np.array([np.bincount(each).argmax() for each in nearest])
-
-
-def _share(hits: np.ndarray) -> str:
+def _accuracy(hits: np.ndarray) -> str:
     return f"accuracy {hits.mean():.3f} ± {hits.std() / len(hits) ** 0.5:.3f}"
 
 
-def _suits(model: samovar.Model, options: argparse.Namespace) -> bool:
-    way = model.operations.get(f"sample:{options.method}" if options.method else "sample")
-    return way is not None and pictures.has_inputs(way, "label") and options.model in ("", model.name)
+def _is_suitable(model: samovar.Model, options: argparse.Namespace) -> bool:
+    operation = model.operations.get(f"sample:{options.variant}" if options.variant else "sample")
+    takes_label = operation is not None and utils.has_inputs(operation, "label")
+    return takes_label and options.model in ("", model.name)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = pictures.parser(__doc__, "augment.png")
-    parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="whose images to learn from")
-    parser.add_argument("--method", choices=("", "edit"), default="", help="from noise, or from real images")
-    parser.add_argument("--strength", type=float, default=0.3, help="of an edit, 0 to 1 (%(default)s)")
-    parser.add_argument("--real", type=int, default=200, help="real images to learn from (%(default)s)")
-    parser.add_argument("--test", type=int, default=400, help="real images to test on (%(default)s)")
-    parser.add_argument("--generated", type=int, default=1000, help="images to generate (%(default)s)")
+def _build_parser() -> argparse.ArgumentParser:
+    parser = utils.build_parser(__doc__, "augment.png")
+    utils.add_model(parser)
+    variant_help = "edit: change real images (default: sample from noise)"
+    parser.add_argument("--variant", choices=("", "edit"), default="", help=variant_help)
+    utils.add_number(parser, "--strength", 0.3, "strength of an edit, 0 to 1")
+    utils.add_number(parser, "--real", 200, "number of real training images")
+    utils.add_number(parser, "--test", 400, "number of real test images")
+    utils.add_number(parser, "--generated", 1000, "number of generated images")
     return parser
 
 
 if __name__ == "__main__":
-    pictures.run(main)
+    utils.run_recipe(main)

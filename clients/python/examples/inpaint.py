@@ -1,90 +1,93 @@
-"""Hide a part of some images and let every model that can fill it in; save all answers in one picture.
+"""Hide a part of some images, inpaint it with each model that can, and save the results as a grid.
 
-python inpaint.py                                       # every model that takes known pixels
-python inpaint.py --hide right --images mine.npy        # images of your own
+python inpaint.py                                       # all models that take known pixels
+python inpaint.py --hide right --images mine.npy        # images of a file
 python inpaint.py digits-pixelcnn --hide middle
 
-What can: any way to `sample` that takes an image and a mask `known`. How near an answer is to a draw from
-the model given what is known differs: each way says below whether it is exact or approximate, and when.
-The error is the mean difference from what was hidden, in levels. No model aims at a small one, for there is
-more than one way to go on; it tells those that heed what is known from those that do not.
+The recipe uses each `sample` operation, and each of its variants, with an input image and a mask `known`.
+Some of them sample exactly from the model's distribution given the known pixels, others approximately; the
+output states which. The error is the mean absolute difference from the hidden pixels, in levels. It shows
+whether a model uses the known pixels. Lower is not always better: more than one image fits the known pixels.
 """
 
 import argparse
 
 import numpy as np
-import pictures
+import recipe_utils as utils
 
 import samovar
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    options = _build_parser().parse_args()
     with samovar.Client(options.address, timeout=None) as client:
-        models = pictures.served(client, lambda each: _suits(each, options.models), "takes known pixels")
-        models = pictures.alike(models)
-        images = pictures.load(client, models[0], options, options.count)
-        known = _mask(images.rows, options.hide)
-        lines = [images.rows, images.rows * known]
-        print(f"line 1: {images.origin}\nline 2: the same, the {options.hide} part hidden")
+        models = utils.with_same_rows(
+            utils.find_models(client, lambda model: _is_suitable(model, options.models), "takes known pixels")
+        )
+        images = utils.load_images(client, models[0], options, options.count)
+        known = _known_mask(images.rows, options.hide)
+        grid = [images.rows, images.rows * known]
+        print(f"grid row 1: {images.source}\ngrid row 2: the same with the {options.hide} part hidden")
         for model in models:
-            for way in filter(_fills, model.operations.values()):
-                filled = _fill(client, model, way, images.rows, known, options)
-                assert (filled == images.rows)[known == 1].all(), "what is known stays"
-                lines.append(filled)
-                error = np.abs(filled.astype(float) - images.rows)[known == 0].mean()
-                print(f"line {len(lines)}: {model.name}, {way.name}: error {error:.2f}\n    {_said(way)}")
-    pictures.save(options.output, lines, models[0])
+            for operation in filter(_can_inpaint, model.operations.values()):
+                inpainted = _inpaint(client, model, operation, images.rows, known, options.seed)
+                assert (inpainted == images.rows)[known == 1].all(), "known pixels must not change"
+                grid.append(inpainted)
+                error = np.abs(inpainted.astype(float) - images.rows)[known == 0].mean()
+                print(f"grid row {len(grid)}: {model.name}, {operation.name}: error {error:.2f}")
+                print(f"    {_describe(operation)}")
+    utils.save_grid(options.output, grid, models[0])
 
 
-def _fill(
+def _inpaint(
     client: samovar.Client,
     model: samovar.Model,
-    way: samovar.Operation,
+    operation: samovar.Operation,
     images: np.ndarray,
     known: np.ndarray,
-    options: argparse.Namespace,
+    seed: int,
 ) -> np.ndarray:
-    # What is hidden is not sent.
-    inputs = {model.value.tensor.name: images * known, "known": known}
-    return client.sample(model.name, len(images), inputs=inputs, seed=options.seed, method=way.method).value
+    # Multiply by the mask, so that the server does not receive the hidden pixels.
+    inputs = {model.data_spec.tensor.name: images * known, "known": known}
+    return client.sample(model.name, len(images), inputs=inputs, seed=seed, variant=operation.variant).value
 
 
-def _said(way: samovar.Operation) -> str:
-    """What the model's description says of the answer's truth."""
-    known = next(each.tensor.doc for each in way.inputs if each.tensor.name == "known")
-    return f"{way.doc} Known: {known}."
+def _describe(operation: samovar.Operation) -> str:
+    known = next(input_.tensor.doc for input_ in operation.inputs if input_.tensor.name == "known")
+    return f"{operation.doc} Known: {known}."
 
 
-def _mask(images: np.ndarray, hide: str) -> np.ndarray:
-    known = np.ones_like(images)
+def _known_mask(images: np.ndarray, hidden_part: str) -> np.ndarray:
+    """Return a mask like the images: 1 where a pixel is known, 0 where it is hidden."""
     height, width = (size // 4 for size in images.shape[1:3])
     hidden = {
         "lower": np.s_[:, 2 * height :],
         "right": np.s_[:, :, 2 * width :],
         "middle": np.s_[:, height:-height, width:-width],
     }
-    known[hidden[hide]] = 0
+    known = np.ones_like(images)
+    known[hidden[hidden_part]] = 0
     return known
 
 
-def _fills(way: samovar.Operation) -> bool:
-    return way.name.startswith("sample") and pictures.has_inputs(way, "known")
+def _can_inpaint(operation: samovar.Operation) -> bool:
+    return operation.name.startswith("sample") and utils.has_inputs(operation, "known")
 
 
-def _suits(model: samovar.Model, names: list[str]) -> bool:
-    return any(map(_fills, model.operations.values())) and (not names or model.name in names)
+def _is_suitable(model: samovar.Model, names: list[str]) -> bool:
+    return any(map(_can_inpaint, model.operations.values())) and (not names or model.name in names)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = pictures.parser(__doc__, "inpaint.png")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="only these (default: all that can)")
-    parser.add_argument("--count", type=int, default=10, help="how many images (%(default)s)")
+def _build_parser() -> argparse.ArgumentParser:
+    parser = utils.build_parser(__doc__, "inpaint.png")
     parser.add_argument(
-        "--hide", choices=("lower", "right", "middle"), default="lower", help="which part (%(default)s)"
+        "models", nargs="*", metavar="MODEL", help="models to use (default: all that inpaint)"
     )
+    utils.add_number(parser, "--count", 10, "number of images")
+    hide_help = "part of each image to hide (default: %(default)s)"
+    parser.add_argument("--hide", choices=("lower", "right", "middle"), default="lower", help=hide_help)
     return parser
 
 
 if __name__ == "__main__":
-    pictures.run(main)
+    utils.run_recipe(main)
