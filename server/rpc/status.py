@@ -1,11 +1,6 @@
-"""The one table from errors to gRPC's codes, and the details that go with each (AIP-193).
+"""Status codes and details of errors (google.rpc.Status, https://google.aip.dev/193)."""
 
-Knows the headers that carry them, and how little fits.
-"""
-
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -25,14 +20,16 @@ from server.core.errors import (
 )
 
 DOMAIN = "samovar"
-UNEXPECTED = "the server met an error that it did not expect"
+UNEXPECTED = "internal server error"
 
-# gRPC carries errors in headers, of which 8 KiB are safe: the message percent-encoded, and once more within
-# the details, which are a third longer there than they are. All texts together share MAX_DETAILS.
-MAX_DETAILS = 4800
-MAX_MESSAGE = 1000
-MAX_TEXT = 200
-MAX_VIOLATIONS = 12
+# Errors are sent in headers, which must not exceed 8 KiB. The message is sent twice: percent-encoded
+# (up to 3 bytes for each byte), and within the details, which base64 makes a third longer. With these limits,
+# in bytes of UTF-8, the largest error needs less than 8 KiB.
+MAX_MESSAGE_BYTES = 700
+MAX_TEXT_BYTES = 240
+MAX_FIELD_BYTES = 80
+MAX_VIOLATIONS = 10
+ELLIPSIS = "…"
 
 CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
@@ -46,59 +43,48 @@ CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
-    """The canonical code of an error, and the google.rpc.Status that goes with it.
+    """Convert an error to a status.
 
-    An error that no one foresaw is INTERNAL and says nothing of its inside.
+    Args:
+        error: any exception; one that is no SamovarError becomes INTERNAL, and its text is withheld.
+
+    Returns:
+        The status code, and the status with details that fit into headers; longer texts are truncated.
     """
     code, reason = CODES.get(type(error), (grpc.StatusCode.INTERNAL, "UNEXPECTED"))  # type: ignore[arg-type]
-    room = _DetailBudget()
-    message = room.cut(str(error), MAX_MESSAGE) if isinstance(error, SamovarError) else UNEXPECTED
-    details = [
-        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_facts(error, room)),
-        *_details(error, room),
-    ]
+    message = _truncate(str(error), MAX_MESSAGE_BYTES) if isinstance(error, SamovarError) else UNEXPECTED
     status = status_pb2.Status(code=code.value[0], message=message)
-    for detail in details:
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_metadata(error))
+    for detail in (info, *_details(error)):
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return code, status
 
 
-class _DetailBudget:
-    """What is left for the texts of one error."""
-
-    def __init__(self) -> None:
-        self._left = MAX_DETAILS
-
-    @property
-    def is_short(self) -> bool:
-        """Whether another violation might not fit."""
-        return self._left < 2 * MAX_TEXT
-
-    def cut(self, text: str, length: int) -> str:
-        """As much of a text as may be that long, and as there is room for."""
-        fitting = _cut(text, min(length, self._left))
-        self._left -= sum(map(_encoded_size, fitting))
-        return fitting
+def _metadata(error: Exception) -> dict[str, str]:
+    """Return the values of an error that clients may read."""
+    if not isinstance(error, UnsupportedOperation):
+        return {}
+    metadata = {
+        "model": _truncate(error.model, MAX_TEXT_BYTES),
+        "operation": _truncate(error.operation, MAX_TEXT_BYTES),
+        "supported": _truncate(",".join(error.supported), MAX_MESSAGE_BYTES),
+    }
+    if error.reason:
+        metadata["why"] = _truncate(error.reason, MAX_MESSAGE_BYTES)
+    return metadata
 
 
-def _facts(error: Exception, room: _DetailBudget) -> dict[str, str]:
-    if isinstance(error, UnsupportedOperation):
-        facts = {"model": error.model, "operation": error.operation, "supported": ",".join(error.supported)}
-        facts |= {"why": error.reason} if error.reason else {}
-        return {name: room.cut(fact, MAX_MESSAGE) for name, fact in facts.items()}
-    return {}
-
-
-def _details(error: Exception, room: _DetailBudget) -> Iterator[Message]:
+def _details(error: Exception) -> Iterator[Message]:
+    """Yield the standard details for a type of error, besides ErrorInfo."""
     if isinstance(error, InvalidRequest):
-        yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations, room))
+        yield error_details_pb2.BadRequest(field_violations=_field_violations(error.violations))
     if isinstance(error, UnsupportedOperation):
         violation = error_details_pb2.PreconditionFailure.Violation(
             type="OPERATION",
-            subject=room.cut(error.model, MAX_TEXT),
-            description=room.cut(str(error), MAX_MESSAGE),
+            subject=_truncate(error.model, MAX_TEXT_BYTES),
+            description=_truncate(str(error), MAX_MESSAGE_BYTES),
         )
         yield error_details_pb2.PreconditionFailure(violations=[violation])
     if isinstance(error, Overloaded):
@@ -108,32 +94,21 @@ def _details(error: Exception, room: _DetailBudget) -> Iterator[Message]:
 
 
 def _field_violations(
-    violations: Sequence[Violation], room: _DetailBudget
+    violations: Sequence[Violation],
 ) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
-    for number, violation in enumerate(violations):
-        if number == MAX_VIOLATIONS or room.is_short:
-            more = f"and {len(violations) - number} more"
-            yield error_details_pb2.BadRequest.FieldViolation(field="*", description=more)
-            return
+    """Yield the first violations, and the number of those left out with the field "*"."""
+    for violation in violations[:MAX_VIOLATIONS]:
         yield error_details_pb2.BadRequest.FieldViolation(
-            field=room.cut(violation.field, MAX_TEXT), description=room.cut(violation.description, MAX_TEXT)
+            field=_truncate(violation.field, MAX_FIELD_BYTES),
+            description=_truncate(violation.description, MAX_TEXT_BYTES),
         )
+    if (num_omitted := len(violations) - MAX_VIOLATIONS) > 0:
+        yield error_details_pb2.BadRequest.FieldViolation(field="*", description=f"and {num_omitted} more")
 
 
-def _cut(text: str, length: int) -> str:
-    """As much of a text as is that many bytes when percent-encoded."""
-    # No character is less than a byte: what lies beyond need not be looked at.
-    sizes = list(accumulate(map(_encoded_size, text[: length + 1])))
-    if not sizes or sizes[-1] <= length:
+def _truncate(text: str, max_bytes: int) -> str:
+    """Return the start of a text that fits into `max_bytes` of UTF-8, with an ellipsis if it is cut."""
+    encoded = text[: max_bytes + 1].encode()
+    if len(encoded) <= max_bytes:
         return text
-    kept = bisect_right(sizes, length - _encoded_size(_MORE))
-    return text[:kept] + _MORE if length >= _encoded_size(_MORE) else ""
-
-
-def _encoded_size(character: str) -> int:
-    """Bytes of a character as gRPC writes it into a header: %XX for each byte that is not plain."""
-    is_plain = " " <= character <= "~" and character != "%"
-    return 1 if is_plain else 3 * len(character.encode())
-
-
-_MORE = "…"
+    return encoded[: max_bytes - len(ELLIPSIS.encode())].decode(errors="ignore") + ELLIPSIS
