@@ -1,7 +1,7 @@
-"""Turns of programs, tallied in plain numbers and made into Prometheus series when somebody asks.
+"""Prometheus metrics of steps, counted as plain numbers and converted to series when they are scraped.
 
-There are thousands of turns a second, all taken by one thread, and the library's own series
-would cost each of them a twentieth of a small step. Whoever asks meanwhile may miss the last turn.
+One thread executes thousands of steps a second. An update of the library's own series takes about a twentieth
+of a small step. A concurrent scrape may miss the latest step.
 """
 
 from bisect import bisect_left
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from server.core.spec import ProgramKey
 
+# Upper bounds of buckets: 50 microseconds to 3.3 s, and 1 to 512 rows.
 _SECONDS = tuple(0.00005 * 2**exponent for exponent in range(17))
 _ROWS = tuple(float(2**exponent) for exponent in range(10))
 _LABELS = ("model", "operation", "format")
@@ -21,7 +22,13 @@ _LABELS = ("model", "operation", "format")
 
 @dataclass
 class Distribution:
-    """How many values fell into each bucket, the last of which has no bound, and what they come to."""
+    """Histogram: the number of values in each bucket, and the sum of the values.
+
+    Attributes:
+        bounds: inclusive upper bounds of the buckets; one more bucket has no bound.
+        total: sum of the values.
+        counts: number of values in each bucket.
+    """
 
     bounds: Sequence[float]
     total: float = 0.0
@@ -36,14 +43,14 @@ class Distribution:
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
-        """Values up to each bound."""
+        """Cumulative counts by upper bound, as Prometheus expects them."""
         names = [*map(str, self.bounds), "+Inf"]
         return list(zip(names, map(float, accumulate(self.counts)), strict=True))
 
 
 @dataclass
 class StepStats:
-    """What is counted of one program's turns."""
+    """Statistics of the steps of one program; `seconds` and `rows` are distributions over steps."""
 
     steps: int = 0
     padding_rows: int = 0
@@ -52,22 +59,22 @@ class StepStats:
 
 
 class StepMetricsCollector(Collector):
-    """The tallies of all programs; versions of a model share one."""
+    """Statistics of all programs; the versions of a model share one series."""
 
     def __init__(self) -> None:
         self._stats: dict[ProgramKey, StepStats] = {}
         self._series: dict[tuple[str, str, str], StepStats] = {}
 
     def expect(self, program: ProgramKey) -> StepStats:
-        """The tally of a program, whose series start at 0, so that rates see their first turn."""
+        """Return the statistics of a program. New series start at 0, so that rates include the first step."""
         labels = program.model, program.name, program.format
         if labels not in self._series:
-            # As a whole, because it may be read at this moment.
+            # Replaced, not modified, because another thread may iterate over it in `collect`.
             self._series = {**self._series, labels: StepStats()}
         return self._stats.setdefault(program, self._series[labels])
 
     def on_step(self, program: ProgramKey, rows: int, bucket: int, seconds: float) -> None:
-        """One turn of a program advanced so many rows, padded to a bucket."""
+        """Count a step of `rows` rows, padded to `bucket` rows, that took `seconds`."""
         stats = self._stats.get(program) or self.expect(program)
         stats.steps += 1
         stats.padding_rows += bucket - rows
@@ -75,17 +82,19 @@ class StepMetricsCollector(Collector):
         stats.rows.observe(rows)
 
     def collect(self) -> Iterator[Metric]:
-        """The series as they are now."""
+        """Yield the series with their current values."""
         steps = CounterMetricFamily(
-            "samovar_steps", "Turns of a program: each advances all its rows.", labels=_LABELS
+            "samovar_steps", "Steps of a program; a step advances all rows of a batch.", labels=_LABELS
         )
         padding = CounterMetricFamily(
-            "samovar_padding_rows", "Rows computed only to fill a batch.", labels=_LABELS
+            "samovar_padding_rows", "Rows computed only to pad batches to a bucket size.", labels=_LABELS
         )
         seconds = HistogramMetricFamily(
-            "samovar_step_duration_seconds", "Time of one turn of a program.", labels=_LABELS
+            "samovar_step_duration_seconds", "Seconds of one step.", labels=_LABELS
         )
-        rows = HistogramMetricFamily("samovar_step_rows", "Rows that shared a turn.", labels=_LABELS)
+        rows = HistogramMetricFamily(
+            "samovar_step_rows", "Rows of one step, without padding.", labels=_LABELS
+        )
         for labels, stats in self._series.items():
             steps.add_metric(labels, stats.steps)
             padding.add_metric(labels, stats.padding_rows)
