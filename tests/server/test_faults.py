@@ -1,4 +1,4 @@
-"""Faults that a runtime makes on demand, through a real server: what clients see, and what is counted."""
+"""Failing graphs, injected into a real server: what clients receive and what metrics count."""
 
 import shutil
 import time
@@ -18,16 +18,22 @@ MODEL = "digits-diffusion"
 ROWS = 20
 
 
-class Strike(BaseException):
-    """What no graph should raise."""
+class UnexpectedGraphError(BaseException):
+    """An exception that the engine does not expect from a graph."""
 
 
 @dataclass
 class FaultyRuntime:
-    """ONNX Runtime, but the next call of a graph raises what is in `errors`, or answers NaN."""
+    """ONNX Runtime whose graphs fail on demand.
+
+    Attributes:
+        errors: the next calls of graphs raise these exceptions, the last one first.
+        returns_nan: whether graphs return NaN in all floating-point outputs.
+        num_opened: number of graphs that were opened.
+    """
 
     errors: list[BaseException] = field(default_factory=list)
-    is_poisoned: bool = False
+    returns_nan: bool = False
     num_opened: int = 0
 
     def __call__(self, path: Path, spec: GraphSpec, device: Device) -> Graph:
@@ -38,18 +44,18 @@ class FaultyRuntime:
             if self.errors:
                 raise self.errors.pop()
             outputs = graph(inputs)
-            return [poisoned(tensor) for tensor in outputs] if self.is_poisoned else outputs
+            return [replace_by_nan(tensor) for tensor in outputs] if self.returns_nan else outputs
 
         return call
 
 
-def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+def replace_by_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * torch.nan if tensor.is_floating_point() else tensor
 
 
 @pytest.fixture(scope="module")
 def models(models_of: Callable[..., Path]) -> Path:
-    """The model under test."""
+    """Artifacts with the model under test only."""
     return models_of(MODEL)
 
 
@@ -62,7 +68,7 @@ def runtime() -> FaultyRuntime:
 def server(
     models: Path, runtime: FaultyRuntime, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """A server of one model, over a runtime that fails when it is told to."""
+    """A server of one model in a runtime that fails on demand."""
     directory = tmp_path_factory.mktemp("faulty")
     shutil.copytree(models / MODEL, directory / MODEL)
     with serving(directory, runtimes={"onnx": runtime}, formats=("onnx",)) as running:
@@ -71,7 +77,7 @@ def server(
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[samovar.Client]:
-    """A client that does not retry by itself."""
+    """A client without automatic retries."""
     with samovar.Client(server.address, options=(("grpc.enable_retries", 0),)) as connected:
         yield connected
 
@@ -80,18 +86,18 @@ def sample(client: samovar.Client, rows: int = ROWS) -> bytes:
     return client.sample(MODEL, rows, seed=3, parameters={"steps": 4}).value.tobytes()
 
 
-def sample_when_up(client: samovar.Client) -> bytes:
-    """Sample, as a client that retries what was UNAVAILABLE."""
+def sample_with_retries(client: samovar.Client) -> bytes:
+    """Sample, and retry while the server is UNAVAILABLE."""
     for _ in range(10_000):
         try:
             return sample(client)
         except samovar.Unavailable:
             time.sleep(0.01)
-    raise AssertionError("the engine did not come up again")
+    raise AssertionError("the engine did not restart")
 
 
-def faults(server: RunningServer) -> dict[str, float]:
-    """How often each kind of fault was counted for samples."""
+def execution_errors(server: RunningServer) -> dict[str, float]:
+    """Return the counted execution errors of the sample program, by kind."""
     kinds = ("graph", "non_finite", "out_of_memory")
     metrics = scrape(server)
     return {
@@ -104,49 +110,51 @@ def num_restarts(server: RunningServer) -> float:
     return scrape(server)["samovar_engine_restarts_total", ()]
 
 
-def test_a_graph_that_raises_is_an_internal_error_and_no_more(
+def test_graph_that_raises_fails_only_its_request_without_details(
     server: RunningServer, runtime: FaultyRuntime, client: samovar.Client
 ) -> None:
-    expected, before = sample(client), faults(server)
+    expected, before = sample(client), execution_errors(server)
     runtime.errors.append(RuntimeError("secret detail"))
     with pytest.raises(samovar.ServerError, match="failed: RuntimeError") as failed:
         sample(client)
     assert failed.value.reason == "MODEL_FAILED"
     assert "secret" not in str(failed.value)
-    assert faults(server) == before | {"graph": before["graph"] + 1}
+    assert execution_errors(server) == before | {"graph": before["graph"] + 1}
     assert sample(client) == expected
 
 
-def test_rows_that_are_no_numbers_are_an_internal_error_and_no_more(
+def test_nonfinite_rows_fail_only_their_request(
     server: RunningServer, runtime: FaultyRuntime, client: samovar.Client
 ) -> None:
-    expected, before = sample(client), faults(server)
-    runtime.is_poisoned = True
+    expected, before = sample(client), execution_errors(server)
+    runtime.returns_nan = True
     with pytest.raises(samovar.ServerError, match="non-finite"):
         sample(client)
-    runtime.is_poisoned = False
-    assert faults(server) == before | {"non_finite": before["non_finite"] + ROWS}
+    runtime.returns_nan = False
+    assert execution_errors(server) == before | {"non_finite": before["non_finite"] + ROWS}
     assert sample(client) == expected
 
 
-def test_short_memory_is_nothing_that_a_client_notices(
+def test_out_of_memory_batch_is_retried_unnoticed_by_client(
     server: RunningServer, runtime: FaultyRuntime, client: samovar.Client
 ) -> None:
-    expected, before = sample(client), faults(server)
+    expected, before = sample(client), execution_errors(server)
     runtime.errors.append(MemoryError())
     assert sample(client) == expected
-    assert faults(server) == before | {"out_of_memory": before["out_of_memory"] + 1}
+    assert execution_errors(server) == before | {"out_of_memory": before["out_of_memory"] + 1}
 
 
-@pytest.mark.parametrize("error", [Strike(), RuntimeError("CUDA error: device-side assert triggered")])
-def test_a_device_thread_that_is_struck_down_reloads_and_answers_the_same(
+@pytest.mark.parametrize(
+    "error", [UnexpectedGraphError(), RuntimeError("CUDA error: device-side assert triggered")]
+)
+def test_device_thread_crash_reloads_graphs_and_keeps_results(
     server: RunningServer, runtime: FaultyRuntime, client: samovar.Client, models: Path, error: BaseException
 ) -> None:
     expected, before = sample(client), num_restarts(server)
     runtime.num_opened, num_graphs = 0, len(list((models / MODEL / "1").glob("*.onnx")))
     runtime.errors.append(error)
-    with pytest.raises(samovar.Unavailable, match="try again"):
+    with pytest.raises(samovar.Unavailable, match="restarting; retry"):
         sample(client)
-    assert sample_when_up(client) == expected
+    assert sample_with_retries(client) == expected
     assert runtime.num_opened == num_graphs
     assert num_restarts(server) == before + 1

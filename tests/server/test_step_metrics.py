@@ -1,4 +1,4 @@
-"""Tallies say what Prometheus's own series would have said."""
+"""Step metrics: the same series as Prometheus's own metric classes produce."""
 
 import numpy as np
 from hypothesis import given
@@ -11,19 +11,22 @@ from server.step_metrics import Distribution
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 100.0])))
-def test_a_distribution_counts_as_a_histogram_does(values: list[float]) -> None:
+def test_distribution_matches_prometheus_histogram(values: list[float]) -> None:
     bounds = (1.0, 2.0, 4.0)
     registry = CollectorRegistry()
-    histogram, ours = Histogram("h", "h", buckets=bounds, registry=registry), Distribution(bounds)
+    histogram = Histogram("h", "h", buckets=bounds, registry=registry)
+    distribution = Distribution(bounds)
     for value in values:
         histogram.observe(value)
-        ours.observe(value)
-    theirs = {bound: registry.get_sample_value("h_bucket", {"le": bound}) for bound, _ in ours.buckets}
-    assert dict(ours.buckets) == theirs
-    assert np.isclose(ours.total, registry.get_sample_value("h_sum") or 0.0)
+        distribution.observe(value)
+    expected = {
+        bound: registry.get_sample_value("h_bucket", {"le": bound}) for bound, _ in distribution.buckets
+    }
+    assert dict(distribution.buckets) == expected
+    assert np.isclose(distribution.total, registry.get_sample_value("h_sum") or 0.0)
 
 
-def test_versions_of_a_model_share_their_series_which_begin_at_zero() -> None:
+def test_step_metrics_of_model_versions_share_series_that_start_at_zero() -> None:
     metrics = Metrics(CollectorRegistry())
     old, new = (ProgramKey("model", version, "onnx", "sample", "") for version in "12")
     metrics.expect(old)

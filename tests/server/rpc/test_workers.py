@@ -1,4 +1,4 @@
-"""Front ends in processes of their own: they answer as the engine's process would, and may end before it."""
+"""gRPC worker processes: same responses as without workers, restart after a crash."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from server.rpc.workers import WorkerPool
 from tests.support.live_server import RunningServer, assert_idle, listening, scrape, serving, wait_until
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
-# One format loads in a tenth of the time of all.
+# One format loads in a tenth of the time that all formats take.
 ONNX = ("onnx",)
 
 Parameters = Mapping[str, bool | int | float | str]
@@ -32,40 +32,44 @@ def models(models_of: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fronted(default_models: Path) -> Iterator[RunningServer]:
+def worker_server(default_models: Path) -> Iterator[RunningServer]:
+    """A server with two gRPC workers."""
     with serving(default_models, formats=ONNX, grpc_workers=2) as running:
         yield running
 
 
 @pytest.fixture
-def far(fronted: RunningServer) -> Iterator[samovar.Client]:
-    with samovar.Client(fronted.address, timeout=60.0) as connected:
+def worker_client(worker_server: RunningServer) -> Iterator[samovar.Client]:
+    with samovar.Client(worker_server.address, timeout=60.0) as connected:
         yield connected
 
 
-def processes(server: RunningServer) -> list[int]:
-    edge = server.app.edge
-    assert isinstance(edge, WorkerPool)
-    return edge.pids
+def worker_pids(server: RunningServer) -> list[int]:
+    workers = server.app.frontend
+    assert isinstance(workers, WorkerPool)
+    return workers.pids
 
 
-def test_rows_have_the_bytes_that_they_have_without_grpc_workers(
-    client: samovar.Client, far: samovar.Client
+def test_results_with_workers_equal_results_without_workers(
+    client: samovar.Client, worker_client: samovar.Client
 ) -> None:
     parameters: Parameters = {"sampler": "ddim", "steps": 5, "eta": 0.5}
     images = client.sample(DIFFUSION, 20, seed=7, parameters=parameters).value
-    assert np.array_equal(far.sample(DIFFUSION, 20, seed=7, parameters=parameters).value, images)
-    near, distant = (each.score(VAE, images, seed=3, parameters={"draws": 25}) for each in (client, far))
-    assert near.nats.tobytes() == distant.nats.tobytes()
-    assert near.run == distant.run
+    assert np.array_equal(worker_client.sample(DIFFUSION, 20, seed=7, parameters=parameters).value, images)
+    expected, actual = (
+        connected.score(VAE, images, seed=3, parameters={"draws": 25})
+        for connected in (client, worker_client)
+    )
+    assert actual.nats.tobytes() == expected.nats.tobytes()
+    assert actual.run == expected.run
 
 
-def refusal(client: samovar.Client, model: str, operation: str, parameters: Parameters) -> tuple[type, str]:
-    """The kind and the words of the error with which a call of one image ends."""
+def rejection(client: samovar.Client, model: str, operation: str, parameters: Parameters) -> tuple[type, str]:
+    """Return the type and the message of the error of a call with one image."""
     call = getattr(client, operation)
-    with pytest.raises(samovar.SamovarError) as refused:
+    with pytest.raises(samovar.SamovarError) as rejected:
         call(model, np.zeros((1, 8, 8), np.uint8), parameters=parameters)
-    return refused.type, str(refused.value)
+    return rejected.type, str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -77,52 +81,54 @@ def refusal(client: samovar.Client, model: str, operation: str, parameters: Para
         (VAE, "energy", {}),
     ],
 )
-def test_refusals_are_the_same(
-    client: samovar.Client, far: samovar.Client, model: str, operation: str, parameters: Parameters
+def test_errors_with_workers_equal_errors_without_workers(
+    client: samovar.Client, worker_client: samovar.Client, model: str, operation: str, parameters: Parameters
 ) -> None:
-    assert refusal(far, model, operation, parameters) == refusal(client, model, operation, parameters)
+    assert rejection(worker_client, model, operation, parameters) == rejection(
+        client, model, operation, parameters
+    )
 
 
-def test_the_models_are_the_same(client: samovar.Client, far: samovar.Client) -> None:
-    assert [model.name for model in far.models()] == [model.name for model in client.models()]
+def test_workers_list_the_same_models(client: samovar.Client, worker_client: samovar.Client) -> None:
+    assert [model.name for model in worker_client.models()] == [model.name for model in client.models()]
 
 
-def test_what_the_engine_refuses_comes_back_as_it_was(models: Path) -> None:
+def test_engine_rejections_reach_clients_of_workers(models: Path) -> None:
     with (
         serving(models, formats=ONNX, grpc_workers=1, max_queued_rows=200) as server,
         samovar.Client(server.address) as client,
     ):
         with client.stream(DIFFUSION, 200, preview_every=1, parameters={"steps": 200}) as stream:
             next(iter(stream))
-            with pytest.raises(samovar.Overloaded) as refused:
+            with pytest.raises(samovar.Overloaded) as rejected:
                 client.sample(DIFFUSION, 200)
-            assert refused.value.retry_delay
+            assert rejected.value.retry_delay
         assert_idle(server)
         with pytest.raises(samovar.DeadlineExceeded):
             client.sample(DIFFUSION, 200, timeout=0.2, parameters={"steps": 200})
         assert_idle(server)
 
 
-def test_previews_come_before_their_rows(far: samovar.Client) -> None:
-    with far.stream(DIFFUSION, 8, seed=1, preview_every=2, parameters={"steps": 6}) as stream:
+def test_previews_arrive_before_their_rows(worker_client: samovar.Client) -> None:
+    with worker_client.stream(DIFFUSION, 8, seed=1, preview_every=2, parameters={"steps": 6}) as stream:
         events = list(stream)
     assert any(isinstance(event, samovar.Preview) for event in events)
     assert sum(len(event.indices) for event in events if isinstance(event, samovar.Rows)) == 8
 
 
-def test_a_slow_reader_is_not_computed_for_without_bound(fronted: RunningServer) -> None:
-    engine = fronted.app.engine
+def test_slow_reader_pauses_its_request(worker_server: RunningServer) -> None:
+    engine = worker_server.app.engine
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     selector = pb.ModelSelector(name=DIFFUSION)
-    with grpc.insecure_channel(fronted.address, narrow) as channel:
+    with grpc.insecure_channel(worker_server.address, narrow) as channel:
         call = pb_grpc.InferenceStub(channel).Sample(pb.SampleRequest(model=selector, rows=100_000, seed=1))
         next(call)
         wait_until(lambda: engine.num_queued > 0 and engine.num_running == 0, "the engine did not pause")
         call.cancel()
-    assert_idle(fronted)
+    assert_idle(worker_server)
 
 
-def test_calls_are_counted_where_the_metrics_are(models: Path) -> None:
+def test_calls_of_workers_are_counted_in_server_metrics(models: Path) -> None:
     with serving(models, formats=ONNX, grpc_workers=1) as server, samovar.Client(server.address) as client:
         client.sample(DIFFUSION, 10, parameters={"steps": 4})
         key = ("samovar_requests_total", ("OK", "Sample", DIFFUSION))
@@ -132,9 +138,9 @@ def test_calls_are_counted_where_the_metrics_are(models: Path) -> None:
         assert metrics["samovar_requests_in_flight", ()] == 0
 
 
-def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> None:
+def test_killed_worker_is_restarted_and_its_rows_are_freed(models: Path) -> None:
     with serving(models, formats=ONNX, grpc_workers=1) as server:
-        (first,) = processes(server)
+        (first,) = worker_pids(server)
         with (
             samovar.Client(server.address, timeout=60.0) as client,
             client.stream(DIFFUSION, 5_000, preview_every=1, parameters={"steps": 200}) as stream,
@@ -145,25 +151,28 @@ def test_one_that_is_killed_is_replaced_and_its_rows_are_freed(models: Path) -> 
             with pytest.raises(samovar.SamovarError):
                 list(events)
         assert_idle(server)
-        wait_until(lambda: processes(server) not in ([], [first]), "it was not replaced")
+        wait_until(lambda: worker_pids(server) not in ([], [first]), "the worker was not restarted")
         with samovar.Client(server.address, timeout=60.0) as client:
             assert len(client.sample(DIFFUSION, 3, parameters={"steps": 2}).value) == 3
         assert scrape(server)["samovar_grpc_worker_restarts_total", ()] == 1
         in_flight = ("samovar_requests_in_flight", ())
-        wait_until(lambda: scrape(server)[in_flight] == 0, "a call that died is still counted")
+        wait_until(lambda: scrape(server)[in_flight] == 0, "a failed call is still counted as in flight")
 
 
-def test_they_are_not_serving_until_the_models_are_loaded(models: Path) -> None:
+def test_workers_are_not_serving_until_models_are_loaded(models: Path) -> None:
     with listening(models, formats=ONNX, grpc_workers=1) as server:
         assert not asyncio.run(health.is_serving(server.address, 60.0))
         server.load()
-        wait_until(lambda: asyncio.run(health.is_serving(server.address, 60.0)), "it never served")
+        wait_until(
+            lambda: asyncio.run(health.is_serving(server.address, 60.0)), "the server did not start serving"
+        )
 
 
-def test_a_port_that_another_has_is_refused(models: Path) -> None:
+def test_workers_reject_a_port_in_use(models: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(RuntimeError, match=rf"{port} cannot be listened on; ask for another with --port"):
+        expected = f"cannot bind 127.0.0.1:{port}: Address already in use; choose another port with --port"
+        with pytest.raises(RuntimeError, match=expected):
             listening(models, grpc_workers=1, port=port).__enter__()
