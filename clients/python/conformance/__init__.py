@@ -1,1 +1,1 @@
-"""What operations.py exercises, a module for each kind of thing, and the table in which it is told."""
+"""Conformance suite for servers: one module per kind of check, and the table of results."""

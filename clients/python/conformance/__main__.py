@@ -1,23 +1,26 @@
-"""Exercise every operation of every model that a server serves, through the wire, and print what came of it.
+"""Check every operation of every model of a server over gRPC, and print one line per check.
 
-python operations.py                                # all models of the server on this machine
-python operations.py --rows 8 digits-vae            # one of them, with more rows
-python operations.py --steps 20                     # sooner: rows that may say so take 20 steps at most
+Run it in clients/python:
 
-What to ask for is read from the models' descriptions alone:
+python -m conformance                               # all models of the local server
+python -m conformance --rows 8 digits-vae           # one model, with more rows per request
+python -m conformance --steps 20                    # faster: at most 20 steps where a parameter sets them
 
-- each operation and method as it is, with its optional inputs, with each choice of its settings, and with
-  each number off its default, which has to be heeded (exercise/programs.py);
-- rows of which a part is given, and stays (exercise/given.py);
-- walks and edits in the latent space of what decodes (exercise/latents.py);
-- prompts, streams, stops and MIDI files of what writes (exercise/writing.py);
-- all of that again at the same time: each row has the bytes that it had alone (exercise/mixed.py);
-- what a model lacks, which has to be refused with FAILED_PRECONDITION and a reason (exercise/refusals.py).
+The models' descriptions determine the checks:
 
-Rows to work on are samples of a model with such values where one is served, and random numbers within the
-declared bounds where none is. An answer is right when it has the declared shape, type, bounds and steps,
-holds no NaN, and when the last row, asked for alone, is the same: to the byte where the server says
-"bitwise". Exits with 1 if anything was otherwise.
+- each operation and variant: with default parameters, with optional inputs, with each choice of a parameter,
+  and with each number off its default, which must have an effect (conformance/programs.py);
+- rows with known elements, which must not change (conformance/masks.py);
+- interpolation and edits in the latent space of models that decode (conformance/latents.py);
+- prompts, streams, stop tokens and MIDI files of models of tokens (conformance/tokens.py);
+- the same requests concurrently, with bitwise equal rows (conformance/concurrent.py);
+- unsupported operations: the server must reject them with FAILED_PRECONDITION and a reason
+  (conformance/rejections.py).
+
+Inputs are samples of the models; if no model samples such rows, they are random numbers within the declared
+bounds. An answer is correct if it has the declared shape, data type, bounds and number of steps, and no NaN.
+A request for its last row alone must return the same row, bitwise if the server reports "bitwise". The exit
+code is 1 if a check fails or the server has no such model, otherwise 0.
 """
 
 import argparse
@@ -27,65 +30,81 @@ from collections.abc import Iterator, Sequence
 import grpc
 
 import samovar
-from conformance import concurrent, latents, masks, results
-from conformance.programs import Programs
-from conformance.rejections import refuse
+from conformance import concurrent, latents, masks
+from conformance.programs import ProgramChecks
+from conformance.rejections import check_rejection
+from conformance.results import Check, print_header, run_check
 from conformance.sample_inputs import SampleInputs
-from conformance.tokens import Writer
+from conformance.tokens import TokenChecks
 from samovar.operations import OPERATIONS
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run the suite and return the exit code."""
+    options = _build_parser().parse_args(arguments)
     with (
         samovar.Client(options.address, timeout=None) as client,
         grpc.insecure_channel(options.address) as channel,
     ):
         stub = InferenceStub(channel)
-        models = [each for each in client.models() if not options.models or each.name in options.models]
-        results.head()
-        done = [results.perform(exercise) for exercise in _exercises(client, models, options)]
-        print("\nWhat the models lack")
-        lacking = [(model, name) for model in models for name in OPERATIONS if name not in model.operations]
-        refused = [refuse(stub, model, name) for model, name in lacking]
-    counts = f"{sum(done)} of {len(done)} answers right, {sum(refused)} of {len(refused)} refusals"
-    print(f"\n{counts}, {len(models)} models")
-    return 0 if models and all(done) and all(refused) else 1
+        models = [model for model in client.models() if not options.models or model.name in options.models]
+        print_header()
+        correct = [run_check(check) for check in _checks(client, models, options.rows, options.steps)]
+        print("\nUnsupported operations")
+        rejected = [
+            check_rejection(stub, model, operation)
+            for model in models
+            for operation in OPERATIONS
+            if operation not in model.operations
+        ]
+    answers = f"{sum(correct)} of {len(correct)} answers correct"
+    print(f"\n{answers}, {sum(rejected)} of {len(rejected)} rejections, {len(models)} models")
+    return 0 if models and all(correct) and all(rejected) else 1
 
 
-def _exercises(
-    client: samovar.Client, models: Sequence[samovar.Model], options: argparse.Namespace
-) -> Iterator[results.Exercise]:
-    pantry = SampleInputs(client, models, options.rows)
-    everything = [Programs(client, model, pantry, options.steps) for model in models]
-    for programs in everything:
-        yield from programs.exercises()
-        yield from masks.exercises(programs)
-        yield from latents.exercises(client, programs.model, pantry)
-        yield from Writer(client, programs.model).exercises()
-    yield from concurrent.exercises(client, [pair for programs in everything for pair in programs.asked])
+def _checks(
+    client: samovar.Client, models: Sequence[samovar.Model], num_rows: int, max_steps: int | None
+) -> Iterator[Check]:
+    sample_inputs = SampleInputs(client, models, num_rows)
+    programs = [ProgramChecks(client, model, sample_inputs, max_steps) for model in models]
+    for program_checks in programs:
+        yield from program_checks.checks()
+        yield from masks.checks(program_checks)
+        yield from latents.checks(client, program_checks.model, sample_inputs)
+        yield from TokenChecks(client, program_checks.model).checks()
+    exchanges = [exchange for program_checks in programs for exchange in program_checks.exchanges]
+    yield from concurrent.checks(client, exchanges)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m conformance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="only these models (default: all)")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models to check (default: all)")
     parser.add_argument(
-        "--address", default="127.0.0.1:8001", metavar="HOST:PORT", help="the server (%(default)s)"
+        "--address",
+        default="127.0.0.1:8001",
+        metavar="HOST:PORT",
+        help="address of the server (default: %(default)s)",
     )
     parser.add_argument(
-        "--rows", type=_several, default=4, help="how many to ask for at a time, 2 or more (%(default)s)"
+        "--rows", type=_num_rows, default=4, help="rows per request, at least 2 (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, help="the most that a row takes (default: the models' own)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="maximum number of steps where a parameter sets it (default: the models' own)",
+    )
     return parser
 
 
-def _several(text: str) -> int:
-    if (count := int(text)) < 2:
-        raise ValueError(f"expected 2 at least, got {count}")
-    return count
+def _num_rows(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 2, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What was asked one by one, asked again all at once: every row must have the bytes that it had alone.
+"""Checks of concurrent requests: all earlier requests at once must return bitwise equal rows.
 
-So rows of different samplers, lengths and temperatures share the server's batches.
+Rows with other parameters and other numbers of steps then share the batches of the server.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,46 +9,47 @@ from functools import partial
 from itertools import groupby
 
 import samovar
-from conformance.programs import Asked
-from conformance.requests import Answer, Request, ask
-from conformance.results import Exercise, Found
+from conformance.requests import Exchange, Response, send
+from conformance.results import Check, Outcome
 
-AT_ONCE = 32
-
-
-def exercises(client: samovar.Client, asked: Asked) -> Iterator[Exercise]:
-    """Each operation in all the ways that were asked, then everything."""
-    for (model, operation), pairs in groupby(sorted(asked, key=_program), _program):
-        if len(group := list(pairs)) > 1:
-            yield _exercise(client, model, operation, group)
-    yield _exercise(client, "all models", "all operations", asked)
+_MAX_CONCURRENT_REQUESTS = 32
 
 
-def _program(pair: tuple[Request, Answer]) -> tuple[str, str]:
-    return pair[0].model.name, pair[0].operation.name
+def checks(client: samovar.Client, exchanges: Sequence[Exchange]) -> Iterator[Check]:
+    """Yield a check of each operation with several earlier requests, then one of all requests."""
+    for (model, operation), group in groupby(sorted(exchanges, key=_program), _program):
+        same_program = list(group)
+        if len(same_program) > 1:
+            yield _check(client, model, operation, same_program)
+    yield _check(client, "all models", "all operations", exchanges)
 
 
-def _exercise(client: samovar.Client, model: str, operation: str, asked: Asked) -> Exercise:
-    rows = sum(request.rows for request, _ in asked)
-    what = f"{len(asked)} requests at the same time"
-    return Exercise(model, operation, what, rows, partial(_mixed, client, asked))
+def _program(exchange: Exchange) -> tuple[str, str]:
+    request, _ = exchange
+    return request.model.name, request.operation.name
 
 
-def _mixed(client: samovar.Client, asked: Asked) -> Found:
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        together = list(threads.map(lambda pair: ask(client, pair[0]), asked))
-    wrong = tuple(_changed(asked, together))
-    lengths = sorted({request.steps for request, _ in asked})
-    told = "-".join(str(each) for each in (lengths[0], lengths[-1])) if len(lengths) > 1 else ""
-    bitwise = sum(answer.is_bitwise for _, answer in asked)
-    return Found((), f"{bitwise} with the bytes they have alone", wrong, steps=told)
+def _check(client: samovar.Client, model: str, operation: str, exchanges: Sequence[Exchange]) -> Check:
+    num_rows = sum(request.num_rows for request, _ in exchanges)
+    name = f"{len(exchanges)} concurrent requests"
+    return Check(model, operation, name, num_rows, partial(_repeat_concurrently, client, exchanges))
 
 
-def _changed(asked: Asked, together: Sequence[Answer]) -> Iterator[str]:
-    for (request, alone), answer in zip(asked, together, strict=True):
-        if alone.is_bitwise and answer.differs(alone):
-            yield f"{request.model.name} {request.operation.name} {_told(request)}: other bytes in company"
+def _repeat_concurrently(client: samovar.Client, exchanges: Sequence[Exchange]) -> Outcome:
+    with ThreadPoolExecutor(_MAX_CONCURRENT_REQUESTS) as threads:
+        responses = list(threads.map(lambda exchange: send(client, exchange[0]), exchanges))
+    steps = sorted({request.num_steps for request, _ in exchanges})
+    return Outcome(
+        shape=(),
+        summary=f"{sum(response.is_bitwise for _, response in exchanges)} bitwise equal to single requests",
+        problems=tuple(_differences(exchanges, responses)),
+        steps=f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else "",
+    )
 
 
-def _told(request: Request) -> str:
-    return ", ".join(f"{name}={value}" for name, value in request.parameters.items())
+def _differences(exchanges: Sequence[Exchange], responses: Sequence[Response]) -> Iterator[str]:
+    for (request, single), concurrent in zip(exchanges, responses, strict=True):
+        if single.is_bitwise and concurrent.differs_from(single):
+            parameters = ", ".join(f"{name}={value}" for name, value in request.parameters.items())
+            program = f"{request.model.name} {request.operation.name}"
+            yield f"{program} {parameters}: the rows differ from those of the single request"

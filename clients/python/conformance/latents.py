@@ -1,98 +1,118 @@
-"""Walks and edits in a latent space, through samovar.latent: between rows where a model encodes, or draws."""
+"""Checks of interpolation and edits in a latent space, with samovar.latent.
+
+A model that encodes interpolates between rows, and edits rows by an attribute vector. Another model that
+decodes interpolates between random latents, and moves them along the difference of two others.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
 import numpy as np
 
 import samovar
-from conformance.requests import Array, misfits
-from conformance.results import Exercise, Found
+from conformance.requests import Array, tensor_problems
+from conformance.results import Check, Outcome
 from conformance.sample_inputs import SampleInputs
 from samovar import latent
 
-# Between levels of an image, and between numbers, that went through float32 on two ways.
-_NEAR = {"i": 1, "u": 1, "f": 1e-3}
+# Largest difference by kind of data type between equal rows whose latents were computed in two ways.
+_TOLERANCES = {"i": 1, "u": 1, "f": 1e-3}
 
 
-def exercises(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Iterator[Exercise]:
-    """What to do with a model that decodes."""
+def checks(client: samovar.Client, model: samovar.Model, sample_inputs: SampleInputs) -> Iterator[Check]:
+    """Yield the checks of a model that decodes; none for other models."""
     if "decode" not in model.operations:
         return
-    encodes = _encodes(model)
-    name, ends = ("encode+decode", "rows") if encodes else ("decode", "draws")
-    for path in get_args(latent.Path):
-        do = partial(_walk, client, model, pantry, path, encodes)
-        yield Exercise(model.name, name, f"interpolate {ends} by {path}", pantry.rows, do)
-    what = f"edit {ends} by {'an attribute vector' if encodes else 'a direction'}"
-    edit = partial(_attribute if encodes else _direction, client, model, pantry)
-    yield Exercise(model.name, name, what, pantry.rows, edit)
-
-
-def _walk(
-    client: samovar.Client, model: samovar.Model, pantry: SampleInputs, path: latent.Path, encodes: bool
-) -> Found:
-    """A walk begins and ends where its ends, decoded, are."""
-    name, version, count = model.name, model.version, pantry.rows
-    if encodes:
-        ends = pantry.give(model, model.data_spec.tensor)[:2]
-        codes = latent.encode(client, name, ends, version=version)
+    latent_checks = _LatentChecks(client, model, sample_inputs)
+    if _can_round_trip(model):
+        operation, ends, edit = "encode+decode", "rows", "edit rows by an attribute vector"
+        interpolate, run_edit = latent_checks.interpolate_rows, latent_checks.edit_rows
     else:
-        ends = np.array([1, 2])
-        codes = np.concatenate([latent.draw(client, name, 1, seed=seed, version=version) for seed in (1, 2)])
-    walk = latent.interpolate(client, name, ends[0], ends[1], count, path, version=version)
-    still = latent.decode(client, name, codes[[0] * (count - 1) + [1]], version=version)
-    wrong = [] if _near(walk[[0, -1]], still[[0, -1]]) else ["its ends are not those that were given"]
-    return _found(model, walk, f"{_moved(walk[-1:], walk[:1]):.0%} change", *wrong)
+        operation, ends, edit = "decode", "latents", "edit latents by a direction"
+        interpolate, run_edit = latent_checks.interpolate_latents, latent_checks.edit_latents
+    for path in get_args(latent.Path):
+        name, run = f"interpolate {ends} by {path}", partial(interpolate, path)
+        yield Check(model.name, operation, name, sample_inputs.num_rows, run)
+    yield Check(model.name, operation, edit, sample_inputs.num_rows, run_edit)
 
 
-def _attribute(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Found:
-    """An edit by nothing is a row decoded again; by an attribute vector, another row."""
-    rows = pantry.give(model, model.data_spec.tensor)
-    half = len(rows) // 2
-    go = partial(latent.edit, client, model.name, rows, version=model.version)
-    direction = latent.attribute(client, model.name, rows[:half], rows[half:], version=model.version)
-    codes = latent.encode(client, model.name, rows, version=model.version)
-    still = latent.decode(client, model.name, codes, version=model.version)
-    wrong = [] if _near(go(direction, 0.0), still) else ["an edit by nothing changes rows"]
-    return _edited(model, go(direction, 1.0), still, *wrong)
+@dataclass(frozen=True)
+class _LatentChecks:
+    client: samovar.Client
+    model: samovar.Model
+    sample_inputs: SampleInputs
+
+    def interpolate_rows(self, path: latent.Path) -> Outcome:
+        ends = self.sample_inputs.rows_for(self.model, self.model.data_spec.tensor)[:2]
+        return self._check_ends(path, ends, self._encode(ends))
+
+    def interpolate_latents(self, path: latent.Path) -> Outcome:
+        seeds = np.array([1, 2])
+        return self._check_ends(path, seeds, np.concatenate([self._draw(1, seed) for seed in (1, 2)]))
+
+    def edit_rows(self) -> Outcome:
+        """Check that an edit by 0 returns the decoded latents, and that an edit by 1 changes rows."""
+        rows = self.sample_inputs.rows_for(self.model, self.model.data_spec.tensor)
+        half = len(rows) // 2
+        edit = partial(latent.edit, self.client, self.model.name, rows, version=self.model.version)
+        direction = latent.attribute(
+            self.client, self.model.name, rows[:half], rows[half:], version=self.model.version
+        )
+        original = self._decode(self._encode(rows))
+        problems = [] if _is_close(edit(direction, 0.0), original) else ["an edit by 0 changes rows"]
+        return self._check_change(edit(direction, 1.0), original, *problems)
+
+    def edit_latents(self) -> Outcome:
+        """Check that latents moved along the difference of two others are decoded to other rows."""
+        num_rows = self.sample_inputs.num_rows
+        latents, ends = (self._draw(count, seed=count) for count in (num_rows, 2))
+        return self._check_change(self._decode(latents + (ends[1] - ends[0])), self._decode(latents))
+
+    def _check_ends(self, path: latent.Path, ends: Array, latents: Array) -> Outcome:
+        """Check that an interpolation between `ends` [2, ...] starts and ends at their decoded latents."""
+        count = self.sample_inputs.num_rows
+        rows = latent.interpolate(
+            self.client, self.model.name, ends[0], ends[1], count, path, version=self.model.version
+        )
+        expected = self._decode(latents[[0] * (count - 1) + [1]])
+        is_close = _is_close(rows[[0, -1]], expected[[0, -1]])
+        problems = [] if is_close else ["the ends differ from the decoded latents of the ends"]
+        return self._outcome(rows, f"{_change(rows[-1:], rows[:1]):.0%} of elements change", *problems)
+
+    def _check_change(self, rows: Array, original: Array, *problems: str) -> Outcome:
+        change = _change(rows, original)
+        unchanged = [] if change else ["the edit changes nothing"]
+        return self._outcome(rows, f"{change:.0%} of elements change", *problems, *unchanged)
+
+    def _outcome(self, rows: Array, summary: str, *problems: str) -> Outcome:
+        found = tensor_problems(self.model.data_spec.tensor, rows, len(rows))
+        return Outcome(rows.shape, summary, (*found, *problems))
+
+    def _encode(self, rows: Array) -> Array:
+        return latent.encode(self.client, self.model.name, rows, version=self.model.version)
+
+    def _decode(self, latents: Array) -> Array:
+        return latent.decode(self.client, self.model.name, latents, version=self.model.version)
+
+    def _draw(self, count: int, seed: int) -> Array:
+        return latent.draw(self.client, self.model.name, count, seed=seed, version=self.model.version)
 
 
-def _direction(client: samovar.Client, model: samovar.Model, pantry: SampleInputs) -> Found:
-    """Draws moved along the difference of two others are decoded to other rows."""
-    codes, ends = (
-        latent.draw(client, model.name, count, seed=count, version=model.version)
-        for count in (pantry.rows, 2)
-    )
-    still, moved = (
-        latent.decode(client, model.name, codes + amount * (ends[1] - ends[0]), version=model.version)
-        for amount in (0, 1)
-    )
-    return _edited(model, moved, still)
+def _is_close(rows: Array, others: Array) -> bool:
+    differences = np.abs(rows.astype(np.float64) - others.astype(np.float64))
+    return bool((differences <= _TOLERANCES[rows.dtype.kind]).all())
 
 
-def _edited(model: samovar.Model, rows: Array, before: Array, *wrong: str) -> Found:
-    moved = _moved(rows, before)
-    return _found(model, rows, f"{moved:.0%} moved", *wrong, *([] if moved else ["the edit moves nothing"]))
+def _change(rows: Array, original: Array) -> float:
+    """Return the fraction of elements that differ."""
+    return float((rows != original).mean())
 
 
-def _found(model: samovar.Model, rows: Array, rightly: str, *wrong: str) -> Found:
-    return Found(rows.shape, rightly, (*misfits(model.data_spec.tensor, rows, len(rows)), *wrong))
-
-
-def _near(rows: Array, others: Array) -> bool:
-    tolerance = _NEAR[rows.dtype.kind]
-    return bool((np.abs(rows.astype(np.float64) - others.astype(np.float64)) <= tolerance).all())
-
-
-def _moved(rows: Array, before: Array) -> float:
-    return float((rows != before).mean())
-
-
-def _encodes(model: samovar.Model) -> bool:
-    """Whether the outputs of encode are the inputs of decode."""
+def _can_round_trip(model: samovar.Model) -> bool:
+    """Return whether `decode` needs nothing but the first output of `encode`."""
     if not {"encode", "decode"} <= set(model.operations):
         return False
-    required = [each.tensor.shape for each in model.operations["decode"].inputs if not each.optional]
+    required = [input_.tensor.shape for input_ in model.operations["decode"].inputs if not input_.optional]
     return required == [model.operations["encode"].outputs[0].shape]

@@ -1,4 +1,4 @@
-"""Rows of which a part is given, by a mask: a beginning in raster order, and every other element."""
+"""Checks of rows with known elements, which a mask selects."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,34 +6,37 @@ from functools import partial
 import numpy as np
 
 import samovar
-from conformance.programs import Programs
-from conformance.requests import Array, Request, judged
-from conformance.results import Exercise, Found
+from conformance.programs import ProgramChecks
+from conformance.requests import Array, Request, evaluate
+from conformance.results import Check, Outcome
 
-KNOWN = "known"
+_MASK = "known"
 
 
-def exercises(programs: Programs) -> Iterator[Exercise]:
-    """What to do with each way to sample that takes a mask."""
-    model, rows = programs.model, programs.pantry.rows
+def checks(program_checks: ProgramChecks) -> Iterator[Check]:
+    """Yield the checks of each operation and variant with a mask input."""
+    model, num_rows = program_checks.model, program_checks.sample_inputs.num_rows
     for operation in model.operations.values():
-        if {KNOWN, model.data_spec.tensor.name} <= {each.tensor.name for each in operation.inputs}:
-            for what, mask in _masks(model.data_spec.tensor).items():
-                do = partial(_kept, programs, operation, mask)
-                yield Exercise(model.name, operation.name, f"given {what}", rows, do)
+        inputs = {input_.tensor.name for input_ in operation.inputs}
+        if {_MASK, model.data_spec.tensor.name} <= inputs:
+            for name, mask in _masks(model.data_spec.tensor).items():
+                run = partial(_check_known, program_checks, operation, mask)
+                yield Check(model.name, operation.name, f"known {name}", num_rows, run)
 
 
 def _masks(spec: samovar.TensorSpec) -> dict[str, Array]:
-    places = np.arange(np.prod(spec.shape)).reshape(spec.shape)
-    return {"a raster prefix": places < places.size // 2, "every other element": places % 2 == 0}
+    positions = np.arange(np.prod(spec.shape)).reshape(spec.shape)
+    return {"raster prefix": positions < positions.size // 2, "every other element": positions % 2 == 0}
 
 
-def _kept(programs: Programs, operation: samovar.Operation, mask: Array) -> Found:
-    model, rows = programs.model, programs.pantry.rows
-    given = programs.pantry.give(model, model.data_spec.tensor)
-    known = np.repeat(mask[None], rows, 0).astype(np.uint8)
-    inputs = {model.data_spec.tensor.name: given, KNOWN: known}
-    request = Request(model, operation, rows, inputs, programs.base(operation))
-    answer = programs.ask(request)
-    is_kept = np.array_equal(answer.result.value[:, mask], given[:, mask])
-    return judged(programs.client, request, answer, *([] if is_kept else ["what is known did not stay"]))
+def _check_known(program_checks: ProgramChecks, operation: samovar.Operation, mask: Array) -> Outcome:
+    """Check the answer to a request, and that the known elements in it are those of the request."""
+    model, num_rows = program_checks.model, program_checks.sample_inputs.num_rows
+    rows = program_checks.sample_inputs.rows_for(model, model.data_spec.tensor)
+    known = np.repeat(mask[None], num_rows, 0).astype(np.uint8)
+    inputs = {model.data_spec.tensor.name: rows, _MASK: known}
+    request = Request(model, operation, num_rows, inputs, program_checks.base_parameters(operation))
+    response = program_checks.send(request)
+    is_unchanged = np.array_equal(response.result.value[:, mask], rows[:, mask])
+    problems = [] if is_unchanged else ["known elements changed"]
+    return evaluate(program_checks.client, request, response, *problems)

@@ -1,8 +1,8 @@
-"""Every operation and method: plainly, with its optional inputs, with each setting off its default.
+"""Checks of each operation and variant: inputs, choices and numbers, by the model's description.
 
-Which settings and inputs there are is read from the description. A number must be heeded: with it, the
-answer has to differ from the one without it, in at least one of the ways to ask that came before, as some
-settings matter beside others only.
+A number must have an effect: with another value, the answer must differ from the one with the default. Some
+parameters have an effect only together with a choice or an optional input, so the check tries all requests of
+the operation until one answer differs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,116 +11,129 @@ from functools import partial
 from itertools import product
 
 import samovar
-from conformance.requests import Answer, Request, Scalar, ask, judged
-from conformance.results import Exercise, Found
+from conformance.requests import Exchange, Request, Response, Scalar, evaluate, send
+from conformance.results import Check, Outcome
 from conformance.sample_inputs import SampleInputs
 from samovar import text
 from samovar.model import ParameterType
 
-Asked = list[tuple[Request, Answer]]
-
 
 @dataclass
-class Programs:
-    """The programs of one model; `asked` fills with what was asked and answered, one thing at a time.
+class ProgramChecks:
+    """Checks of all programs of one model.
 
-    most_steps: of rows that may say how many they take.
+    Attributes:
+        client: Connection to the server.
+        model: The model.
+        sample_inputs: Rows for the inputs.
+        max_steps: Maximum number of steps where a parameter sets it; None for the defaults.
+        exchanges: The requests of the checks so far, and their responses.
     """
 
     client: samovar.Client
     model: samovar.Model
-    pantry: SampleInputs
-    most_steps: int | None = None
-    asked: Asked = field(default_factory=list)
+    sample_inputs: SampleInputs
+    max_steps: int | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
 
-    def exercises(self) -> Iterator[Exercise]:
-        """What to do, in order."""
+    def checks(self) -> Iterator[Check]:
+        """Yield the checks in the order in which they must run."""
         for operation in self.model.operations.values():
-            ways: Asked = []
-            for inputs, (what, settings) in product(_selections(operation), _choices(operation)):
-                words = [each.tensor.name for each in inputs if each.optional]
-                told = ", ".join(filter(None, (what, f"with {'+'.join(words)}" if words else "")))
-                request = self._request(operation, inputs, settings)
-                yield self._exercise(operation, told, partial(self._answered, request, ways))
+            exchanges: list[Exchange] = []
+            for inputs, (choice, parameters) in product(_input_sets(operation), _choices(operation)):
+                optional = "+".join(input_.tensor.name for input_ in inputs if input_.optional)
+                name = ", ".join(filter(None, (choice, f"with {optional}" if optional else "")))
+                request = self._request(operation, inputs, parameters)
+                yield self._check(operation, name, partial(self._check_answer, request, exchanges))
             for parameter in operation.parameters:
                 if not parameter.choices:
-                    value = self._off(parameter, operation)
-                    heeded = partial(self._heeded, parameter.name, value, ways)
-                    yield self._exercise(operation, f"{parameter.name}={_brief(value)}", heeded)
+                    value = self._value_off_default(parameter, operation)
+                    run = partial(self._check_effect, parameter.name, value, exchanges)
+                    yield self._check(operation, f"{parameter.name}={_format(value)}", run)
 
-    def ask(self, request: Request) -> Answer:
-        """The answer, which is remembered."""
-        answer = ask(self.client, request)
-        self.asked.append((request, answer))
-        return answer
+    def send(self, request: Request) -> Response:
+        """Send a request, record the exchange and return the response."""
+        response = send(self.client, request)
+        self.exchanges.append((request, response))
+        return response
 
-    def base(self, operation: samovar.Operation) -> dict[str, Scalar]:
-        """Settings of every request: no more steps than are wanted."""
-        usual = {each.name: each.default for each in operation.parameters}
+    def base_parameters(self, operation: samovar.Operation) -> dict[str, Scalar]:
+        """Return the parameters of all requests of an operation, which limit the number of steps."""
+        defaults = {parameter.name: parameter.default for parameter in operation.parameters}
         steps = operation.steps
-        if self.most_steps is None or not steps.parameter or steps.of(usual) <= self.most_steps:
+        if self.max_steps is None or not steps.parameter or steps.num_steps(defaults) <= self.max_steps:
             return {}
-        return {steps.parameter: self.most_steps * steps.units_per_step}
+        return {steps.parameter: self.max_steps * steps.units_per_step}
 
     def _request(
         self,
         operation: samovar.Operation,
         inputs: Sequence[samovar.Input],
-        settings: dict[str, Scalar],
+        parameters: Mapping[str, Scalar],
     ) -> Request:
-        given = {each.tensor.name: self.pantry.give(self.model, each.tensor) for each in inputs}
-        return Request(self.model, operation, self.pantry.rows, given, self.base(operation) | settings)
+        arrays = {
+            input_.tensor.name: self.sample_inputs.rows_for(self.model, input_.tensor) for input_ in inputs
+        }
+        parameters = {**self.base_parameters(operation), **parameters}
+        return Request(self.model, operation, self.sample_inputs.num_rows, arrays, parameters)
 
-    def _answered(self, request: Request, ways: Asked) -> Found:
-        answer = self.ask(request)
-        ways.append((request, answer))
-        return judged(self.client, request, answer)
+    def _check_answer(self, request: Request, exchanges: list[Exchange]) -> Outcome:
+        """Check the answer to a request, and add the exchange to `exchanges`."""
+        response = self.send(request)
+        exchanges.append((request, response))
+        return evaluate(self.client, request, response)
 
-    def _heeded(self, name: str, value: Scalar, ways: Asked) -> Found:
-        """The answer in the first way to ask in which the setting makes a difference, and which that was.
+    def _check_effect(self, name: str, value: Scalar, exchanges: Sequence[Exchange]) -> Outcome:
+        """Check that a parameter changes the answer to one of the requests in `exchanges`.
 
-        Fewer steps may lead to the same rows; that they were taken is seen in any answer. What a text
-        is to stop at may never come; writing.py has a stop that does.
+        Two parameters need not change it: other numbers of steps can lead to equal rows, and `evaluate`
+        compares the number of steps; a stop token may not occur, and tokens.py checks one that does.
         """
-        for way, without in ways:
-            request = replace(way, parameters={**way.parameters, name: value})
-            answer = ask(self.client, request)
-            if answer.differs(without):
-                self.asked.append((request, answer))
-                found = judged(self.client, request, answer)
-                beside = _beside(way.parameters, self.base(way.operation))
-                return replace(found, rightly=f"{found.rightly}{beside}")
+        for base_request, base_response in exchanges:
+            request = replace(base_request, parameters={**base_request.parameters, name: value})
+            response = send(self.client, request)
+            if response.differs_from(base_response):
+                self.exchanges.append((request, response))
+                outcome = evaluate(self.client, request, response)
+                needed = self._format_parameters(base_request)
+                effect = f", has an effect with {needed}" if needed else ""
+                return replace(outcome, summary=f"{outcome.summary}{effect}")
         if name in (request.operation.steps.parameter, text.STOP):
-            return judged(self.client, request, answer)
-        return Found((), "", (f"{name} makes no difference in {len(ways)} ways to ask",))
+            return evaluate(self.client, request, response)
+        return Outcome((), "", (f"{name} has no effect in {len(exchanges)} requests",))
 
-    def _off(self, parameter: samovar.Parameter, operation: samovar.Operation) -> Scalar:
-        return off_default(parameter, self.base(operation).get(parameter.name, parameter.default))
+    def _value_off_default(self, parameter: samovar.Parameter, operation: samovar.Operation) -> Scalar:
+        default = self.base_parameters(operation).get(parameter.name, parameter.default)
+        return _other_value(parameter, default)
 
-    def _exercise(self, operation: samovar.Operation, what: str, do: partial[Found]) -> Exercise:
-        return Exercise(self.model.name, operation.name, what, self.pantry.rows, do)
+    def _format_parameters(self, request: Request) -> str:
+        base = self.base_parameters(request.operation)
+        return ", ".join(f"{name}={value}" for name, value in request.parameters.items() if name not in base)
+
+    def _check(self, operation: samovar.Operation, name: str, run: partial[Outcome]) -> Check:
+        return Check(self.model.name, operation.name, name, self.sample_inputs.num_rows, run)
 
 
-def off_default(parameter: samovar.Parameter, usual: Scalar) -> Scalar:
-    """Another value than the usual one: halfway to the minimum, or away from it."""
+def _other_value(parameter: samovar.Parameter, default: Scalar) -> Scalar:
+    """Return a value other than the default: halfway to the minimum, or above it if that is the default."""
     if parameter.type is ParameterType.BOOLEAN:
-        return not usual
-    number, low, high = float(usual), parameter.minimum, parameter.maximum
+        return not default
+    number, low, high = float(default), parameter.minimum, parameter.maximum
     if parameter.type is ParameterType.INTEGER:
         return int(low + number) // 2 if number > low else int(low) + 1
     return (low + number) / 2 if number > low else (low + high) / 2
 
 
-def _selections(operation: samovar.Operation) -> list[tuple[samovar.Input, ...]]:
-    """The inputs that are needed, with none, each and all of the others."""
-    needed = tuple(each for each in operation.inputs if not each.optional)
-    others = [each for each in operation.inputs if each.optional]
-    every = [operation.inputs] if len(others) > 1 else []
-    return [needed, *((*needed, each) for each in others), *every]
+def _input_sets(operation: samovar.Operation) -> list[tuple[samovar.Input, ...]]:
+    """Return the required inputs alone, with each of the optional ones, and with all of them."""
+    required = tuple(input_ for input_ in operation.inputs if not input_.optional)
+    optional = [input_ for input_ in operation.inputs if input_.optional]
+    all_inputs = [operation.inputs] if len(optional) > 1 else []
+    return [required, *((*required, input_) for input_ in optional), *all_inputs]
 
 
 def _choices(operation: samovar.Operation) -> Iterator[tuple[str, dict[str, Scalar]]]:
-    """No choice, then every other one than the default."""
+    """Yield no parameter, then each choice that is not a default, with its text."""
     yield "", {}
     for parameter in operation.parameters:
         for choice in parameter.choices:
@@ -128,11 +141,5 @@ def _choices(operation: samovar.Operation) -> Iterator[tuple[str, dict[str, Scal
                 yield f"{parameter.name}={choice}", {parameter.name: choice}
 
 
-def _beside(settings: Mapping[str, Scalar], base: Mapping[str, Scalar]) -> str:
-    """The settings that it takes for another one to matter."""
-    told = [f"{name}={value}" for name, value in settings.items() if name not in base]
-    return f", heeded beside {', '.join(told)}" if told else ""
-
-
-def _brief(value: Scalar) -> str:
+def _format(value: Scalar) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What models lack, asked for past the client, which would refuse it by itself: refused with a reason."""
+"""Checks of unsupported operations. The requests bypass the client, which would reject them itself."""
 
 from collections.abc import Iterator
 
@@ -12,16 +12,16 @@ from samovar.v1 import inference_pb2
 from samovar.v1.inference_pb2_grpc import InferenceStub
 
 
-def refuse(stub: InferenceStub, model: samovar.Model, operation: str) -> bool:
-    """Ask for what the model lacks, print the refusal; whether it was refused, and as it should be."""
-    refusal = _refusal(stub, model, operation)
-    wrong = ["answered"] if refusal is None else list(_problems(refusal, model))
-    verdict = f"FAILED, {'; '.join(wrong)}" if wrong else "refused"
-    print(f"{model.name:<17}{operation:<18}{verdict}: {refusal}", flush=True)
-    return not wrong
+def check_rejection(stub: InferenceStub, model: samovar.Model, operation: str) -> bool:
+    """Request an unsupported operation, print a line, and return whether the rejection was as expected."""
+    error = _request_error(stub, model, operation)
+    problems = ["expected FAILED_PRECONDITION"] if error is None else list(_problems(error, model))
+    result = "rejected" if not problems else f"FAILED: {'; '.join(problems)}; got"
+    print(f"{model.name:<17}{operation:<18}{result}: {error or 'an answer'}", flush=True)
+    return not problems
 
 
-def _refusal(stub: InferenceStub, model: samovar.Model, operation: str) -> SamovarError | None:
+def _request_error(stub: InferenceStub, model: samovar.Model, operation: str) -> SamovarError | None:
     selector = inference_pb2.ModelSelector(name=model.name, version=model.version)
     try:
         if operation == "sample":
@@ -33,13 +33,13 @@ def _refusal(stub: InferenceStub, model: samovar.Model, operation: str) -> Samov
     return None
 
 
-def _problems(refusal: SamovarError, model: samovar.Model) -> Iterator[str]:
-    if not isinstance(refusal, samovar.UnsupportedOperation):
-        yield f"expected FAILED_PRECONDITION, got {type(refusal).__name__}"
+def _problems(error: SamovarError, model: samovar.Model) -> Iterator[str]:
+    if not isinstance(error, samovar.UnsupportedOperation):
+        yield "expected FAILED_PRECONDITION"
         return
     supported = {parse_program_name(name)[0] for name in model.operations}
-    if set(refusal.supported) != supported:
-        yield f"expected {', '.join(sorted(supported))} as what it has"
-    why = refusal.details.facts.get("why", "")
-    if not why or why not in str(refusal):
-        yield "without a reason"
+    if set(error.supported) != supported:
+        yield f"expected the supported operations {', '.join(sorted(supported))}"
+    reason = error.details.metadata.get("why", "")
+    if not reason or reason not in str(error):
+        yield "expected a reason"

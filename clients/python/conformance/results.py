@@ -1,4 +1,4 @@
-"""The table that exercises fill, a line for each as it is done. Knows no calls."""
+"""Checks, their outcomes, and the table with one line per check."""
 
 import time
 from collections.abc import Callable
@@ -10,46 +10,64 @@ _LINE = "{:<17}{:<18}{:<42}{:>5}{:>8}  {:<13}{:<18}{:>8}  {}"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What came of an exercise: the shape of the answer, what it was found to be, what is wrong with it."""
+class Outcome:
+    """The outcome of a check, which is passed if it has no problems.
+
+    Attributes:
+        shape: Shape of the answer.
+        summary: Result of a passed check.
+        problems: Differences from the expected answer.
+        steps: Number of steps of a row; "" if the check has no single one.
+        score_kind: Kind of the scores; "" for other operations.
+        seconds: Duration of the request; None for the duration of the whole check.
+    """
 
     shape: tuple[int, ...]
-    rightly: str
-    wrong: tuple[str, ...] = ()
+    summary: str
+    problems: tuple[str, ...] = ()
     steps: str = ""
-    kind: str = ""
+    score_kind: str = ""
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Exercise:
-    """One cell of what a model can do; `what` tells it from the others of the operation."""
+class Check:
+    """One check of an operation; `name` is unique among the checks of the operation."""
 
     model: str
     operation: str
-    what: str
-    rows: int
-    do: Callable[[], Found]
+    name: str
+    num_rows: int
+    run: Callable[[], Outcome]
 
 
-def head() -> None:
-    """Print what the columns are."""
-    _print("MODEL", "OPERATION", "", "ROWS", "STEPS", "SCORE", "SHAPE", "MS", "SAME ROWS")
+def print_header() -> None:
+    """Print the names of the columns."""
+    _print_line("MODEL", "OPERATION", "CHECK", "ROWS", "STEPS", "SCORE", "SHAPE", "MS", "RESULT")
 
 
-def perform(exercise: Exercise) -> bool:
-    """Do it and print its line; whether all was right."""
-    begun = time.perf_counter()
+def run_check(check: Check) -> bool:
+    """Run a check, print its line, and return whether it passed."""
+    start = time.perf_counter()
     try:
-        found = exercise.do()
+        outcome = check.run()
     except samovar.SamovarError as error:
-        found = Found((), "", (str(error),))
-    seconds = time.perf_counter() - begun if found.seconds is None else found.seconds
-    verdict = f"FAILED: {'; '.join(found.wrong)}" if found.wrong else found.rightly
-    where = (exercise.model, exercise.operation, exercise.what, exercise.rows)
-    _print(*where, found.steps, found.kind, list(found.shape), f"{1000 * seconds:.0f}", verdict)
-    return not found.wrong
+        outcome = Outcome((), "", (str(error),))
+    seconds = time.perf_counter() - start if outcome.seconds is None else outcome.seconds
+    result = f"FAILED: {'; '.join(outcome.problems)}" if outcome.problems else outcome.summary
+    _print_line(
+        check.model,
+        check.operation,
+        check.name,
+        check.num_rows,
+        outcome.steps,
+        outcome.score_kind,
+        list(outcome.shape),
+        f"{1000 * seconds:.0f}",
+        result,
+    )
+    return not outcome.problems
 
 
-def _print(*columns: object) -> None:
+def _print_line(*columns: object) -> None:
     print(_LINE.format(*map(str, columns)), flush=True)

@@ -1,4 +1,4 @@
-"""Text and music through samovar.text and samovar.midi: prompts, streams, stops, and bytes to play."""
+"""Checks of models of tokens with samovar.text and samovar.midi: prompts, streams, stop tokens, MIDI."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,99 +6,106 @@ from functools import partial
 
 import samovar
 from conformance.requests import SEED, Array, Scalar
-from conformance.results import Exercise, Found
+from conformance.results import Check, Outcome
 from samovar import midi, text, tokens
 from samovar._messages import CallOptions
 
-# Settings with which the likeliest token alone is left.
-COLDEST: Mapping[str, Scalar] = {"temperature": 0.0, "top_k": 1, "top_p": 0.0}
-LENGTH, PROMPT = 32, 4
+# Values of parameters with which only the most probable token can be drawn.
+_GREEDY: Mapping[str, Scalar] = {"temperature": 0.0, "top_k": 1, "top_p": 0.0}
+_MAX_TOKENS, _PROMPT_TOKENS = 32, 4
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A model of tokens that goes on from a prompt."""
+class TokenChecks:
+    """Checks of a model that continues prompts."""
 
     client: samovar.Client
     model: samovar.Model
 
-    def exercises(self) -> Iterator[Exercise]:
-        """What to do; nothing with a model that does not write."""
-        usual = self.model.operations.get("sample")
-        if usual is None or text.PROMPT not in {each.tensor.name for each in usual.inputs}:
+    def checks(self) -> Iterator[Check]:
+        """Yield the checks; none for a model without prompts."""
+        sample = self.model.operations.get("sample")
+        if sample is None or text.PROMPT not in {input_.tensor.name for input_ in sample.inputs}:
             return
-        settings = {each.name for each in usual.parameters}
-        yield self._exercise("complete a prompt", self._completed)
-        yield self._exercise("stream token by token", self._streamed)
-        if text.STOP in settings:
-            yield self._exercise("stop at a word", self._stopped)
-        for name in sorted(COLDEST.keys() & settings):
-            likeliest = partial(self._likeliest, name)
-            yield self._exercise(f"{name}={COLDEST[name]:g} for any seed", likeliest)
+        parameters = {parameter.name for parameter in sample.parameters}
+        yield self._check("complete a prompt", self._complete_prompt)
+        yield self._check("stream token by token", self._stream)
+        if text.STOP in parameters:
+            yield self._check("stop at a token", self._stop)
+        for name in sorted(_GREEDY.keys() & parameters):
+            yield self._check(
+                f"{name}={_GREEDY[name]:g} with two seeds", partial(self._sample_greedily, name)
+            )
         if midi.is_music(self.model.data_spec.vocabulary):
-            yield self._exercise("MIDI bytes", self._played)
+            yield self._check("MIDI file", self._write_midi)
 
-    def _completed(self) -> Found:
-        """What goes on from a prompt is what a sample that is given its tokens has."""
-        prompt = self._joined(self._words()[:PROMPT])
+    def _complete_prompt(self) -> Outcome:
+        """Check that completing a text gives the sample whose input has the text's tokens."""
+        prompt = self._join(self._sample()[:_PROMPT_TOKENS])
         row = tokens.encode([prompt], self.model.data_spec)
-        wanted = self._joined(self._words({text.PROMPT: row}))
-        return _same(self._write(prompt), wanted, "the sample with the prompt's tokens")
+        expected = self._join(self._sample({text.PROMPT: row}))
+        return _compare(self._complete(prompt), expected, "the sample with the tokens of the prompt")
 
-    def _streamed(self) -> Found:
-        pieces = list(text.stream(self.client, self.model.name, "", options=self._options(), **self._short()))
-        found = _same("".join(pieces), self._write(), "what is written at once")
-        late = () if len(pieces) > 1 else ("all came at once",)
-        return Found(found.shape, f"{len(pieces)} pieces", found.wrong + late)
+    def _stream(self) -> Outcome:
+        chunks = list(
+            text.stream(self.client, self.model.name, "", options=self._options(), **self._length())
+        )
+        outcome = _compare("".join(chunks), self._complete(), "the text of one response")
+        problems = outcome.problems + (() if len(chunks) > 1 else ("expected several chunks, got one",))
+        return Outcome(outcome.shape, f"{len(chunks)} chunks", problems)
 
-    def _stopped(self) -> Found:
-        """With a word of a text as its stop, the text ends where that word comes first."""
-        words = self._words()
+    def _stop(self) -> Outcome:
+        """Check that a text ends where a stop token, which occurs in it, comes first."""
+        words = self._sample()
         stop = words[len(words) // 2]
-        return _same(
-            self._write(settings={text.STOP: stop}),
-            self._joined(words[: words.index(stop) + 1]),
-            "up to the word",
+        expected = self._join(words[: words.index(stop) + 1])
+        return _compare(
+            self._complete(parameters={text.STOP: stop}), expected, "the text up to the stop token"
         )
 
-    def _likeliest(self, name: str) -> Found:
-        """Where no chance is left, seeds make no difference."""
-        setting = {name: COLDEST[name]}
-        return _same(
-            self._write(settings=setting), self._write(seed=SEED + 1, settings=setting), "for another seed"
+    def _sample_greedily(self, name: str) -> Outcome:
+        """Check that two seeds give equal texts if only the most probable token can be drawn."""
+        parameters = {name: _GREEDY[name]}
+        first, second = (self._complete(seed=seed, parameters=parameters) for seed in (SEED, SEED + 1))
+        return _compare(first, second, "the text with another seed")
+
+    def _write_midi(self) -> Outcome:
+        """Check that a MIDI file has one track for the tempo and one for each voice."""
+        content = midi.encode([self._sample()])
+        is_complete = content.startswith(b"MThd") and content.count(b"MTrk") == 1 + len(midi.VOICES)
+        return Outcome((len(content),), "format 1", () if is_complete else ("expected one track per voice",))
+
+    def _complete(self, prompt: str = "", seed: int = SEED, parameters: Mapping[str, Scalar] = {}) -> str:
+        all_parameters = {**self._length(), **parameters}
+        return text.complete(
+            self.client, self.model.name, prompt, options=self._options(seed), **all_parameters
         )
 
-    def _played(self) -> Found:
-        """A file with a track for the tempo and one for each voice."""
-        played = midi.encode([self._words()])
-        wanted = played.startswith(b"MThd") and played.count(b"MTrk") == 1 + len(midi.VOICES)
-        return Found((len(played),), "format 1", () if wanted else ("no tracks for all voices",))
-
-    def _write(self, prompt: str = "", seed: int = SEED, settings: Mapping[str, Scalar] = {}) -> str:
-        every = {**self._short(), **settings}
-        return text.complete(self.client, self.model.name, prompt, options=self._options(seed), **every)
-
-    def _words(self, inputs: Mapping[str, Array] | None = None) -> list[str]:
-        """What a sample has, without the help of samovar.text."""
-        options = CallOptions(**self._options(), parameters=self._short())
+    def _sample(self, inputs: Mapping[str, Array] | None = None) -> list[str]:
+        """Return the words of a sample, without samovar.text."""
+        options = CallOptions(**self._options(), parameters=self._length())
         sample = self.client.sample(self.model.name, inputs=inputs, **options)
-        return tokens.words_of(sample.value[0], self.model.data_spec)
+        return tokens.token_texts(sample.value[0], self.model.data_spec)
 
-    def _joined(self, words: Sequence[str]) -> str:
-        return tokens.separator_of(self.model.data_spec).join(words)
+    def _join(self, words: Sequence[str]) -> str:
+        return tokens.token_separator(self.model.data_spec).join(words)
 
     def _options(self, seed: int = SEED) -> CallOptions:
         return CallOptions(seed=seed, version=self.model.version, timeout=None)
 
-    def _short(self) -> dict[str, Scalar]:
-        """How much to write, where that may be said."""
-        settings = {each.name: each for each in self.model.operations["sample"].parameters}
-        return {"tokens": min(LENGTH, int(settings["tokens"].maximum))} if "tokens" in settings else {}
+    def _length(self) -> dict[str, Scalar]:
+        """Return the parameter that limits the number of tokens, if the model has one."""
+        parameters = {parameter.name: parameter for parameter in self.model.operations["sample"].parameters}
+        return (
+            {"tokens": min(_MAX_TOKENS, int(parameters["tokens"].maximum))} if "tokens" in parameters else {}
+        )
 
-    def _exercise(self, what: str, do: Callable[[], Found]) -> Exercise:
-        return Exercise(self.model.name, "sample", what, 1, do)
+    def _check(self, name: str, run: Callable[[], Outcome]) -> Check:
+        return Check(self.model.name, "sample", name, 1, run)
 
 
-def _same(written: str, wanted: str, than: str) -> Found:
-    wrong = () if written == wanted else (f"{written[:40]!r} is not {wanted[:40]!r}, {than}",)
-    return Found((len(written),), "same words", wrong)
+def _compare(actual: str, expected: str, description: str) -> Outcome:
+    problems = (
+        () if actual == expected else (f"expected {description}, {expected[:40]!r}, got {actual[:40]!r}",)
+    )
+    return Outcome((len(actual),), "equal text", problems)
