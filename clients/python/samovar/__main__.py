@@ -1,4 +1,4 @@
-"""`python -m samovar` is the command `samovar`."""
+"""Entry point of `python -m samovar`, which is the command `samovar`."""
 
 import sys
 

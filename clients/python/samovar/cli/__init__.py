@@ -1,1 +1,1 @@
-"""The command `samovar`."""
+"""The command line `samovar`."""

@@ -1,4 +1,4 @@
-"""A progress bar for whoever watches a terminal; silent where nobody does."""
+"""A progress bar for terminals; it prints nothing on other streams."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ _WIDTH = 30
 
 
 class ProgressBar:
-    """Rows done, their rate and the time left, on one line that is drawn over."""
+    """Finished rows, rows per second and the remaining time, on one line that is redrawn."""
 
     def __init__(self, total: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.visible = stream.isatty()
@@ -19,7 +19,7 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         self._start = self._clock()
-        self.show(0)
+        self.update(0)
         return self
 
     def __exit__(
@@ -28,8 +28,8 @@ class ProgressBar:
         if self.visible:
             self._stream.write("\n")
 
-    def show(self, done: float) -> None:
-        """Redraw for so many rows; a row on the way counts by its share."""
+    def update(self, done: float) -> None:
+        """Redraw the line for `done` rows; an unfinished row counts by the fraction of its steps."""
         if self.visible:
             self._stream.write(f"\r{self._line(done)}\x1b[K")
             self._stream.flush()
@@ -41,5 +41,5 @@ class ProgressBar:
         if not done or not elapsed:
             return f"[{bar}] {int(done)}/{self._total} rows"
         rate = done / elapsed
-        left = (self._total - done) / rate
-        return f"[{bar}] {int(done)}/{self._total} rows, {rate:.3g} rows/s, {left:.0f} s left"
+        remaining = (self._total - done) / rate
+        return f"[{bar}] {int(done)}/{self._total} rows, {rate:.3g} rows/s, {remaining:.0f} s left"
