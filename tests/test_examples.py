@@ -12,6 +12,8 @@ import samovar
 from export.__main__ import main
 from tests.support.live_server import serving
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FORMATS = ("onnx", "torchscript")
 HIGH_TEMPERATURE, NUM_SPINS, NUM_SAMPLES = 4.0, 32 * 32, 64

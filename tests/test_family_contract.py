@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 import samovar
 from samovar import tensors
 from samovar.errors import from_rpc
-from samovar.model import ParameterType, ValueKind
+from samovar.model import ParameterType, DataKind
 from samovar.operations import OPERATIONS, parse_program_name
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.datasets import Pair, for_each_pair
 from tests.support.live_server import RunningServer, assert_idle, wait_until
 
-pytestmark = for_each_pair
+pytestmark = [for_each_pair, pytest.mark.slow]
 
 ROWS = 3
 # Steps of a request where the number of steps is not the point.
@@ -205,7 +205,7 @@ def test_formats_agree_on_every_operation(
 def tolerance(spec: samovar.DataSpec, name: str, array: Array) -> float:
     if array.dtype.kind == "f":
         return 1e-4 * max(1.0, float(np.abs(array).max()))
-    return float(spec.kind is ValueKind.IMAGE and name == spec.tensor.name)
+    return float(spec.kind is DataKind.IMAGE and name == spec.tensor.name)
 
 
 def test_previews_show_unfinished_rows_and_change_no_result(

@@ -20,6 +20,8 @@ from export.families import FAMILIES
 from samovar.operations import parse_program_name
 from tests.support.live_server import HANG_SECONDS, RunningServer
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("onnx", "torchscript", "torch_export")
 ROWS = 64
 ROWS_IN_TRAFFIC = 40

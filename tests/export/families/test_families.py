@@ -15,7 +15,7 @@ from samovar.operations import OPERATIONS, parse_program_name, program_name
 from samovar.v1 import manifest_pb2
 from tests.support.datasets import Pair, for_each_pair
 
-pytestmark = for_each_pair
+pytestmark = [for_each_pair, pytest.mark.slow]
 
 
 @pytest.fixture
