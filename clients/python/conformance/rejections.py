@@ -17,7 +17,7 @@ def check_rejection(stub: InferenceStub, model: samovar.Model, operation: str) -
     error = _request_error(stub, model, operation)
     problems = ["expected FAILED_PRECONDITION"] if error is None else list(_problems(error, model))
     result = "rejected" if not problems else f"FAILED: {'; '.join(problems)}; got"
-    print(f"{model.name:<17}{operation:<18}{result}: {error or 'an answer'}", flush=True)
+    print(f"{model.name:<16} {operation:<17} {result}: {error or 'an answer'}", flush=True)
     return not problems
 
 

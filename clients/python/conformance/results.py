@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import samovar
 
-_LINE = "{:<17}{:<18}{:<42}{:>5}{:>8}  {:<13}{:<18}{:>8}  {}"
+_LINE = "{:<16} {:<17} {:<41} {:>5} {:>7}  {:<12} {:<17} {:>8}  {}"
 
 
 @dataclass(frozen=True)
