@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import samovar
 from export.__main__ import main
-from tests.support.live_server import serving
+from tests.support.live_server import HANG_SECONDS, serving
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[samovar.Client]
     models = tmp_path_factory.mktemp("examples")
     for name in ("galaxy", "ising"):
         assert main(["export", str(EXAMPLES / f"{name}.py"), "--models", str(models)]) == 0
-    with serving(models) as server, samovar.Client(server.address, timeout=60.0) as connected:
+    with serving(models) as server, samovar.Client(server.address, timeout=HANG_SECONDS) as connected:
         yield connected
 
 

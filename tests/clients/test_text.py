@@ -12,7 +12,7 @@ import samovar
 from samovar import midi, text, tokens
 from samovar.cli.main import main
 from tests.support.datasets import CONTEXT
-from tests.support.live_server import serving
+from tests.support.live_server import HANG_SECONDS, serving
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def address(models_of: Callable[..., Path]) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[samovar.Client]:
-    with samovar.Client(address, timeout=60) as client:
+    with samovar.Client(address, timeout=HANG_SECONDS) as client:
         yield client
 
 

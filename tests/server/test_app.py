@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import samovar
 from server.rpc import health
 from server.runtime import RUNTIMES
-from tests.support.live_server import RunningServer, listening, scrape, serving, wait_until
+from tests.support.live_server import HANG_SECONDS, RunningServer, listening, scrape, serving, wait_until
 
 ROOT = Path(__file__).parents[2]
 DIFFUSION = "digits-diffusion"
@@ -49,8 +49,8 @@ def test_server_is_not_serving_until_models_are_loaded(models: Path) -> None:
 @pytest.mark.parametrize("grpc_workers", [0, 2])
 def test_shutdown_lets_calls_in_flight_finish(models: Path, grpc_workers: int) -> None:
     with (
-        serving(models, formats=("onnx",), drain_timeout=60.0, grpc_workers=grpc_workers) as server,
-        samovar.Client(server.address, timeout=60.0) as client,
+        serving(models, formats=("onnx",), drain_timeout=HANG_SECONDS, grpc_workers=grpc_workers) as server,
+        samovar.Client(server.address, timeout=HANG_SECONDS) as client,
     ):
         parameters = {"steps": 20}
         with client.stream(DIFFUSION, 200, seed=1, preview_every=1, parameters=parameters) as stream:
@@ -199,7 +199,7 @@ def test_second_interrupt_ends_process_immediately(process: subprocess.Popen[str
     assert process.stdout
     address = next(match[1] for line in process.stdout if (match := re.search(r"--address (\S+)", line)))
     with (
-        samovar.Client(address, timeout=60.0) as client,
+        samovar.Client(address, timeout=HANG_SECONDS) as client,
         client.stream(DIFFUSION, 50_000, preview_every=1, parameters={"steps": 200}) as stream,
     ):
         next(iter(stream))

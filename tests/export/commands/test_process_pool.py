@@ -86,7 +86,7 @@ def test_run_commands_interrupted_stops_and_awaits_all_processes(number: int, tm
         pool.send_signal(number)
         assert pool.stderr is not None
         output = pool.stderr.read()
-        assert pool.wait(30) == 130
+        assert pool.wait(500) == 130
     assert "third" not in output
     assert not (logs / "third.log").exists()
     assert [path.read_text() for path in saved] == ["saved", "saved"]

@@ -34,11 +34,11 @@ class Gate:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         self._entered.release()
-        assert self._allowed.acquire(timeout=30), "the gate was not opened"
+        assert self._allowed.acquire(timeout=500), "the gate was not opened"
         return self._graph(inputs)
 
     def await_call(self) -> None:
-        assert self._entered.acquire(timeout=30), "the graph was not called"
+        assert self._entered.acquire(timeout=500), "the graph was not called"
 
     def open(self, calls: int = 1) -> None:
         self._allowed.release(calls)
@@ -402,7 +402,7 @@ def test_crashed_device_thread_fails_open_requests_and_restarts(error: BaseExcep
     engine.start()
     for reader in readers:
         assert isinstance(reader.error(), Unavailable)
-    assert reloaded.wait(30)
+    assert reloaded.wait(500)
     later = submit_until_available(engine, request(rows=3, steps=2, seed=1))
     assert later.rows() == {index: bytes_alone(1, index, 2) for index in range(3)}
     assert observer.restarts == 1

@@ -16,7 +16,15 @@ from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc import health
 from server.rpc.workers import WorkerPool
-from tests.support.live_server import RunningServer, assert_idle, listening, scrape, serving, wait_until
+from tests.support.live_server import (
+    HANG_SECONDS,
+    RunningServer,
+    assert_idle,
+    listening,
+    scrape,
+    serving,
+    wait_until,
+)
 
 DIFFUSION, VAE = "digits-diffusion", "digits-vae"
 # One format loads in a tenth of the time that all formats take.
@@ -40,7 +48,7 @@ def worker_server(default_models: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def worker_client(worker_server: RunningServer) -> Iterator[samovar.Client]:
-    with samovar.Client(worker_server.address, timeout=60.0) as connected:
+    with samovar.Client(worker_server.address, timeout=HANG_SECONDS) as connected:
         yield connected
 
 
@@ -142,7 +150,7 @@ def test_killed_worker_is_restarted_and_its_rows_are_freed(models: Path) -> None
     with serving(models, formats=ONNX, grpc_workers=1) as server:
         (first,) = worker_pids(server)
         with (
-            samovar.Client(server.address, timeout=60.0) as client,
+            samovar.Client(server.address, timeout=HANG_SECONDS) as client,
             client.stream(DIFFUSION, 5_000, preview_every=1, parameters={"steps": 200}) as stream,
         ):
             events = iter(stream)
@@ -152,7 +160,7 @@ def test_killed_worker_is_restarted_and_its_rows_are_freed(models: Path) -> None
                 list(events)
         assert_idle(server)
         wait_until(lambda: worker_pids(server) not in ([], [first]), "the worker was not restarted")
-        with samovar.Client(server.address, timeout=60.0) as client:
+        with samovar.Client(server.address, timeout=HANG_SECONDS) as client:
             assert len(client.sample(DIFFUSION, 3, parameters={"steps": 2}).value) == 3
         assert scrape(server)["samovar_grpc_worker_restarts_total", ()] == 1
         in_flight = ("samovar_requests_in_flight", ())
