@@ -153,7 +153,7 @@ def test_device_thread_crash_reloads_graphs_and_keeps_results(
     expected, before = sample(client), num_restarts(server)
     runtime.num_opened, num_graphs = 0, len(list((models / MODEL / "1").glob("*.onnx")))
     runtime.errors.append(error)
-    with pytest.raises(samovar.Unavailable, match="restarting; retry"):
+    with pytest.raises(samovar.Unavailable, match="the engine failed; retry"):
         sample(client)
     assert sample_with_retries(client) == expected
     assert runtime.num_opened == num_graphs
