@@ -73,7 +73,7 @@ class BatchInvarianceCheck:
         return {name: self._check(graph) for name, graph in self.recorded.items() if graph.calls}
 
     def _check(self, recorded: RecordingGraph) -> set[int]:
-        # Every batch size is called, whatever the result, so that each is warmed up.
+        # Every batch size is called, regardless of the results, so that each is warmed up.
         invariant = {bucket for bucket in self._buckets if self._is_same_in(bucket, recorded)}
         is_slot_invariant = all(_is_same_in_other_slots(recorded.graph, *call) for call in recorded.calls)
         return invariant if is_slot_invariant else set()
