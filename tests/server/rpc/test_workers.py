@@ -129,7 +129,13 @@ def test_slow_reader_pauses_its_request(worker_server: RunningServer) -> None:
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     selector = pb.ModelSelector(name=DIFFUSION)
     with grpc.insecure_channel(worker_server.address, narrow) as channel:
-        call = pb_grpc.InferenceStub(channel).Sample(pb.SampleRequest(model=selector, rows=100_000, seed=1))
+        request = pb.SampleRequest(
+            model=selector,
+            rows=100_000,
+            seed=1,
+            parameters={"steps": pb.ParameterValue(integer_value=1)},
+        )
+        call = pb_grpc.InferenceStub(channel).Sample(request)
         next(call)
         wait_until(lambda: engine.num_queued > 0 and engine.num_running == 0, "the engine did not pause")
         call.cancel()
