@@ -178,7 +178,7 @@ def test_preview_every_writes_unfinished_rows(server: FakeServer, tmp_path: Path
     path = tmp_path / "rows.npy"
     arguments = ("sample", "counter", "-n", 6, "--seed", 4, "--preview-every", 2, "-o", path)
     with subprocess.Popen(process_command(server, *arguments)) as process:
-        assert server.service.blocked.wait(30)
+        assert server.service.blocked.wait(500)
         while not path.exists():
             assert process.poll() is None
         preview = np.load(path)
@@ -190,11 +190,11 @@ def test_ctrl_c_cancels_call_and_exits_with_130(server: FakeServer, tmp_path: Pa
     server.service.blocks = True
     command = process_command(server, "sample", "counter", "-n", 6, "-o", tmp_path / "a.npy")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert server.service.blocked.wait(30)
+        assert server.service.blocked.wait(500)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=500)
     assert (process.returncode, err) == (130, "\nsamovar: cancelled\n")
-    assert server.service.cancelled.wait(10)
+    assert server.service.cancelled.wait(500)
     assert not list(tmp_path.iterdir())
 
 
@@ -278,11 +278,11 @@ def test_rejected_request_prints_violations_without_traceback(
 def test_overloaded_server_prints_retry_delay(samovar: Command, service: FakeService, tmp_path: Path) -> None:
     service.errors = [overloaded()]
     completed = samovar("sample", "counter", "-o", tmp_path / "a.npy")
-    assert (completed.code, completed.err) == (1, "samovar: 1000 rows wait\nRetry in 2.5 s.\n")
+    assert (completed.code, completed.err) == (1, "samovar: 1000 rows are queued\nRetry in 2.5 s.\n")
 
 
 def test_unknown_model_or_operation_lists_known_ones(samovar: Command, rows: Path) -> None:
-    assert "there are: counter, speaker" in samovar("model", "count").err
+    assert "expected one of: counter, speaker" in samovar("model", "count").err
     completed = samovar("energy", "counter", "--input", rows)
     assert (completed.code, "it supports sample, score" in completed.err) == (1, True)
 

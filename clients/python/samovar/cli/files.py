@@ -5,6 +5,7 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def check_suffix(path: Path, data_spec: DataSpec, output: TensorSpec) -> None:
     """Check that a file of this suffix can hold the main output of an operation.
 
     Raises:
-        FileError: it cannot, such as text in a .png file.
+        FileError: it cannot, such as text in a .png file, or a library is missing.
     """
     is_image = data_spec.kind is DataKind.IMAGE and output.shape == data_spec.tensor.shape
     if path.suffix == ".png" and not is_image:
@@ -34,6 +35,8 @@ def check_suffix(path: Path, data_spec: DataSpec, output: TensorSpec) -> None:
         raise _wrong_suffix(path, "text", output)
     if path.suffix == ".mid" and not midi.is_music(data_spec.vocabulary):
         raise _wrong_suffix(path, "music", output)
+    if path.suffix == ".mid" and find_spec("mido") is None:
+        raise FileError(f"cannot write {path}: mido is not installed; run: pip install 'samovar[midi]'")
 
 
 def write(path: Path, arrays: Arrays, data_spec: DataSpec) -> None:

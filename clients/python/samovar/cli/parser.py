@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from samovar._channel import DEFAULT_ADDRESS
 
@@ -33,7 +34,7 @@ _SUFFIX_CONTENTS = {
     ".npz": "all outputs",
     ".png": "grid of images",
     ".txt": "one text per line",
-    ".mid": "music",
+    ".mid": "music; needs mido",
     ".csv": "one line per row",
 }
 
@@ -102,12 +103,20 @@ _TRANSFORMS = {
     ),
 }
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help fails on a closed pipe; that of argparse ignores it."""
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def build_parser(version: str) -> argparse.ArgumentParser:
     """Return the parser; the attribute `command` of its result is the name of the command."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="samovar",
         description="Sample, score, reconstruct, encode and decode with the models of a Samovar server.",
         epilog=_ROOT_EPILOG,
@@ -167,18 +176,13 @@ def _add_commands(commands: Commands) -> None:
 def _add_command(
     commands: Commands, name: str, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
+    return commands.add_parser(
         name,
         help=summary,
-        description=_wrapped(description),
+        description=textwrap.fill(description, width=80),
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return command
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, width=80)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
