@@ -65,7 +65,7 @@ def shell_command(program: Program, manifest: Manifest) -> str:
     """Return a command line that calls the program."""
     words = ["samovar", program.operation, manifest.name]
     if program.variant:
-        words += ["--method", program.variant]
+        words += ["--variant", program.variant]
     if program.operation == "sample":
         words += ["-n", str(_NUM_ROWS), "--seed", str(_SEED)]
     inputs = required_inputs(program)

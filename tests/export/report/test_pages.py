@@ -165,7 +165,7 @@ def test_density_section_integrates_to_one(documents: dict[str, Document]) -> No
 def test_page_shows_programs_with_parameters_and_example_calls(documents: dict[str, Document]) -> None:
     text = documents["digits-vae-1"].text
     for expected in (
-        "samovar sample digits-vae --method inpaint -n 16 --seed 7 --input image=image.npy",
+        "samovar sample digits-vae --variant inpaint -n 16 --seed 7 --input image=image.npy",
         'client.score("digits-vae", image)',
         'inputs={"image": image, "known": known}, variant="inpaint")',
         "parameter temperature 0..2, default 1 ",
