@@ -330,6 +330,15 @@ def test_closed_pipe_ends_command_silently_with_141(server: FakeServer, argument
     assert (completed.returncode, completed.stderr) == (141, "")
 
 
+def test_full_disk_fails_with_one_line(server: FakeServer) -> None:
+    with open("/dev/full", "w") as full:
+        completed = subprocess.run(
+            process_command(server, "models"), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert completed.returncode == 1
+    assert re.fullmatch(r"samovar: .*No space left on device\n", completed.stderr)
+
+
 def test_pipe_closed_during_output_ends_command_silently_with_141(server: FakeServer, tmp_path: Path) -> None:
     """The table does not fit in the buffer of a pipe: the command is still writing when `head` exits."""
     path = tmp_path / "rows.npy"

@@ -41,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Flush here: at interpreter exit a broken pipe could not be caught any more.
             sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
-        return _BROKEN_PIPE_CODE
+        code = _BROKEN_PIPE_CODE
+    except OSError as error:
+        code = _fail(f"cannot write to standard output: {error}")
+    _discard_output()
+    return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
