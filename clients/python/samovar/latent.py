@@ -1,20 +1,19 @@
-"""Walks and edits in a model's latent space: recipes over a client's calls.
+"""Interpolation and editing in a model's latent space, built on the operations of a client.
 
-A walk between two latents is straight (lerp), or along a great circle (slerp; White,
-"Sampling Generative Networks", 2016), which keeps to the distance from the origin at
-which draws from a standard normal lie. An edit adds the difference of two groups' mean
-latents, an attribute vector (Larsen et al., "Autoencoding beyond Pixels", 2016).
+Interpolation between two latents is linear (lerp) or spherical (slerp, White 2016). An edit adds an
+attribute vector: the difference of the mean latents of two groups (Larsen et al., "Autoencoding beyond
+Pixels", 2016).
 
-What the recipes take for granted is read from the model's description, never its family:
+The functions read the model's description and never its family:
 
-- the first output of `encode` is a latent, and feeds the only required input of `decode`;
-- when `encode` has a second output of that shape, it tells the spread: the encoder gives
-  distributions, whose means lie nearer the origin than draws do, and walks between them are
-  straight. A lone output is the latent itself, as of a flow, and walks are along a great circle;
-- seeds stand for draws from a standard normal, by the generator's stream 0 at step 0, and walks
-  between them are along a great circle. That suits models without `encode` too, such as GANs.
+- The first output of `encode` is the latent. It is the only required input of `decode`.
+- If `encode` has a second output of the same shape, that output is the spread of a distribution.
+  Interpolation between the means is then linear, because means lie nearer to the origin than draws do.
+  Otherwise the output is the latent itself, as for a flow, and interpolation is spherical.
+- A seed stands for a draw from a standard normal distribution: stream 0 at step 0 of the generator
+  (noise.py). Interpolation between draws is spherical. It needs no `encode`, so it works for GANs.
 
-Rows are encoded and decoded with seed 0 unless another is given, so a recipe repeats itself.
+Rows are encoded and decoded with seed 0 by default, so that equal calls return equal rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,22 +27,38 @@ from samovar import noise
 from samovar._messages import CallOptions
 from samovar.client import Client
 from samovar.errors import invalid_request
+from samovar.interpolation import lerp, slerp
 from samovar.model import Model, Operation, Scalar, TensorSpec
 from samovar.result import Result
 from samovar.tensors import Array
 
+__all__ = [
+    "LatentOptions",
+    "Path",
+    "attribute",
+    "decode",
+    "draw",
+    "edit",
+    "encode",
+    "interpolate",
+    "lerp",
+    "slerp",
+]
+
 Path = Literal["lerp", "slerp"]
 T = TypeVar("T")
 
-# The sine of an angle under which two directions count as one line, and have no arc between them.
-_ON_A_LINE = 1e-6
-
 
 class LatentOptions(TypedDict, total=False):
-    """What a recipe's calls say besides rows and latents.
+    """Options of the functions in this module; each is optional.
 
-    inputs, parameters: each goes to `encode`, to `decode` or to both, as they declare it.
-    version, format, seed: as for any call; the seed is 0 when left out.
+    Attributes:
+        inputs: Optional inputs by name, such as a class label. Each goes to `encode`, to `decode` or to
+            both, as the operations declare it.
+        parameters: Parameters by name, passed on in the same way.
+        version: A version of the model. Default: the newest.
+        format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+        seed: The seed of the calls, 0 <= seed < 2**64. Default: 0.
     """
 
     inputs: Mapping[str, ArrayLike]
@@ -53,46 +68,60 @@ class LatentOptions(TypedDict, total=False):
     seed: int
 
 
-def lerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> Array:
-    """The point [..., *shape] at each share [...] of the straight way from a to b, both [*shape]."""
-    start, end = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.asarray(start + _along(share, start) * (end - start), np.float32)
+def encode(client: Client, model: str, rows: ArrayLike, **options: Unpack[LatentOptions]) -> Array:
+    """Return the latents of rows: the first output of the model's `encode`.
 
+    Args:
+        client: The client.
+        model: The model's name.
+        rows: Rows of the model's data, [N, *shape].
+        **options: See `LatentOptions`.
 
-def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> Array:
-    """The point [..., *shape] at each share [...] of the arc from a to b, both [*shape].
+    Returns:
+        The latents, [N, *latent].
 
-    Vectors on one line through the origin have no one arc between them: they are joined by lerp.
+    Raises:
+        UnsupportedOperation: If the model lacks `encode`.
+        InvalidRequest: If the rows or an option do not fit the model.
     """
-    start, end = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    lengths = np.linalg.norm(start) * np.linalg.norm(end)
-    cosine = float(np.clip((start * end).sum() / lengths, -1, 1)) if lengths else 1.0
-    sine = np.sqrt(1 - cosine**2)
-    if sine < _ON_A_LINE:
-        return lerp(a, b, share)
-    angle, part = np.arccos(cosine), _along(share, start)
-    point = np.sin((1 - part) * angle) * start + np.sin(part * angle) * end
-    return np.asarray(point / sine, np.float32)
+    return _LatentSpace.create(client, model, options).encode(rows)
 
 
-def _along(share: ArrayLike, like: Array) -> Array:
-    shares = np.asarray(share, np.float64)
-    return shares.reshape(shares.shape + (1,) * like.ndim)
+def decode(client: Client, model: str, latents: ArrayLike, **options: Unpack[LatentOptions]) -> Array:
+    """Return the rows of latents: the first output of the model's `decode`.
+
+    Args:
+        client: The client.
+        model: The model's name.
+        latents: Latents, [N, *latent].
+        **options: See `LatentOptions`.
+
+    Returns:
+        The rows, [N, *shape].
+
+    Raises:
+        UnsupportedOperation: If the model lacks `decode`.
+        InvalidRequest: If the latents or an option do not fit the model.
+    """
+    return _LatentSpace.create(client, model, options).decode(latents)
 
 
-def encode(client: Client, model: str, rows: ArrayLike, **conditions: Unpack[LatentOptions]) -> Array:
-    """The latents [N, *latent] of rows [N, *shape]: the first output of the model's `encode`."""
-    return _Space.of(client, model, conditions).encode(rows)
+def draw(client: Client, model: str, rows: int, **options: Unpack[LatentOptions]) -> Array:
+    """Return standard normal latents, drawn from the seed in the options.
 
+    Args:
+        client: The client.
+        model: The model's name.
+        rows: Number of latents.
+        **options: See `LatentOptions`.
 
-def decode(client: Client, model: str, latents: ArrayLike, **conditions: Unpack[LatentOptions]) -> Array:
-    """The rows [N, *shape] of latents [N, *latent]: the first output of the model's `decode`."""
-    return _Space.of(client, model, conditions).decode(latents)
+    Returns:
+        The latents from which `sample` starts with the same seed, float32 [rows, *latent].
 
-
-def draw(client: Client, model: str, rows: int, **conditions: Unpack[LatentOptions]) -> Array:
-    """Latents [rows, *latent] from a standard normal: those that a sample of that seed begins with."""
-    return _Space.of(client, model, conditions).draw(rows)
+    Raises:
+        UnsupportedOperation: If the model lacks `decode`, whose input gives the shape.
+    """
+    return _LatentSpace.create(client, model, options).draw(rows)
 
 
 def interpolate(
@@ -102,17 +131,35 @@ def interpolate(
     b: ArrayLike,
     count: int = 8,
     path: Path | None = None,
-    **conditions: Unpack[LatentOptions],
+    **options: Unpack[LatentOptions],
 ) -> Array:
-    """Rows [count, *shape] on the way from a to b, both ends included, as the model decodes them.
+    """Return decoded rows between two ends.
 
-    a, b: a row [*shape] each, or an integer, which is the seed of a draw.
-    path: when left out, what suits such latents, as the module says.
+    Args:
+        client: The client.
+        model: The model's name.
+        a: The first end: a row [*shape], or an integer as the seed of a draw.
+        b: The last end, in the same form.
+        count: Number of rows, both ends included.
+        path: "lerp" or "slerp". Default: "lerp" between the means of distributions, else "slerp".
+        **options: See `LatentOptions`.
+
+    Returns:
+        The rows, [count, *shape].
+
+    Raises:
+        UnsupportedOperation: If the model lacks `decode`, or `encode` when an end is a row.
+        InvalidRequest: If an end or an option does not fit the model.
+
+    Example:
+        >>> latent.interpolate(client, "digits-vae", 1, 2, count=5).shape  # doctest: +SKIP
+        (5, 8, 8)
     """
-    space = _Space.of(client, model, conditions)
+    space = _LatentSpace.create(client, model, options)
     between_means = not _is_seed(a) and not _is_seed(b) and space.has_spread
-    walk = {"lerp": lerp, "slerp": slerp, None: lerp if between_means else slerp}[path]
-    return space.decode(walk(space.end(a), space.end(b), np.linspace(0, 1, count)))
+    interpolation = {"lerp": lerp, "slerp": slerp, None: lerp if between_means else slerp}[path]
+    weights = np.linspace(0, 1, count)
+    return space.decode(interpolation(space.latent_of(a), space.latent_of(b), weights))
 
 
 def attribute(
@@ -120,12 +167,27 @@ def attribute(
     model: str,
     positives: ArrayLike,
     negatives: ArrayLike,
-    **conditions: Unpack[LatentOptions],
+    **options: Unpack[LatentOptions],
 ) -> Array:
-    """The direction [*latent] to the mean latent of rows with an attribute, from that of rows without."""
-    space = _Space.of(client, model, conditions)
-    having, lacking = (space.encode(rows).mean(0, dtype=np.float64) for rows in (positives, negatives))
-    return np.asarray(having - lacking, np.float32)
+    """Return the attribute vector of two groups: the difference of their mean latents.
+
+    Args:
+        client: The client.
+        model: The model's name.
+        positives: Rows that have the attribute, [N, *shape].
+        negatives: Rows that lack it, [M, *shape].
+        **options: See `LatentOptions`.
+
+    Returns:
+        The direction from the negatives to the positives, float32 [*latent].
+
+    Raises:
+        UnsupportedOperation: If the model lacks `encode`.
+        InvalidRequest: If the rows or an option do not fit the model.
+    """
+    space = _LatentSpace.create(client, model, options)
+    positive, negative = (space.encode(rows).mean(0, dtype=np.float64) for rows in (positives, negatives))
+    return np.asarray(positive - negative, np.float32)
 
 
 def edit(
@@ -134,84 +196,113 @@ def edit(
     rows: ArrayLike,
     direction: ArrayLike,
     amount: float = 1.0,
-    **conditions: Unpack[LatentOptions],
+    **options: Unpack[LatentOptions],
 ) -> Array:
-    """Rows [N, *shape] moved by so many times a direction [*latent] of the latent space."""
-    space = _Space.of(client, model, conditions)
+    """Return rows moved along a direction of the latent space.
+
+    Args:
+        client: The client.
+        model: The model's name.
+        rows: Rows, [N, *shape].
+        direction: A direction such as an attribute vector, [*latent].
+        amount: Factor of the direction.
+        **options: See `LatentOptions`.
+
+    Returns:
+        The edited rows, [N, *shape].
+
+    Raises:
+        UnsupportedOperation: If the model lacks `encode` or `decode`.
+        InvalidRequest: If the rows or an option do not fit the model.
+    """
+    space = _LatentSpace.create(client, model, options)
     return space.decode(space.encode(rows) + np.float32(amount) * np.asarray(direction, np.float32))
 
 
 @dataclass(frozen=True)
-class _Space:
-    """The ways into and out of one model's latent space."""
+class _LatentSpace:
+    """Encoder and decoder of one model, with the options of their calls."""
 
     client: Client
     model: Model
-    conditions: LatentOptions
+    options: LatentOptions
 
     @classmethod
-    def of(cls, client: Client, model: str, conditions: LatentOptions) -> "_Space":
-        described = client.model(model, conditions.get("version", ""), conditions.get("format", ""))
-        coders = [each for name, each in described.operations.items() if name in ("encode", "decode")]
-        _check("inputs", conditions, {each.tensor.name for coder in coders for each in coder.inputs})
-        _check("parameters", conditions, {each.name for coder in coders for each in coder.parameters})
-        return cls(client, described, conditions)
+    def create(cls, client: Client, model: str, options: LatentOptions) -> "_LatentSpace":
+        described = client.model(model, options.get("version", ""), options.get("format", ""))
+        operations = [
+            described.operations[name] for name in ("encode", "decode") if name in described.operations
+        ]
+        _check(
+            "inputs", options, {entry.tensor.name for operation in operations for entry in operation.inputs}
+        )
+        _check(
+            "parameters", options, {entry.name for operation in operations for entry in operation.parameters}
+        )
+        return cls(client, described, options)
 
     @property
     def has_spread(self) -> bool:
-        """Whether the encoder gives distributions, by their mean and spread."""
+        """Whether the encoder returns distributions, as mean and spread."""
         latent, *others = self.model.operation("encode").outputs
         return bool(others) and others[0].shape == latent.shape
 
     def encode(self, rows: ArrayLike) -> Array:
-        return self._through(self.client.encode, self.model.operation("encode"), rows)
+        return self._call(self.client.encode, self.model.operation("encode"), rows)
 
     def decode(self, latents: ArrayLike) -> Array:
-        return self._through(self.client.decode, self.model.operation("decode"), latents)
+        return self._call(self.client.decode, self.model.operation("decode"), latents)
 
     def draw(self, rows: int) -> Array:
-        return self._drawn(rows, self.conditions.get("seed", 0))
+        return self._draw(rows, self.options.get("seed", 0))
 
-    def end(self, end: ArrayLike) -> Array:
-        """The latent [*latent] of a row or of a seed."""
+    def latent_of(self, end: ArrayLike) -> Array:
+        """Return the latent [*latent] of a row or of a seed."""
         row = np.asarray(end)
-        latents = self._drawn(1, int(row)) if _is_seed(row) else self.encode(row[None])
+        latents = self._draw(1, int(row)) if _is_seed(row) else self.encode(row[None])
         return np.asarray(latents[0])
 
-    def _drawn(self, rows: int, seed: int) -> Array:
-        shape = _main_input(self.model.operation("decode")).shape
+    def _draw(self, rows: int, seed: int) -> Array:
+        shape = _required_input(self.model.operation("decode")).shape
         return noise.normal(np.full(rows, seed, np.uint64), np.arange(rows), np.zeros(rows), 0, shape)
 
-    def _through(self, call: Callable[..., Result], operation: Operation, rows: ArrayLike) -> Array:
-        inputs = {each.tensor.name for each in operation.inputs}
-        parameters = {each.name for each in operation.parameters}
-        options = CallOptions(
+    def _call(self, method: Callable[..., Result], operation: Operation, rows: ArrayLike) -> Array:
+        input_names = {entry.tensor.name for entry in operation.inputs}
+        parameter_names = {entry.name for entry in operation.parameters}
+        call_options = CallOptions(
             version=self.model.version,
-            format=self.conditions.get("format", ""),
-            seed=self.conditions.get("seed", 0),
-            parameters=_only(parameters, self.conditions.get("parameters", {})),
+            format=self.options.get("format", ""),
+            seed=self.options.get("seed", 0),
+            parameters=_select(parameter_names, self.options.get("parameters", {})),
         )
-        given = {_main_input(operation).name: rows, **_only(inputs, self.conditions.get("inputs", {}))}
-        return call(self.model.name, given, **options).value
+        inputs = {
+            _required_input(operation).name: rows,
+            **_select(input_names, self.options.get("inputs", {})),
+        }
+        return method(self.model.name, inputs, **call_options).value
 
 
-def _only(names: set[str], entries: Mapping[str, T]) -> dict[str, T]:
+def _select(names: set[str], entries: Mapping[str, T]) -> dict[str, T]:
     return {name: entry for name, entry in entries.items() if name in names}
 
 
-def _check(kind: Literal["inputs", "parameters"], conditions: LatentOptions, known: set[str]) -> None:
-    for name in conditions.get(kind, {}):
+def _check(kind: Literal["inputs", "parameters"], options: LatentOptions, known: set[str]) -> None:
+    for name in options.get(kind, {}):
         if name not in known:
             listed = ", ".join(sorted(known)) or "none"
-            raise invalid_request(f"{kind}[{name}]", f"neither encode nor decode has it; they have: {listed}")
+            raise invalid_request(
+                f"{kind}[{name}]", f"unknown to encode and decode; expected one of: {listed}"
+            )
 
 
-def _main_input(operation: Operation) -> TensorSpec:
-    """The only required input: a row for encode, a latent for decode."""
-    required = [each.tensor for each in operation.inputs if not each.optional]
+def _required_input(operation: Operation) -> TensorSpec:
+    """Return the only required input: a row for encode, a latent for decode."""
+    required = [entry.tensor for entry in operation.inputs if not entry.optional]
     if len(required) != 1:
         listed = ", ".join(spec.name for spec in required) or "none"
-        raise invalid_request("inputs", f"expected one required input of {operation.name}, it has {listed}")
+        raise invalid_request(
+            "inputs", f"expected one required input of {operation.name}, got {len(required)}: {listed}"
+        )
     return required[0]
 
 
