@@ -1,17 +1,19 @@
-"""What can go wrong with a call, for the person who meets it. Knows status codes and their details.
+"""Exceptions of the client, read from gRPC status codes and their details.
 
 SamovarError
-├── InvalidRequest          change the request: `violations` lists everything that is wrong
-├── UnsupportedOperation    the model has no such operation: `supported` lists those it has
-├── ModelNotFound           no such model, version or format is served
-├── Overloaded              the server is full: come back after `retry_delay` seconds
-├── DeadlineExceeded        the timeout passed: give more time, or ask for fewer rows or steps
-├── Cancelled               somebody cancelled the call
-├── Unavailable             no server answers: it is down, starting, stopping, or elsewhere
-└── ServerError             the server failed; the request is not to blame
+├── InvalidRequest          the request is wrong; `violations` lists every violation
+├── UnsupportedOperation    the model lacks the operation; `supported` lists those it has
+├── ModelNotFound           the model, version or format is not served
+├── Overloaded              a limit of the server is reached; retry after `retry_delay` seconds
+├── DeadlineExceeded        the timeout passed; allow more time, or request fewer rows or steps
+├── Cancelled               the call was cancelled
+├── Unavailable             no server answers: it is down, starting, stopping or at another address
+└── ServerError             the server failed; the request is not the cause
+
+The server's exceptions have the same names.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -19,18 +21,22 @@ from typing import TypeVar, cast
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
-
-from samovar.v1 import errors_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
 
 Metadata = Iterable[tuple[str, str | bytes]]
-M = TypeVar("M", bound=Message)
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong with a request: where, what was expected and what was given."""
+    """One thing that is wrong with a request.
+
+    Attributes:
+        field: Path of the field, such as "parameters[steps]".
+        description: What was expected and what was given.
+    """
 
     field: str
     description: str
@@ -41,11 +47,18 @@ class Violation:
 
 @dataclass(frozen=True)
 class Details:
-    """What an error says besides its message; `facts` are the metadata of its ErrorInfo."""
+    """Details of an error, from the messages of google.rpc.
+
+    Attributes:
+        violations: Every violation of an invalid request.
+        reason: The server's constant for the cause, in UPPER_SNAKE_CASE; "" if there is none.
+        metadata: Facts by name, such as the operations that a model supports.
+        retry_delay: Seconds to wait before a retry; None if the server gives none.
+    """
 
     violations: tuple[Violation, ...] = ()
     reason: str = ""
-    facts: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
     retry_delay: float | None = None
 
 
@@ -53,7 +66,12 @@ _NO_DETAILS = Details()
 
 
 class SamovarError(Exception):
-    """The root. `reason` is the server's constant for the cause, "" when it gave none."""
+    """Base class of all errors of a call.
+
+    Attributes:
+        message: One sentence for a developer.
+        details: Everything else that is known about the error.
+    """
 
     def __init__(self, message: str, details: Details = _NO_DETAILS) -> None:
         super().__init__(message, details)
@@ -62,6 +80,7 @@ class SamovarError(Exception):
 
     @property
     def reason(self) -> str:
+        """The server's constant for the cause; "" if there is none."""
         return self.details.reason
 
     def __str__(self) -> str:
@@ -69,61 +88,67 @@ class SamovarError(Exception):
 
 
 class InvalidRequest(SamovarError, ValueError):
-    """The request cannot be answered as it is; raised by the client too, before anything is sent."""
+    """An invalid request; the client raises it too, before it sends anything."""
 
     @property
     def violations(self) -> tuple[Violation, ...]:
+        """Every violation, not only the first."""
         return self.details.violations
 
     def __str__(self) -> str:
-        return "\n".join(
-            [_headline(self.message, self.violations), *(f"  {each}" for each in self.violations)]
-        )
+        lines = [_headline(self.message, self.violations), *(f"  {entry}" for entry in self.violations)]
+        return "\n".join(lines)
 
 
 class UnsupportedOperation(SamovarError):
-    """The model has no program for the operation."""
+    """An operation that the model lacks."""
 
     @property
     def supported(self) -> tuple[str, ...]:
-        return tuple(filter(None, self.details.facts.get("supported", "").split(",")))
+        """The operations that the model supports."""
+        return tuple(filter(None, self.details.metadata.get("supported", "").split(",")))
 
 
 class ModelNotFound(SamovarError):
-    """No such model, version or format is served."""
+    """A model, version or format that is not served."""
 
 
 class Overloaded(SamovarError):
-    """Too many rows wait at the server, or the request is larger than it accepts."""
+    """A limit of the server is reached: queued rows, buffered bytes or concurrent calls."""
 
     @property
     def retry_delay(self) -> float | None:
-        """Seconds after which to try again, when the server names them."""
+        """Seconds to wait before a retry; None if the server gives none."""
         return self.details.retry_delay
 
 
 class DeadlineExceeded(SamovarError):
-    """The timeout passed before the answer was complete."""
+    """The timeout passed before the response was complete."""
 
 
 class Cancelled(SamovarError):
-    """The call was cancelled, here or on the way."""
+    """The call was cancelled, by the client or on the way."""
 
 
 class Unavailable(SamovarError):
-    """No server answers at the address, also after the retries."""
+    """No server answers at the address, even after the retries."""
 
 
 class ServerError(SamovarError):
-    """The server failed, or answered what its contract does not allow."""
+    """The server failed, or its response breaks the contract."""
 
 
 def invalid_request(field: str, description: str) -> InvalidRequest:
-    """The error for a request that the client can tell to be wrong."""
+    """Return the error for a request that the client itself rejects.
+
+    Args:
+        field: Path of the field.
+        description: What was expected and what was given.
+    """
     return InvalidRequest("the request cannot be sent", Details((Violation(field, description),)))
 
 
-_BY_CODE: dict[grpc.StatusCode, type[SamovarError]] = {
+_ERROR_TYPES: dict[grpc.StatusCode, type[SamovarError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.FAILED_PRECONDITION: UnsupportedOperation,
@@ -137,7 +162,7 @@ _BY_CODE: dict[grpc.StatusCode, type[SamovarError]] = {
 
 @contextmanager
 def translate_rpc_errors() -> Iterator[None]:
-    """Raise a failed call as a SamovarError."""
+    """Raise the errors of gRPC as SamovarError."""
     try:
         yield
     except grpc.RpcError as error:
@@ -145,46 +170,44 @@ def translate_rpc_errors() -> Iterator[None]:
 
 
 def from_rpc(error: grpc.RpcError) -> SamovarError:
-    """The exception for a failed call, with all that its trailing metadata says."""
+    """Return the exception for a failed call, with the details in its trailing metadata."""
     code, text = error.code(), error.details() or ""
     details = read_details(cast(Metadata, error.trailing_metadata() or ()))
-    if code in _BY_CODE:
-        return _BY_CODE[code](text or code.name, details)
+    if code in _ERROR_TYPES:
+        return _ERROR_TYPES[code](text or code.name, details)
     return ServerError(f"{code.name}: {text}", details)
 
 
 def read_details(metadata: Metadata) -> Details:
-    """The details that a status carries; unreadable ones count as none."""
+    """Return the details in a call's trailing metadata; empty ones if they cannot be decoded."""
     raw = next((value for key, value in metadata if key == _DETAILS_KEY), b"")
     try:
-        details = errors_pb2.Status.FromString(raw if isinstance(raw, bytes) else b"").details
-        return _details(details)
+        return _parse_details(status_pb2.Status.FromString(raw if isinstance(raw, bytes) else b"").details)
     except DecodeError:
         return _NO_DETAILS
 
 
-def _details(packed: Iterable[AnyMessage]) -> Details:
-    packed = list(packed)
-    bad_request = _find(packed, errors_pb2.BadRequest)
-    info = _find(packed, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
-    retry = _find(packed, errors_pb2.RetryInfo)
-    violations = bad_request.field_violations if bad_request else ()
+def _parse_details(packed: Sequence[AnyMessage]) -> Details:
+    bad_request = _unpack(packed, error_details_pb2.BadRequest())
+    info = _unpack(packed, error_details_pb2.ErrorInfo())
+    retry = _unpack(packed, error_details_pb2.RetryInfo())
     return Details(
-        violations=tuple(Violation(each.field, each.description) for each in violations),
-        reason=info.reason,
-        facts=dict(info.metadata),
+        violations=tuple(Violation(entry.field, entry.description) for entry in bad_request.field_violations)
+        if bad_request
+        else (),
+        reason=info.reason if info else "",
+        metadata=dict(info.metadata) if info else {},
         retry_delay=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
     )
 
 
-def _find(packed: list[AnyMessage], kind: type[M]) -> M | None:
-    # By name, not by Any.Is: the server packs google.rpc's messages, ours mirror them.
-    name = f"google.rpc.{kind.DESCRIPTOR.name}"
-    return next((kind.FromString(each.value) for each in packed if each.TypeName() == name), None)
+def _unpack(packed: Sequence[AnyMessage], message: MessageT) -> MessageT | None:
+    """Return the first packed message of this type; None if there is none."""
+    return message if any(entry.Unpack(message) for entry in packed) else None
 
 
 def _headline(message: str, violations: tuple[Violation, ...]) -> str:
-    """The message up to the violations: a server may repeat them for clients that read no details."""
-    starts = [message.find(str(each)) for each in violations]
+    """Return the message up to the violations, which a server repeats for clients that ignore details."""
+    starts = [message.find(str(violation)) for violation in violations]
     first = min((start for start in starts if start > 0), default=len(message))
     return message[:first].rstrip(" :;\n") if first < len(message) else message
