@@ -1,4 +1,4 @@
-"""Client for Samovar, a gRPC server for generative models: the public surface."""
+"""Client for Samovar, a gRPC server for generative models: the public names."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""How a client reaches a server: channel options, retries, deadlines. Does no I/O."""
+"""Channel options, retries and deadlines; no I/O."""
 
 import json
 import time
@@ -9,8 +9,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 ChannelOptions = tuple[tuple[str, str | int], ...]
 
-# Every call may be repeated: the client settles the seed before it sends, so that
-# the second attempt answers the same bytes as the first would have.
+# Every call may be retried: the client chooses the seed before it sends the request, so that a retry
+# returns the same bytes.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -31,20 +31,24 @@ CHANNEL_OPTIONS: ChannelOptions = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # gRPC does not retry what it cannot keep, and keeps 256 KiB unless told otherwise.
+    # gRPC retries only requests that fit its buffer, which is 256 KiB by default.
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-    # gRPC servers hang up on clients that ping more often than every five minutes.
+    # gRPC servers close connections that send pings more often than every five minutes.
     ("grpc.keepalive_time_ms", 300_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
 class Deadline:
-    """The moment by which all calls that serve one request must be done."""
+    """Deadline shared by all RPCs of one call.
+
+    Args:
+        timeout: Seconds from now; None for no deadline.
+    """
 
     def __init__(self, timeout: float | None) -> None:
         self._end = None if timeout is None else time.monotonic() + timeout
 
     def remaining(self) -> float | None:
-        """Seconds left, at least 0; None without a deadline."""
+        """Return the seconds left, at least 0; None without a deadline."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())

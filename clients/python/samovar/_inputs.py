@@ -1,4 +1,4 @@
-"""A user's arrays as a program takes them: names, element types, batch axis. Knows no messages."""
+"""Conversion of a user's arrays into the inputs of a program: names, element types, batch axis."""
 
 from collections.abc import Iterable, Mapping
 
@@ -13,56 +13,71 @@ Inputs = ArrayLike | Mapping[str, ArrayLike]
 
 
 def named_arrays(inputs: Inputs, operation: Operation) -> dict[str, Array]:
-    """Inputs by name, in the program's element types, with a batch axis.
+    """Return the inputs by name, in the program's element types, with a batch axis.
 
-    A bare array goes to the program's only required input. An array of the row's own
-    rank stands for every row. InvalidRequest when an array cannot be what the program wants.
+    Args:
+        inputs: Arrays by name, or one array for the program's only required input. An array without a
+            batch axis is used for every row.
+        operation: The operation that declares the inputs.
+
+    Returns:
+        Arrays [rows, *shape] or [1, *shape].
+
+    Raises:
+        InvalidRequest: If a name is unknown, a shape does not fit, or a conversion would change a value.
     """
     named = inputs if isinstance(inputs, Mapping) else {_only_input(operation): inputs}
-    specs = {each.tensor.name: each.tensor for each in operation.inputs}
+    specs = {entry.tensor.name: entry.tensor for entry in operation.inputs}
     for name in named:
         if name not in specs:
             raise invalid_request(
-                f"inputs[{name}]", f"{operation.name} has no such input; it has {_listed(specs)}"
+                f"inputs[{name}]", f"unknown input of {operation.name}; expected one of: {_join(specs)}"
             )
-    return {name: _batch(np.asarray(value), specs[name]) for name, value in named.items()}
+    return {name: _add_batch_axis(np.asarray(value), specs[name]) for name, value in named.items()}
 
 
 def num_rows(arrays: Mapping[str, Array]) -> int:
-    """The common length of the batch axes, those of length 1 being for every row."""
+    """Return the common length of the batch axes; an axis of length 1 is for every row.
+
+    Raises:
+        InvalidRequest: If the axes have different lengths above 1.
+    """
     lengths = {name: len(array) for name, array in arrays.items()}
-    others = set(lengths.values()) - {1}
-    if len(others) > 1:
-        given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise invalid_request("inputs", f"expected batch axes of 1 or of one common length; {given}")
-    return others.pop() if others else 1
+    distinct = set(lengths.values()) - {1}
+    if len(distinct) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise invalid_request("inputs", f"expected batch axes of length 1 or of one common length; {listed}")
+    return distinct.pop() if distinct else 1
 
 
-def part_of(arrays: Mapping[str, Array], start: int, size: int) -> dict[str, Array]:
-    """So many rows from the one at `start` on; arrays that are for every row stay whole."""
+def slice_rows(arrays: Mapping[str, Array], start: int, size: int) -> dict[str, Array]:
+    """Return rows start..start+size-1 of the arrays; an array that is for every row stays whole."""
     rows = num_rows(arrays)
-    return {name: each[start : start + size] if len(each) == rows else each for name, each in arrays.items()}
+    return {
+        name: array[start : start + size] if len(array) == rows else array for name, array in arrays.items()
+    }
 
 
 def _only_input(operation: Operation) -> str:
-    required = [each.tensor.name for each in operation.inputs if not each.optional]
-    names = required or [each.tensor.name for each in operation.inputs]
+    required = [entry.tensor.name for entry in operation.inputs if not entry.optional]
+    names = required or [entry.tensor.name for entry in operation.inputs]
     if len(names) != 1:
         raise invalid_request(
-            "inputs", f"expected a mapping from names to arrays; {operation.name} has {_listed(names)}"
+            "inputs",
+            f"expected a mapping from names to arrays; the inputs of {operation.name} are: {_join(names)}",
         )
     return names[0]
 
 
-def _batch(array: Array, spec: TensorSpec) -> Array:
+def _add_batch_axis(array: Array, spec: TensorSpec) -> Array:
     if array.ndim not in (len(spec.shape), len(spec.shape) + 1):
         expected = ", ".join(map(str, ("rows", *spec.shape)))
         raise invalid_request(f"inputs[{spec.name}]", f"expected shape [{expected}], got {list(array.shape)}")
-    converted = _converted(array, spec)
+    converted = _convert(array, spec)
     return converted[None] if array.ndim == len(spec.shape) else converted
 
 
-def _converted(array: Array, spec: TensorSpec) -> Array:
+def _convert(array: Array, spec: TensorSpec) -> Array:
     if array.dtype == spec.dtype:
         return array
     expected = f"expected {spec.dtype.name}, got {array.dtype.name}"
@@ -70,20 +85,20 @@ def _converted(array: Array, spec: TensorSpec) -> Array:
         raise invalid_request(f"inputs[{spec.name}]", expected)
     with np.errstate(invalid="ignore", over="ignore"):
         converted = array.astype(spec.dtype)
-        changed = ~_kept(array, converted)
+        changed = ~_is_preserved(array, converted)
     if changed.any():
         raise invalid_request(
-            f"inputs[{spec.name}]", f"{expected}, whose {array[changed].flat[0]} it cannot hold"
+            f"inputs[{spec.name}]", f"{expected}; {spec.dtype.name} cannot hold {array[changed].flat[0]}"
         )
     return converted
 
 
-def _kept(array: Array, converted: Array) -> Array:
-    """Where the conversion loses nothing; a float may be rounded, but not overflow."""
+def _is_preserved(array: Array, converted: Array) -> Array:
+    """Return where the conversion keeps the value; a float may be rounded but must not overflow."""
     if array.dtype.kind == converted.dtype.kind == "f":
         return np.asarray(np.isfinite(converted) | ~np.isfinite(array))
     return np.asarray((converted == array) & (converted.astype(array.dtype) == array))
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"

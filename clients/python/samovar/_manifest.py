@@ -1,10 +1,11 @@
-"""Reads what a server says of its models. Knows the manifest's messages, and no calls."""
+"""Decoding of model descriptions from manifest messages."""
 
 from datetime import UTC
 
 import numpy as np
 
 from samovar.model import (
+    DataKind,
     DataSpec,
     Input,
     Model,
@@ -18,7 +19,6 @@ from samovar.model import (
     ScoreMeaning,
     Steps,
     TensorSpec,
-    ValueKind,
 )
 from samovar.operations import program_name
 from samovar.tensors import DTYPES
@@ -26,7 +26,7 @@ from samovar.v1 import inference_pb2, manifest_pb2
 
 
 def read_model(message: inference_pb2.Model) -> Model:
-    """A model from its message."""
+    """Decode a model; kinds and types that this client does not know become unspecified."""
     manifest = message.manifest
     return Model(
         name=manifest.name,
@@ -36,16 +36,16 @@ def read_model(message: inference_pb2.Model) -> Model:
         description=manifest.description,
         formats=tuple(message.formats),
         artifact_sha256=message.artifact_sha256,
-        data_spec=_value(manifest.data_spec),
-        operations={each.name: each for each in map(_operation, manifest.programs)},
-        quality=tuple(_quality(figure) for figure in manifest.quality),
+        data_spec=_data_spec(manifest.data_spec),
+        operations={operation.name: operation for operation in map(_operation, manifest.programs)},
+        quality=tuple(map(_quality, manifest.quality)),
         provenance=_provenance(manifest.provenance),
         unsupported_operations=dict(manifest.unsupported_operations),
     )
 
 
-def score_meaning(score: manifest_pb2.Score) -> ScoreMeaning:
-    """What a score is; a kind that this client does not know counts as unspecified."""
+def read_score_meaning(score: manifest_pb2.Score) -> ScoreMeaning:
+    """Decode the meaning of a score; an unknown kind becomes unspecified."""
     return ScoreMeaning(
         _SCORE_KINDS.get(score.kind, ScoreKind.UNSPECIFIED), score.dimensions, score.coordinate_space
     )
@@ -57,10 +57,10 @@ _SCORE_KINDS = {
     manifest_pb2.Score.KIND_ESTIMATE: ScoreKind.ESTIMATE,
     manifest_pb2.Score.KIND_UNNORMALIZED: ScoreKind.UNNORMALIZED,
 }
-_VALUE_KINDS = {
-    manifest_pb2.DataSpec.KIND_IMAGE: ValueKind.IMAGE,
-    manifest_pb2.DataSpec.KIND_VECTOR: ValueKind.VECTOR,
-    manifest_pb2.DataSpec.KIND_TOKENS: ValueKind.TOKENS,
+_DATA_KINDS = {
+    manifest_pb2.DataSpec.KIND_IMAGE: DataKind.IMAGE,
+    manifest_pb2.DataSpec.KIND_VECTOR: DataKind.VECTOR,
+    manifest_pb2.DataSpec.KIND_TOKENS: DataKind.TOKENS,
 }
 _PARAMETER_TYPES = {
     manifest_pb2.Parameter.TYPE_FLOAT: ParameterType.FLOAT,
@@ -82,13 +82,13 @@ def _tensor_spec(spec: manifest_pb2.TensorSpec) -> TensorSpec:
     )
 
 
-def _value(value: manifest_pb2.DataSpec) -> DataSpec:
+def _data_spec(data_spec: manifest_pb2.DataSpec) -> DataSpec:
     return DataSpec(
-        kind=_VALUE_KINDS.get(value.kind, ValueKind.UNSPECIFIED),
-        tensor=_tensor_spec(value.tensor),
-        num_levels=value.num_levels,
-        vocabulary=tuple(value.vocabulary),
-        class_labels=tuple(value.class_labels),
+        kind=_DATA_KINDS.get(data_spec.kind, DataKind.UNSPECIFIED),
+        tensor=_tensor_spec(data_spec.tensor),
+        num_levels=data_spec.num_levels,
+        vocabulary=tuple(data_spec.vocabulary),
+        class_labels=tuple(data_spec.class_labels),
     )
 
 
@@ -96,15 +96,17 @@ def _operation(program: manifest_pb2.Program) -> Operation:
     return Operation(
         name=program_name(program.operation, program.variant),
         doc=program.doc,
-        parameters=tuple(_parameter(parameter) for parameter in program.parameters),
-        inputs=tuple(
-            Input(_tensor_spec(each.tensor), each.optional, each.default_value) for each in program.inputs
-        ),
-        outputs=tuple(_tensor_spec(output) for output in program.outputs),
+        parameters=tuple(map(_parameter, program.parameters)),
+        inputs=tuple(map(_input, program.inputs)),
+        outputs=tuple(map(_tensor_spec, program.outputs)),
         steps=_steps(program.steps),
         previewable=program.previewable,
-        score=score_meaning(program.score) if program.HasField("score") else None,
+        score=read_score_meaning(program.score) if program.HasField("score") else None,
     )
+
+
+def _input(entry: manifest_pb2.Input) -> Input:
+    return Input(_tensor_spec(entry.tensor), entry.optional, entry.default_value)
 
 
 def _parameter(parameter: manifest_pb2.Parameter) -> Parameter:
@@ -135,14 +137,14 @@ def _steps(steps: manifest_pb2.Steps) -> Steps:
     return Steps(steps.fixed, steps.parameter, max(1, steps.units_per_step), bool(steps.done_flag))
 
 
-def _quality(figure: manifest_pb2.Quality) -> Quality:
+def _quality(metric: manifest_pb2.Quality) -> Quality:
     return Quality(
-        name=figure.name,
-        value=figure.value,
-        unit=figure.unit,
-        standard_error=figure.standard_error if figure.HasField("standard_error") else None,
-        doc=figure.doc,
-        reference_value=figure.reference_value if figure.HasField("reference_value") else None,
+        name=metric.name,
+        value=metric.value,
+        unit=metric.unit,
+        standard_error=metric.standard_error if metric.HasField("standard_error") else None,
+        doc=metric.doc,
+        reference_value=metric.reference_value if metric.HasField("reference_value") else None,
     )
 
 

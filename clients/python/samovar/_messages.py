@@ -1,7 +1,4 @@
-"""Requests from what a user says, results from what a server answers: pure functions.
-
-Both clients share them. Knows the messages, and neither channels nor time.
-"""
+"""Encoding of requests and decoding of responses; pure functions that both clients share."""
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,32 +11,35 @@ from numpy.typing import ArrayLike
 
 from samovar import result
 from samovar._channel import MAX_MESSAGE_BYTES
-from samovar._inputs import Inputs, named_arrays, num_rows, part_of
-from samovar._manifest import score_meaning
+from samovar._inputs import Inputs, named_arrays, num_rows, slice_rows
+from samovar._manifest import read_score_meaning
 from samovar.errors import ServerError, invalid_request
 from samovar.model import Model, Operation, Scalar
 from samovar.tensors import Array, MalformedTensor, pack, unpack
 from samovar.v1 import inference_pb2
 
-# What a message holds besides its tensors' bytes; generous.
+# An upper bound for the bytes of a message without its tensors.
 _ENVELOPE_BYTES = 64 * 1024
+# nats, bits per dimension and standard error of one row, as float64.
 _SCORE_ROW_BYTES = 3 * 8
-
 
 Priority = Literal["interactive", "batch"]
 
 
 class CallOptions(TypedDict, total=False):
-    """What any call may say besides its rows.
+    """Options of a call; each is optional.
 
-    version: a version of the model; the newest when left out.
-    format: "onnx" or "torchscript"; the server's first choice when left out.
-    seed: 0 <= seed < 2**64; drawn anew when left out, and told in the result's run.
-    first_row: index of the first row: rows 64..127 of a job are first_row 64, rows 64.
-    parameters: those that differ from their defaults, by name.
-    method: the way in which to do it, such as "inpaint"; the usual one when left out.
-    priority: "interactive", or "batch" to let others go first; left out, it goes by the number of rows.
-    timeout: seconds for the whole call; None for no limit; the client's when left out.
+    Attributes:
+        version: A version of the model. Default: the newest.
+        format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+        seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+            result's `run` reports.
+        first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0. Rows 64..127 of a job are
+            first_row=64, rows=64.
+        parameters: Parameters that differ from their defaults, by name.
+        variant: Variant of the operation, such as "inpaint". Default: the default variant.
+        priority: "interactive", or "batch" to yield to other requests. Default: by the number of rows.
+        timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
     """
 
     version: str
@@ -54,19 +54,19 @@ class CallOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Selector:
-    """Which model is meant; empty fields leave the choice to the server."""
+    """Name, version and format of a model; the server chooses for empty fields."""
 
     name: str
     version: str = ""
     format: str = ""
 
-    def message(self) -> inference_pb2.ModelSelector:
+    def to_proto(self) -> inference_pb2.ModelSelector:
         return inference_pb2.ModelSelector(name=self.name, version=self.version, format=self.format)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call whose seed is settled: sent twice, it answers the same."""
+    """Validated options of a call. The seed is fixed, so that a retry returns the same bytes."""
 
     selector: Selector
     seed: int
@@ -76,11 +76,17 @@ class Call:
     priority: inference_pb2.Priority.ValueType = inference_pb2.PRIORITY_UNSPECIFIED
 
 
-def settle(model: str, options: CallOptions) -> Call:
-    """The call that the options describe; InvalidRequest for numbers that no message can hold."""
+def build_call(model: str, options: CallOptions) -> Call:
+    """Return the call that the options describe.
+
+    Raises:
+        TypeError: If an option is unknown.
+        InvalidRequest: If a number is out of range, or the priority is unknown.
+    """
     unknown = sorted(set(options) - set(CallOptions.__annotations__))
     if unknown:
-        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(CallOptions.__annotations__)}")
+        known = ", ".join(CallOptions.__annotations__)
+        raise TypeError(f"unknown option {unknown[0]!r}; expected one of: {known}")
     seed = options.get("seed")
     return Call(
         selector=Selector(model, options.get("version", ""), options.get("format", "")),
@@ -95,7 +101,7 @@ def settle(model: str, options: CallOptions) -> Call:
 def _priority(options: CallOptions) -> inference_pb2.Priority.ValueType:
     priority = options.get("priority")
     if priority is not None and priority not in _PRIORITIES:
-        raise invalid_request("priority", f"expected one of {', '.join(_PRIORITIES)}, got {priority!r}")
+        raise invalid_request("priority", f"expected one of: {', '.join(_PRIORITIES)}; got {priority!r}")
     return _PRIORITIES[priority] if priority else inference_pb2.PRIORITY_UNSPECIFIED
 
 
@@ -106,22 +112,22 @@ _PRIORITIES: Mapping[str, inference_pb2.Priority.ValueType] = {
 
 
 def draw_seed() -> int:
-    """A seed from the operating system's entropy, below 2**63 so that any language can hold it."""
+    """Return a seed from the operating system's entropy, below 2**63 so that any language can hold it."""
     return secrets.randbits(63)
 
 
 def sample_request(
     call: Call, rows: int, inputs: Mapping[str, ArrayLike], preview_every: int, operation: Operation
 ) -> inference_pb2.SampleRequest:
-    """The message that asks for samples."""
+    """Encode a request for samples."""
     arrays = named_arrays(inputs, operation)
     return inference_pb2.SampleRequest(
-        model=call.selector.message(),
+        model=call.selector.to_proto(),
         rows=_bounded("rows", rows, 2**32),
         seed=call.seed,
         first_row=call.first_row,
         parameters=_parameters(call.parameters),
-        inputs=_packed(arrays),
+        inputs=_pack_all(arrays),
         preview_every=_bounded("preview_every", preview_every, 2**32),
         variant=call.variant,
         priority=call.priority,
@@ -131,19 +137,19 @@ def sample_request(
 def transform_requests(
     call: Call, inputs: Inputs, operation: Operation, model: Model, limits: result.ServerInfo
 ) -> Iterator[inference_pb2.TransformRequest]:
-    """The messages that ask for a transform, as few as the limits allow.
+    """Encode a transform as the smallest number of requests that the limits allow.
 
-    Rows keep their indices, so that the parts answer what the whole would have.
+    Rows keep their indices, so that the split does not change the results.
     """
     arrays = named_arrays(inputs, operation)
     rows = num_rows(arrays)
-    size = _rows_per_part(arrays, rows, operation, limits)
-    # The parts must not straddle the arrival of a new version.
-    pinned = Selector(model.name, model.version, call.selector.format) if size < rows else call.selector
+    size = _rows_per_request(arrays, rows, operation, limits)
+    # All parts must use one version, even if a newer one is loaded between them.
+    selector = Selector(model.name, model.version, call.selector.format) if size < rows else call.selector
     for start in range(0, max(rows, 1), size):
         yield inference_pb2.TransformRequest(
-            model=pinned.message(),
-            inputs=_packed(part_of(arrays, start, size)),
+            model=selector.to_proto(),
+            inputs=_pack_all(slice_rows(arrays, start, size)),
             seed=call.seed,
             first_row=_bounded("first_row", call.first_row + start, 2**32),
             parameters=_parameters(call.parameters),
@@ -153,31 +159,40 @@ def transform_requests(
 
 
 class StreamReader:
-    """Reads the messages of one stream as they come; finished rows by their indices, when it is told to."""
+    """Decoder of the responses of one stream.
 
-    def __init__(self, in_order: result.InOrder | None = None) -> None:
-        self._in_order = in_order
+    Args:
+        reorder: A buffer that puts finished rows in the order of their indices; None to keep the order of
+            arrival.
+    """
+
+    def __init__(self, reorder: result.ReorderBuffer | None = None) -> None:
+        self._reorder = reorder
         self._run: result.RunInfo | None = None
         self.timings = result.Timings()
 
     @property
     def run(self) -> result.RunInfo:
-        """What answers; ServerError before the first message."""
+        """What computes the rows.
+
+        Raises:
+            ServerError: If no response has arrived yet.
+        """
         if self._run is None:
-            raise ServerError("the stream has not said what runs: read its first event before")
+            raise ServerError("run is unknown before the first event; read an event first")
         return self._run
 
     def events(self, response: inference_pb2.SampleResponse, operation: Operation) -> Iterator[result.Event]:
-        """The rows and previews in one message."""
+        """Yield the rows and previews of one response."""
         if response.HasField("run"):
             self._run = _run(response.run)
         if response.HasField("timings"):
             self.timings = _timings(response.timings)
         if response.rows.indices:
             rows = result.Rows(_indices(response.rows.indices), _outputs(response.rows.outputs, operation))
-            following = self._in_order.follow(rows) if self._in_order else rows
-            if following:
-                yield following
+            ready = self._reorder.push(rows) if self._reorder else rows
+            if ready:
+                yield ready
         for preview in response.previews:
             yield result.Preview(
                 indices=_indices(preview.rows.indices),
@@ -187,7 +202,7 @@ class StreamReader:
 
 
 def read_transform(response: inference_pb2.TransformResponse, operation: Operation) -> result.Result:
-    """One answer, or one part of it."""
+    """Decode the response to a transform, or to one part of it."""
     return result.Result(
         outputs=_outputs(response.outputs, operation),
         run=_run(response.run),
@@ -196,8 +211,8 @@ def read_transform(response: inference_pb2.TransformResponse, operation: Operati
 
 
 def read_scores(response: inference_pb2.ScoreResponse, operation: Operation) -> result.Scores:
-    """One answer, or one part of it, with what its numbers mean."""
-    meaning = score_meaning(response.score)
+    """Decode the response to a score request, or to one part of it."""
+    meaning = read_score_meaning(response.score)
     return result.Scores(
         outputs=_outputs(response.outputs, operation),
         run=_run(response.run),
@@ -207,13 +222,13 @@ def read_scores(response: inference_pb2.ScoreResponse, operation: Operation) -> 
         standard_error=_optional(response, "standard_error"),
         kind=meaning.kind,
         dimensions=meaning.dimensions,
-        space=meaning.space,
+        coordinate_space=meaning.coordinate_space,
         draws=response.draws,
     )
 
 
 def read_server_info(info: inference_pb2.ServerInfo) -> result.ServerInfo:
-    """What serves, and its limits."""
+    """Decode the description of a server."""
     return result.ServerInfo(
         version=info.version,
         device=info.device,
@@ -241,7 +256,7 @@ _DETERMINISM = {
 
 def _bounded(name: str, value: int, end: int) -> int:
     if not isinstance(value, Integral) or not 0 <= int(value) < end:
-        raise invalid_request(name, f"expected an integer of at least 0 and below {end}, got {value!r}")
+        raise invalid_request(name, f"expected an integer from 0 to {end - 1}, got {value!r}")
     return int(value)
 
 
@@ -263,16 +278,16 @@ def _parameter_value(name: str, value: object) -> inference_pb2.ParameterValue:
             raise invalid_request(f"parameters[{name}]", f"expected a bool, int, float or str, got {value!r}")
 
 
-def _rows_per_part(
+def _rows_per_request(
     arrays: Mapping[str, Array], rows: int, operation: Operation, limits: result.ServerInfo
 ) -> int:
-    """How many rows fit a message on the way there and on the way back, at least 1."""
+    """Return the number of rows that fit into one request and its response, at least 1."""
     budget = min(limits.max_message_bytes or MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES) - _ENVELOPE_BYTES
     per_row = [array for array in arrays.values() if len(array) == rows]
     fixed = sum(array.nbytes for array in arrays.values()) - sum(array.nbytes for array in per_row)
-    row_bytes_there = sum(array.nbytes for array in per_row) // max(rows, 1)
-    row_bytes_back = sum(output.row_bytes for output in operation.outputs) + _SCORE_ROW_BYTES
-    fitting = min((budget - fixed) // max(row_bytes_there, 1), budget // row_bytes_back)
+    request_row_bytes = sum(array.nbytes for array in per_row) // max(rows, 1)
+    response_row_bytes = sum(output.row_bytes for output in operation.outputs) + _SCORE_ROW_BYTES
+    fitting = min((budget - fixed) // max(request_row_bytes, 1), budget // response_row_bytes)
     return max(1, min(fitting, limits.max_rows_per_request or rows, rows))
 
 
@@ -288,11 +303,11 @@ def _run(run: inference_pb2.RunInfo) -> result.RunInfo:
 
 
 def _timings(timings: inference_pb2.Timings) -> result.Timings:
-    spans = (timings.queue, timings.run, timings.compute)
-    return result.Timings(*(span.ToTimedelta().total_seconds() for span in spans))
+    durations = (timings.queue, timings.run, timings.compute)
+    return result.Timings(*(duration.ToTimedelta().total_seconds() for duration in durations))
 
 
-def _packed(arrays: Mapping[str, Array]) -> dict[str, inference_pb2.Tensor]:
+def _pack_all(arrays: Mapping[str, Array]) -> dict[str, inference_pb2.Tensor]:
     return {name: pack(array) for name, array in arrays.items()}
 
 
@@ -301,7 +316,7 @@ def _indices(values: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _outputs(tensors: Mapping[str, inference_pb2.Tensor], operation: Operation) -> dict[str, Array]:
-    """Arrays by name: first as the program declares them, then whatever else there is."""
+    """Return arrays by name: declared outputs in their order, then the others."""
     declared = [output.name for output in operation.outputs if output.name in tensors]
     others = sorted(set(tensors) - set(declared))
     return {name: _array(name, tensors[name]) for name in (*declared, *others)}
@@ -315,4 +330,4 @@ def _array(name: str, tensor: inference_pb2.Tensor) -> Array:
     try:
         return unpack(tensor)
     except MalformedTensor as error:
-        raise ServerError(f"the server's {name} cannot be read: {error}") from error
+        raise ServerError(f"cannot decode {name} of the response: {error}") from error

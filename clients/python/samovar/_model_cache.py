@@ -1,4 +1,4 @@
-"""What a client remembers of a server, until something contradicts it. Does no I/O."""
+"""Cache of a server's models and limits; no I/O."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,28 +10,31 @@ from samovar.result import RunInfo, ServerInfo
 
 
 class ModelCache:
-    """Models as the server described them, and its limits."""
+    """Cached descriptions of models, and the server's limits.
+
+    An entry is evicted when a call that used it fails, or when another artifact answers.
+    """
 
     def __init__(self) -> None:
         self.models: dict[Selector, Model] = {}
         self.limits: ServerInfo | None = None
 
-    def forget(self, selector: Selector) -> None:
-        """Ask anew the next time."""
+    def evict(self, selector: Selector) -> None:
+        """Remove a model and the limits."""
         self.models.pop(selector, None)
         self.limits = None
 
-    def confirm(self, selector: Selector, run: RunInfo) -> None:
-        """Forget a model when another artifact has answered in its name."""
+    def validate(self, selector: Selector, run: RunInfo) -> None:
+        """Evict a model if another artifact computed the response."""
         model = self.models.get(selector)
         if model and model.artifact_sha256 != run.artifact_sha256:
-            self.forget(selector)
+            self.evict(selector)
 
     @contextmanager
-    def trusting(self, selector: Selector) -> Iterator[None]:
-        """Forget a model when a call that relies on its description fails."""
+    def evict_on_error(self, selector: Selector) -> Iterator[None]:
+        """Evict a model if the calls inside the block fail."""
         try:
             yield
         except SamovarError:
-            self.forget(selector)
+            self.evict(selector)
             raise

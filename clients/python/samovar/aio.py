@@ -1,4 +1,4 @@
-"""The same client over asyncio. Knows gRPC's channel; what it says and hears is in messages.py."""
+"""Asynchronous client. Encoding and decoding of messages live in _messages.py."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from samovar._messages import (
     CallOptions,
     Selector,
     StreamReader,
+    build_call,
     read_scores,
     read_server_info,
     read_transform,
     sample_request,
-    settle,
     transform_requests,
 )
 from samovar._model_cache import ModelCache
@@ -32,9 +32,9 @@ from samovar.errors import Cancelled, translate_rpc_errors
 from samovar.model import Model, Operation
 from samovar.result import (
     Event,
-    InOrder,
-    R,
+    ReorderBuffer,
     Result,
+    ResultT,
     RowCollector,
     RunInfo,
     Scores,
@@ -51,14 +51,23 @@ Response = TypeVar("Response")
 
 
 class AsyncClient:
-    """A connection to a Samovar server, for use by any number of tasks of one event loop.
+    """Client of a Samovar server for asyncio. The tasks of one event loop may share it.
 
-    address: "host:port", or any name that gRPC resolves; its addresses take turns.
-    timeout: seconds for a whole call, unless the call says otherwise; None for no limit.
-    credentials: from grpc.ssl_channel_credentials; without them the connection is plain.
-    options: further gRPC channel options.
+    Calls that fail to reach a server are retried, up to four times. The client chooses the seed before it
+    sends a request, so that a retry returns the same bytes.
 
-    Calls raise what samovar.errors draws. What fails to reach a server is retried.
+    Args:
+        address: "host:port", or any name that gRPC resolves. Several addresses share the calls.
+        timeout: Seconds for a whole call, unless the call sets its own; None for no limit.
+        credentials: From `grpc.ssl_channel_credentials`. Default: an unencrypted connection.
+        options: Further gRPC channel options.
+
+    Raises:
+        SamovarError: From every call that fails; `samovar.errors` lists the subclasses.
+
+    Example:
+        async with samovar.AsyncClient("127.0.0.1:8001") as client:
+            result = await client.sample("digits-vae", 64, seed=7)
     """
 
     def __init__(
@@ -77,26 +86,63 @@ class AsyncClient:
         )
         self._stub = InferenceStub(self._channel)
         self._timeout = timeout
-        self._catalog = ModelCache()
+        self._cache = ModelCache()
 
     async def models(self) -> tuple[Model, ...]:
-        """All models and versions that the server holds."""
+        """List all served models and versions, ordered by name and version.
+
+        Returns:
+            The models, with their operations, parameters and quality.
+
+        Raises:
+            SamovarError: If the call fails; `samovar.errors` lists the subclasses.
+
+        Example:
+            for model in await client.models():
+                print(model.name, model.version, list(model.operations))
+        """
         deadline, models = Deadline(self._timeout), list[Model]()
         request = inference_pb2.ListModelsRequest()
         while True:
-            page = await self._unary(self._stub.ListModels, request, deadline)
+            page = await self._call_unary(self._stub.ListModels, request, deadline)
             models.extend(map(read_model, page.models))
             if not page.next_page_token:
                 return tuple(models)
             request = inference_pb2.ListModelsRequest(page_token=page.next_page_token)
 
     async def model(self, name: str, version: str = "", format: str = "") -> Model:
-        """One model: what it can do, with which parameters, and how good it is."""
-        return await self._describe(Selector(name, version, format), Deadline(self._timeout))
+        """Describe one model.
+
+        Args:
+            name: The model's name.
+            version: A version. Default: the newest.
+            format: A format that must be served. Default: any.
+
+        Returns:
+            The operations with their parameters, inputs and outputs, the data and the quality.
+
+        Raises:
+            ModelNotFound: If the model, version or format is not served.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            steps = (await client.model("digits-diffusion")).operation("sample").steps
+        """
+        return await self._fetch_model(Selector(name, version, format), Deadline(self._timeout))
 
     async def server_info(self) -> ServerInfo:
-        """What serves, and within which limits."""
-        return await self._info(Deadline(self._timeout))
+        """Describe the server: its version, device, limits and settings.
+
+        Returns:
+            The server's description; sizes are in bytes, times in seconds.
+
+        Raises:
+            SamovarError: If the call fails; `samovar.errors` lists the subclasses.
+
+        Example:
+            limit = (await client.server_info()).max_rows_per_request
+        """
+        return await self._fetch_server_info(Deadline(self._timeout))
 
     async def sample(
         self,
@@ -106,12 +152,41 @@ class AsyncClient:
         inputs: Mapping[str, ArrayLike] | None = None,
         **options: Unpack[CallOptions],
     ) -> Result:
-        """Draw rows. `inputs` are those that the program declares: a prompt, a mask, a class label."""
+        """Draw rows and return them when all have finished.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            rows: Number of rows.
+            inputs: Inputs that the operation declares, by name, such as a prompt, a mask or a class label:
+                [rows, *shape], or [*shape] for every row. Default: none.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The rows in the order of their indices; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            result = await client.sample("digits-vae", 64, seed=7, parameters={"temperature": 0.8})
+            images, seed = result.value, result.run.seed
+        """
         async with self.stream(model, rows, inputs=inputs, **options) as stream:
-            canvas = RowCollector(rows, options.get("first_row", 0))
+            collector = RowCollector(rows, options.get("first_row", 0))
             async for event in stream:
-                canvas.place(event)
-            return Result(canvas.complete(), stream.run, stream.timings)
+                collector.place(event)
+            return Result(collector.complete(), stream.run, stream.timings)
 
     def stream(
         self,
@@ -123,43 +198,243 @@ class AsyncClient:
         ordered: bool = False,
         **options: Unpack[CallOptions],
     ) -> AsyncSampleStream:
-        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
+        """Draw rows and return them as they finish.
 
-        With `ordered`, finished rows come by their indices: one that is done waits for those before it, and
-        does not come when one of those fails.
+        Args:
+            model: The model's name, as `models` lists it.
+            rows: Number of rows.
+            inputs: Inputs that the operation declares, by name, such as a prompt, a mask or a class label:
+                [rows, *shape], or [*shape] for every row. Default: none.
+            preview_every: Number of steps between previews of an unfinished row; 0 for no previews.
+            ordered: True to receive finished rows in the order of their indices. A row then waits for the
+                rows before it, and is lost if one of them fails.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            A stream of `Rows` and `Preview` events. The call starts with the first event.
+            Leaving its `async with` block cancels the call.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            async with client.stream("digits-diffusion", 64, preview_every=5) as stream:
+                async for event in stream:
+                    print(type(event).__name__, event.indices)
         """
-        call, deadline = settle(model, options), self._deadline(options)
+        call, deadline = build_call(model, options), self._deadline(options)
         request = partial(sample_request, call, rows, inputs or {}, preview_every)
-        begin = partial(self._begin, request, call, deadline)
-        reader = StreamReader(InOrder(call.first_row) if ordered else None)
-        return AsyncSampleStream(begin, reader, self._catalog, call.selector)
+        start = partial(self._start_stream, request, call, deadline)
+        reader = StreamReader(ReorderBuffer(call.first_row) if ordered else None)
+        return AsyncSampleStream(start, reader, self._cache, call.selector)
 
     async def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Send rows through the model and back."""
-        return merge(await self._parts("reconstruct", read_transform, model, inputs, options))
+        """Encode rows and decode them again.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The reconstructed rows; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            restored = await client.reconstruct("digits-vae", images).value
+        """
+        return merge(await self._transform("reconstruct", read_transform, model, inputs, options))
 
     async def energy(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Unnormalised energies: lower means likelier, within one artifact."""
-        return merge(await self._parts("energy", read_transform, model, inputs, options))
+        """Compute the unnormalized energies of rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The energies; `value` is [rows]. Lower is more likely; compare them only within one artifact.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            energies = await client.energy("digits-ebm", images).value
+        """
+        return merge(await self._transform("energy", read_transform, model, inputs, options))
 
     async def encode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Map rows to their latents or features."""
-        return merge(await self._parts("encode", read_transform, model, inputs, options))
+        """Map rows to latents or features.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The latents or features; `value` is [rows, *latent].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            latents = await client.encode("digits-vae", images).value
+        """
+        return merge(await self._transform("encode", read_transform, model, inputs, options))
 
     async def decode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Map latents to rows."""
-        return merge(await self._parts("decode", read_transform, model, inputs, options))
+        """Map latents to rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Latents, [rows, *latent].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The rows; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            images = await client.decode("digits-vae", latents).value
+        """
+        return merge(await self._transform("decode", read_transform, model, inputs, options))
 
     async def classify(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Class probabilities of rows."""
-        return merge(await self._parts("classify", read_transform, model, inputs, options))
+        """Compute the class probabilities of rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The probabilities; `value` is [rows, classes].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            classes = (await client.classify("digits-classifier", images)).value.argmax(axis=1)
+        """
+        return merge(await self._transform("classify", read_transform, model, inputs, options))
 
     async def score(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Scores:
-        """Log-densities of rows in nats, or what the model can truthfully say of them."""
-        return merge_scores(await self._parts("score", read_scores, model, inputs, options))
+        """Compute the log-densities of rows, in nats.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The scores: `nats`, and `standard_error` and `bits_per_dimension` where they exist, each [rows].
+            `kind` is their relation to the log-density: exact, lower bound, estimate or unnormalized.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            scores = await client.score("digits-vae", images, parameters={"draws": 100})
+            scores.nats.mean(), scores.kind
+        """
+        return merge_scores(await self._transform("score", read_scores, model, inputs, options))
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection and cancel open calls."""
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -168,49 +443,58 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _parts(
-        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: CallOptions
-    ) -> list[R]:
-        call, deadline = settle(model, options), self._deadline(options)
-        rpc = getattr(self._stub, name.capitalize())
-        with self._catalog.trusting(call.selector):
-            described = await self._known(call.selector, deadline)
+    async def _transform(
+        self,
+        name: str,
+        read: Callable[[Any, Operation], ResultT],
+        model: str,
+        inputs: Inputs,
+        options: CallOptions,
+    ) -> list[ResultT]:
+        """Return the results of consecutive rows; inputs above the message limit take several requests."""
+        call, deadline = build_call(model, options), self._deadline(options)
+        method = getattr(self._stub, name.capitalize())
+        with self._cache.evict_on_error(call.selector):
+            described = await self._cached_model(call.selector, deadline)
             operation = described.operation(name, call.variant)
-            requests = transform_requests(call, inputs, operation, described, await self._limits(deadline))
-            parts = [read(await self._unary(rpc, request, deadline), operation) for request in requests]
-        self._catalog.confirm(call.selector, parts[0].run)
+            limits = await self._cached_limits(deadline)
+            requests = transform_requests(call, inputs, operation, described, limits)
+            parts = [
+                read(await self._call_unary(method, request, deadline), operation) for request in requests
+            ]
+        self._cache.validate(call.selector, parts[0].run)
         return parts
 
-    async def _begin(
+    async def _start_stream(
         self,
         request: Callable[[Operation], inference_pb2.SampleRequest],
         call: Call,
         deadline: Deadline,
     ) -> tuple[Responses, Operation]:
-        operation = (await self._known(call.selector, deadline)).operation("sample", call.variant)
-        responses = self._stub.Sample(request(operation), timeout=deadline.remaining())
-        return responses, operation
+        model = await self._cached_model(call.selector, deadline)
+        operation = model.operation("sample", call.variant)
+        return self._stub.Sample(request(operation), timeout=deadline.remaining()), operation
 
-    async def _known(self, selector: Selector, deadline: Deadline) -> Model:
-        known = self._catalog.models.get(selector)
-        return known or await self._describe(selector, deadline)
+    async def _cached_model(self, selector: Selector, deadline: Deadline) -> Model:
+        model = self._cache.models.get(selector)
+        return model or await self._fetch_model(selector, deadline)
 
-    async def _describe(self, selector: Selector, deadline: Deadline) -> Model:
-        request = inference_pb2.GetModelRequest(model=selector.message())
-        model = read_model(await self._unary(self._stub.GetModel, request, deadline))
-        self._catalog.models[selector] = model
+    async def _fetch_model(self, selector: Selector, deadline: Deadline) -> Model:
+        request = inference_pb2.GetModelRequest(model=selector.to_proto())
+        model = read_model(await self._call_unary(self._stub.GetModel, request, deadline))
+        self._cache.models[selector] = model
         return model
 
-    async def _limits(self, deadline: Deadline) -> ServerInfo:
-        return self._catalog.limits or await self._info(deadline)
+    async def _cached_limits(self, deadline: Deadline) -> ServerInfo:
+        return self._cache.limits or await self._fetch_server_info(deadline)
 
-    async def _info(self, deadline: Deadline) -> ServerInfo:
+    async def _fetch_server_info(self, deadline: Deadline) -> ServerInfo:
         request = inference_pb2.GetServerInfoRequest()
-        info = read_server_info(await self._unary(self._stub.GetServerInfo, request, deadline))
-        self._catalog.limits = info
+        info = read_server_info(await self._call_unary(self._stub.GetServerInfo, request, deadline))
+        self._cache.limits = info
         return info
 
-    async def _unary(
+    async def _call_unary(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
         request: Request,
@@ -224,7 +508,7 @@ class AsyncClient:
 
 
 class Responses(Protocol):
-    """A server stream that can be cancelled."""
+    """Stream of responses that can be cancelled."""
 
     def __aiter__(self) -> AsyncIterator[inference_pb2.SampleResponse]: ...
 
@@ -232,39 +516,38 @@ class Responses(Protocol):
 
 
 class AsyncSampleStream(AsyncIterator[Event]):
-    """Rows as they finish, and previews of those on the way.
+    """Stream of finished rows, as `Rows`, and of unfinished ones, as `Preview`.
 
-    The call begins with the first event that is asked for. Leaving the stream's
-    `async with` block cancels the rest.
+    The call starts with the first event. Leaving the stream's `async with` block cancels it.
     """
 
     def __init__(
         self,
-        begin: Callable[[], Awaitable[tuple[Responses, Operation]]],
+        start: Callable[[], Awaitable[tuple[Responses, Operation]]],
         reader: StreamReader,
-        catalog: ModelCache,
+        cache: ModelCache,
         selector: Selector,
     ) -> None:
-        self._begin = begin
-        self._catalog = catalog
+        self._start = start
+        self._reader = reader
+        self._cache = cache
         self._selector = selector
         self._responses: Responses | None = None
-        self._reader = reader
         self._cancelled = False
         self._events = self._read()
 
     @property
     def run(self) -> RunInfo:
-        """What answers; known from the first event on."""
+        """What computes the rows; raises ServerError before the first event."""
         return self._reader.run
 
     @property
     def timings(self) -> Timings:
-        """Where the time went; known after the last event."""
+        """Seconds spent in each phase; zeros before the last event."""
         return self._reader.timings
 
     def cancel(self) -> None:
-        """Stop the server's work on the rows that are not finished."""
+        """Cancel the call and discard its unfinished rows."""
         self._cancelled = True
         if self._responses:
             self._responses.cancel()
@@ -279,21 +562,28 @@ class AsyncSampleStream(AsyncIterator[Event]):
         self.cancel()
 
     async def _read(self) -> AsyncIterator[Event]:
-        with self._catalog.trusting(self._selector), translate_rpc_errors(), self._own_cancellation():
-            self._responses, operation = await self._begin()
+        with (
+            self._cache.evict_on_error(self._selector),
+            translate_rpc_errors(),
+            self._translate_cancellation(),
+        ):
+            self._responses, operation = await self._start()
             if self._cancelled:
                 self._responses.cancel()
             async for response in self._responses:
                 for event in self._reader.events(response, operation):
                     yield event
-        self._catalog.confirm(self._selector, self.run)
+        self._cache.validate(self._selector, self.run)
 
     @contextmanager
-    def _own_cancellation(self) -> Iterator[None]:
-        """gRPC raises CancelledError for a cancelled call, as asyncio does for a cancelled task."""
+    def _translate_cancellation(self) -> Iterator[None]:
+        """Raise Cancelled if this stream was cancelled, CancelledError if its task was.
+
+        gRPC raises CancelledError for both.
+        """
         try:
             yield
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if not self._cancelled:
                 raise
-            raise Cancelled("the stream was cancelled") from None
+            raise Cancelled("the stream was cancelled") from error

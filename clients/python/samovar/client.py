@@ -1,4 +1,4 @@
-"""The blocking client. Knows gRPC's channel; what it says and hears is in messages.py."""
+"""Synchronous client. Encoding and decoding of messages live in _messages.py."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from samovar._messages import (
     CallOptions,
     Selector,
     StreamReader,
+    build_call,
     read_scores,
     read_server_info,
     read_transform,
     sample_request,
-    settle,
     transform_requests,
 )
 from samovar._model_cache import ModelCache
@@ -27,9 +27,9 @@ from samovar.errors import translate_rpc_errors
 from samovar.model import Model, Operation
 from samovar.result import (
     Event,
-    InOrder,
-    R,
+    ReorderBuffer,
     Result,
+    ResultT,
     RowCollector,
     RunInfo,
     Scores,
@@ -46,14 +46,23 @@ Response = TypeVar("Response")
 
 
 class Client:
-    """A connection to a Samovar server, for use by any number of threads.
+    """Client of a Samovar server. Threads may share it.
 
-    address: "host:port", or any name that gRPC resolves; its addresses take turns.
-    timeout: seconds for a whole call, unless the call says otherwise; None for no limit.
-    credentials: from grpc.ssl_channel_credentials; without them the connection is plain.
-    options: further gRPC channel options.
+    Calls that fail to reach a server are retried, up to four times. The client chooses the seed before it
+    sends a request, so that a retry returns the same bytes.
 
-    Calls raise what samovar.errors draws. What fails to reach a server is retried.
+    Args:
+        address: "host:port", or any name that gRPC resolves. Several addresses share the calls.
+        timeout: Seconds for a whole call, unless the call sets its own; None for no limit.
+        credentials: From `grpc.ssl_channel_credentials`. Default: an unencrypted connection.
+        options: Further gRPC channel options.
+
+    Raises:
+        SamovarError: From every call that fails; `samovar.errors` lists the subclasses.
+
+    Example:
+        with samovar.Client("127.0.0.1:8001") as client:
+            images = client.sample("digits-vae", 64, seed=7).value
     """
 
     def __init__(
@@ -72,26 +81,63 @@ class Client:
         )
         self._stub = InferenceStub(self._channel)
         self._timeout = timeout
-        self._catalog = ModelCache()
+        self._cache = ModelCache()
 
     def models(self) -> tuple[Model, ...]:
-        """All models and versions that the server holds."""
+        """List all served models and versions, ordered by name and version.
+
+        Returns:
+            The models, with their operations, parameters and quality.
+
+        Raises:
+            SamovarError: If the call fails; `samovar.errors` lists the subclasses.
+
+        Example:
+            for model in client.models():
+                print(model.name, model.version, list(model.operations))
+        """
         deadline, models = Deadline(self._timeout), list[Model]()
         request = inference_pb2.ListModelsRequest()
         while True:
-            page = self._unary(self._stub.ListModels, request, deadline)
+            page = self._call_unary(self._stub.ListModels, request, deadline)
             models.extend(map(read_model, page.models))
             if not page.next_page_token:
                 return tuple(models)
             request = inference_pb2.ListModelsRequest(page_token=page.next_page_token)
 
     def model(self, name: str, version: str = "", format: str = "") -> Model:
-        """One model: what it can do, with which parameters, and how good it is."""
-        return self._describe(Selector(name, version, format), Deadline(self._timeout))
+        """Describe one model.
+
+        Args:
+            name: The model's name.
+            version: A version. Default: the newest.
+            format: A format that must be served. Default: any.
+
+        Returns:
+            The operations with their parameters, inputs and outputs, the data and the quality.
+
+        Raises:
+            ModelNotFound: If the model, version or format is not served.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            steps = client.model("digits-diffusion").operation("sample").steps
+        """
+        return self._fetch_model(Selector(name, version, format), Deadline(self._timeout))
 
     def server_info(self) -> ServerInfo:
-        """What serves, and within which limits."""
-        return self._info(Deadline(self._timeout))
+        """Describe the server: its version, device, limits and settings.
+
+        Returns:
+            The server's description; sizes are in bytes, times in seconds.
+
+        Raises:
+            SamovarError: If the call fails; `samovar.errors` lists the subclasses.
+
+        Example:
+            limit = client.server_info().max_rows_per_request
+        """
+        return self._fetch_server_info(Deadline(self._timeout))
 
     def sample(
         self,
@@ -101,12 +147,41 @@ class Client:
         inputs: Mapping[str, ArrayLike] | None = None,
         **options: Unpack[CallOptions],
     ) -> Result:
-        """Draw rows. `inputs` are those that the program declares: a prompt, a mask, a class label."""
+        """Draw rows and return them when all have finished.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            rows: Number of rows.
+            inputs: Inputs that the operation declares, by name, such as a prompt, a mask or a class label:
+                [rows, *shape], or [*shape] for every row. Default: none.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The rows in the order of their indices; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            result = client.sample("digits-vae", 64, seed=7, parameters={"temperature": 0.8})
+            images, seed = result.value, result.run.seed
+        """
         with self.stream(model, rows, inputs=inputs, **options) as stream:
-            canvas = RowCollector(rows, options.get("first_row", 0))
+            collector = RowCollector(rows, options.get("first_row", 0))
             for event in stream:
-                canvas.place(event)
-            return Result(canvas.complete(), stream.run, stream.timings)
+                collector.place(event)
+            return Result(collector.complete(), stream.run, stream.timings)
 
     def stream(
         self,
@@ -118,46 +193,244 @@ class Client:
         ordered: bool = False,
         **options: Unpack[CallOptions],
     ) -> SampleStream:
-        """Draw rows and hear of each as it finishes; of unfinished ones too, each `preview_every` steps.
+        """Draw rows and return them as they finish.
 
-        With `ordered`, finished rows come by their indices: one that is done waits for those before it, and
-        does not come when one of those fails.
+        Args:
+            model: The model's name, as `models` lists it.
+            rows: Number of rows.
+            inputs: Inputs that the operation declares, by name, such as a prompt, a mask or a class label:
+                [rows, *shape], or [*shape] for every row. Default: none.
+            preview_every: Number of steps between previews of an unfinished row; 0 for no previews.
+            ordered: True to receive finished rows in the order of their indices. A row then waits for the
+                rows before it, and is lost if one of them fails.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            A stream of `Rows` and `Preview` events. Leaving its `with` block cancels the call.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            with client.stream("digits-diffusion", 64, preview_every=5) as stream:
+                for event in stream:
+                    print(type(event).__name__, event.indices)
         """
-        call, deadline = settle(model, options), self._deadline(options)
-        with self._catalog.trusting(call.selector):
-            described = self._known(call.selector, deadline)
-            operation = described.operation("sample", call.variant)
+        call, deadline = build_call(model, options), self._deadline(options)
+        with self._cache.evict_on_error(call.selector):
+            operation = self._cached_model(call.selector, deadline).operation("sample", call.variant)
             request = sample_request(call, rows, inputs or {}, preview_every, operation)
             responses = self._stub.Sample(request, timeout=deadline.remaining())
-        reader = StreamReader(InOrder(call.first_row) if ordered else None)
-        return SampleStream(responses, operation, reader, self._catalog, call.selector)
+        reader = StreamReader(ReorderBuffer(call.first_row) if ordered else None)
+        return SampleStream(responses, operation, reader, self._cache, call.selector)
 
     def reconstruct(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Send rows through the model and back."""
-        return merge(self._parts("reconstruct", read_transform, model, inputs, options))
+        """Encode rows and decode them again.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The reconstructed rows; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            restored = client.reconstruct("digits-vae", images).value
+        """
+        return merge(self._transform("reconstruct", read_transform, model, inputs, options))
 
     def energy(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Unnormalised energies: lower means likelier, within one artifact."""
-        return merge(self._parts("energy", read_transform, model, inputs, options))
+        """Compute the unnormalized energies of rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The energies; `value` is [rows]. Lower is more likely; compare them only within one artifact.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            energies = client.energy("digits-ebm", images).value
+        """
+        return merge(self._transform("energy", read_transform, model, inputs, options))
 
     def encode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Map rows to their latents or features."""
-        return merge(self._parts("encode", read_transform, model, inputs, options))
+        """Map rows to latents or features.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The latents or features; `value` is [rows, *latent].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            latents = client.encode("digits-vae", images).value
+        """
+        return merge(self._transform("encode", read_transform, model, inputs, options))
 
     def decode(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Map latents to rows."""
-        return merge(self._parts("decode", read_transform, model, inputs, options))
+        """Map latents to rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Latents, [rows, *latent].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The rows; `value` is [rows, *shape].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            images = client.decode("digits-vae", latents).value
+        """
+        return merge(self._transform("decode", read_transform, model, inputs, options))
 
     def classify(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Result:
-        """Class probabilities of rows."""
-        return merge(self._parts("classify", read_transform, model, inputs, options))
+        """Compute the class probabilities of rows.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The probabilities; `value` is [rows, classes].
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            classes = client.classify("digits-classifier", images).value.argmax(axis=1)
+        """
+        return merge(self._transform("classify", read_transform, model, inputs, options))
 
     def score(self, model: str, inputs: Inputs, **options: Unpack[CallOptions]) -> Scores:
-        """Log-densities of rows in nats, or what the model can truthfully say of them."""
-        return merge_scores(self._parts("score", read_scores, model, inputs, options))
+        """Compute the log-densities of rows, in nats.
+
+        Args:
+            model: The model's name, as `models` lists it.
+            inputs: Rows of the model's data, [rows, *shape].
+                Or arrays by name, [rows, *shape] or [*shape] for every row. Element types are converted if no
+                value changes beyond rounding.
+            **options: Options of the call, all optional:
+                version: A version of the model. Default: the newest.
+                format: "onnx", "torchscript" or "torch_export". Default: the server's first format.
+                seed: Seed of the random numbers, 0 <= seed < 2**64. Default: a new random seed, which the
+                    result's `run` reports.
+                first_row: Index of the first row, 0 <= first_row < 2**32. Default: 0.
+                parameters: Parameters that differ from their defaults, by name.
+                variant: Variant of the operation, such as "inpaint". Default: the default variant.
+                priority: "interactive", or "batch" to yield to other requests. Default: by number of rows.
+                timeout: Seconds for the whole call; None means no limit. Default: the client's timeout.
+
+        Returns:
+            The scores: `nats`, and `standard_error` and `bits_per_dimension` where they exist, each [rows].
+            `kind` is their relation to the log-density: exact, lower bound, estimate or unnormalized.
+
+        Raises:
+            InvalidRequest: If an argument or option is invalid; `violations` lists every violation.
+            UnsupportedOperation: If the model lacks the operation; `supported` lists those it has.
+            SamovarError: If the call fails for another reason; `samovar.errors` lists the subclasses.
+
+        Example:
+            scores = client.score("digits-vae", images, parameters={"draws": 100})
+            scores.nats.mean(), scores.kind
+        """
+        return merge_scores(self._transform("score", read_scores, model, inputs, options))
 
     def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection and cancel open calls."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -166,39 +439,46 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _parts(
-        self, name: str, read: Callable[[Any, Operation], R], model: str, inputs: Inputs, options: CallOptions
-    ) -> list[R]:
-        call, deadline = settle(model, options), self._deadline(options)
-        rpc = getattr(self._stub, name.capitalize())
-        with self._catalog.trusting(call.selector):
-            described = self._known(call.selector, deadline)
+    def _transform(
+        self,
+        name: str,
+        read: Callable[[Any, Operation], ResultT],
+        model: str,
+        inputs: Inputs,
+        options: CallOptions,
+    ) -> list[ResultT]:
+        """Return the results of consecutive rows; inputs above the message limit take several requests."""
+        call, deadline = build_call(model, options), self._deadline(options)
+        method = getattr(self._stub, name.capitalize())
+        with self._cache.evict_on_error(call.selector):
+            described = self._cached_model(call.selector, deadline)
             operation = described.operation(name, call.variant)
-            requests = transform_requests(call, inputs, operation, described, self._limits(deadline))
-            parts = [read(self._unary(rpc, request, deadline), operation) for request in requests]
-        self._catalog.confirm(call.selector, parts[0].run)
+            limits = self._cached_limits(deadline)
+            requests = transform_requests(call, inputs, operation, described, limits)
+            parts = [read(self._call_unary(method, request, deadline), operation) for request in requests]
+        self._cache.validate(call.selector, parts[0].run)
         return parts
 
-    def _known(self, selector: Selector, deadline: Deadline) -> Model:
-        known = self._catalog.models.get(selector)
-        return known or self._describe(selector, deadline)
+    def _cached_model(self, selector: Selector, deadline: Deadline) -> Model:
+        model = self._cache.models.get(selector)
+        return model or self._fetch_model(selector, deadline)
 
-    def _describe(self, selector: Selector, deadline: Deadline) -> Model:
-        request = inference_pb2.GetModelRequest(model=selector.message())
-        model = read_model(self._unary(self._stub.GetModel, request, deadline))
-        self._catalog.models[selector] = model
+    def _fetch_model(self, selector: Selector, deadline: Deadline) -> Model:
+        request = inference_pb2.GetModelRequest(model=selector.to_proto())
+        model = read_model(self._call_unary(self._stub.GetModel, request, deadline))
+        self._cache.models[selector] = model
         return model
 
-    def _limits(self, deadline: Deadline) -> ServerInfo:
-        return self._catalog.limits or self._info(deadline)
+    def _cached_limits(self, deadline: Deadline) -> ServerInfo:
+        return self._cache.limits or self._fetch_server_info(deadline)
 
-    def _info(self, deadline: Deadline) -> ServerInfo:
+    def _fetch_server_info(self, deadline: Deadline) -> ServerInfo:
         request = inference_pb2.GetServerInfoRequest()
-        info = read_server_info(self._unary(self._stub.GetServerInfo, request, deadline))
-        self._catalog.limits = info
+        info = read_server_info(self._call_unary(self._stub.GetServerInfo, request, deadline))
+        self._cache.limits = info
         return info
 
-    def _unary(
+    def _call_unary(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, deadline: Deadline
     ) -> Response:
         future = method.future(request, timeout=deadline.remaining())
@@ -206,7 +486,7 @@ class Client:
             with translate_rpc_errors():
                 return future.result()
         finally:
-            # Ctrl-C must reach the server too; on a finished call this does nothing.
+            # Cancels the server's work after KeyboardInterrupt; no effect on a finished call.
             future.cancel()
 
     def _deadline(self, options: CallOptions) -> Deadline:
@@ -214,7 +494,7 @@ class Client:
 
 
 class Responses(Protocol):
-    """A server stream that can be cancelled."""
+    """Stream of responses that can be cancelled."""
 
     def __iter__(self) -> Iterator[inference_pb2.SampleResponse]: ...
 
@@ -222,35 +502,38 @@ class Responses(Protocol):
 
 
 class SampleStream(Iterator[Event]):
-    """Rows as they finish, and previews of those on the way. Leaving its `with` block cancels the rest."""
+    """Stream of finished rows, as `Rows`, and of unfinished ones, as `Preview`.
+
+    Leaving its `with` block cancels the call.
+    """
 
     def __init__(
         self,
         responses: Responses,
         operation: Operation,
         reader: StreamReader,
-        catalog: ModelCache,
+        cache: ModelCache,
         selector: Selector,
     ) -> None:
         self._responses = responses
         self._operation = operation
         self._reader = reader
-        self._catalog = catalog
+        self._cache = cache
         self._selector = selector
         self._events = self._read()
 
     @property
     def run(self) -> RunInfo:
-        """What answers; known from the first event on."""
+        """What computes the rows; raises ServerError before the first event."""
         return self._reader.run
 
     @property
     def timings(self) -> Timings:
-        """Where the time went; known after the last event."""
+        """Seconds spent in each phase; zeros before the last event."""
         return self._reader.timings
 
     def cancel(self) -> None:
-        """Stop the server's work on the rows that are not finished; safe to call from another thread."""
+        """Cancel the call and discard its unfinished rows. Other threads may call it."""
         self._responses.cancel()
 
     def __next__(self) -> Event:
@@ -263,7 +546,7 @@ class SampleStream(Iterator[Event]):
         self.cancel()
 
     def _read(self) -> Iterator[Event]:
-        with self._catalog.trusting(self._selector), translate_rpc_errors():
+        with self._cache.evict_on_error(self._selector), translate_rpc_errors():
             for response in self._responses:
                 yield from self._reader.events(response, self._operation)
-        self._catalog.confirm(self._selector, self.run)
+        self._cache.validate(self._selector, self.run)

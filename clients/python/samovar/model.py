@@ -1,4 +1,4 @@
-"""What a server says of a model that it holds, as frozen data. Knows no calls."""
+"""Descriptions of served models as frozen data."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from samovar.errors import Details, UnsupportedOperation, invalid_request
+from samovar.operations import parse_program_name
 
 Scalar = bool | int | float | str
 
 
 class ScoreKind(StrEnum):
-    """How a score relates to the log-density of the model."""
+    """Relation of a score to the log-density of the model."""
 
     UNSPECIFIED = "unspecified"
     EXACT = "exact"
@@ -24,8 +25,8 @@ class ScoreKind(StrEnum):
     UNNORMALIZED = "unnormalized"
 
 
-class ValueKind(StrEnum):
-    """What one row of a model's data is."""
+class DataKind(StrEnum):
+    """Kind of a model's data."""
 
     UNSPECIFIED = "unspecified"
     IMAGE = "image"
@@ -34,7 +35,7 @@ class ValueKind(StrEnum):
 
 
 class ParameterType(StrEnum):
-    """The Python type that a parameter takes: float, int, bool, or one of its choices as text."""
+    """Python type of a parameter: float, int, bool, or str for one of its choices."""
 
     UNSPECIFIED = "unspecified"
     FLOAT = "float"
@@ -45,7 +46,16 @@ class ParameterType(StrEnum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor of a row, without the batch axis."""
+    """One named tensor of a row, without the batch axis.
+
+    Attributes:
+        name: The name, unique within an operation.
+        dtype: The element type; void for a type that this client does not know.
+        shape: The row's shape; empty for a scalar.
+        minimum: Smallest allowed element; None without a bound.
+        maximum: Largest allowed element; None without a bound.
+        doc: Meaning and unit.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -56,6 +66,7 @@ class TensorSpec:
 
     @property
     def row_bytes(self) -> int:
+        """Size of one row in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -64,9 +75,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What one row of data is; `levels` is 0 unless its elements are discrete."""
+    """One row of a model's data.
 
-    kind: ValueKind
+    Attributes:
+        kind: Image, vector or tokens.
+        tensor: Element type, shape and range of one row.
+        num_levels: Number of distinct levels of an element; 0 if it is continuous.
+        vocabulary: Token texts by index, for token sequences.
+        class_labels: Class names by index, if the data has classes.
+    """
+
+    kind: DataKind
     tensor: TensorSpec
     num_levels: int = 0
     vocabulary: tuple[str, ...] = ()
@@ -75,7 +94,17 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting of a request; numbers lie between `minimum` and `maximum`, both included."""
+    """One scalar setting of a request.
+
+    Attributes:
+        name: The name.
+        type: The Python type of the value.
+        default: Value when a request omits the parameter.
+        minimum: Smallest allowed number, inclusive.
+        maximum: Largest allowed number, inclusive.
+        choices: The allowed texts of a choice.
+        doc: Meaning and unit.
+    """
 
     name: str
     type: ParameterType
@@ -88,7 +117,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of a request; an optional one that is left out is `default` everywhere."""
+    """One input tensor of a request.
+
+    Attributes:
+        tensor: Name, type, shape and range of one row.
+        optional: True if a request may omit the input.
+        default: Value of every element when it is omitted.
+    """
 
     tensor: TensorSpec
     optional: bool = False
@@ -97,37 +132,61 @@ class Input:
 
 @dataclass(frozen=True)
 class Steps:
-    """How many steps a row takes: `fixed`, or as many as cover the value of `parameter`."""
+    """Number of steps of a row.
+
+    Attributes:
+        fixed: The number, if it is the same for every row.
+        parameter: Name of the integer parameter that determines the number; "" if it is fixed.
+        units_per_step: Units of the parameter that one step covers.
+        has_early_exit: True if a row may finish before its last step.
+    """
 
     fixed: int = 0
     parameter: str = ""
     units_per_step: int = 1
-    may_end_early: bool = False
+    has_early_exit: bool = False
 
-    def of(self, parameters: Mapping[str, Scalar]) -> int:
-        """Steps of a row with these parameters, unless it ends early."""
+    def num_steps(self, parameters: Mapping[str, Scalar]) -> int:
+        """Return the number of steps of a row with these parameters if it does not exit early."""
         if not self.parameter:
             return self.fixed
         return math.ceil(float(parameters[self.parameter]) / self.units_per_step)
 
     def __str__(self) -> str:
-        per = f" / {self.units_per_step}" if self.units_per_step > 1 else ""
-        count = f"{self.parameter}{per}" if self.parameter else str(self.fixed or "none")
-        return f"{count}, fewer when a row ends early" if self.may_end_early else count
+        divisor = f" / {self.units_per_step}" if self.units_per_step > 1 else ""
+        count = f"{self.parameter}{divisor}" if self.parameter else str(self.fixed or "none")
+        return f"{count}, fewer if a row exits early" if self.has_early_exit else count
 
 
 @dataclass(frozen=True)
 class ScoreMeaning:
-    """What the number of a score is; `space` names the coordinates in which the density is meant."""
+    """Meaning of a score.
+
+    Attributes:
+        kind: Relation to the log-density.
+        dimensions: Number of dimensions, for bits per dimension.
+        coordinate_space: Coordinates of the density, such as "integers 0..16".
+    """
 
     kind: ScoreKind
     dimensions: int
-    space: str
+    coordinate_space: str
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing that a model can do, in its usual way or by a method: `sample`, `sample:inpaint`."""
+    """One operation of a model, or one variant of it.
+
+    Attributes:
+        name: The operation, with the variant if there is one: "sample", "sample:inpaint".
+        doc: What the operation does.
+        parameters: Scalar settings of a request.
+        inputs: Input tensors of a request.
+        outputs: Output tensors of a row, the primary one first.
+        steps: Number of steps of a row.
+        previewable: True if unfinished rows can be previewed.
+        score: Meaning of the score; None for operations that return none.
+    """
 
     name: str
     doc: str
@@ -140,13 +199,22 @@ class Operation:
 
     @property
     def variant(self) -> str:
-        """What to ask for as `method`; empty for the usual way."""
-        return self.name.partition(":")[2]
+        """The `variant` option that selects this operation; "" for the default variant."""
+        return parse_program_name(self.name)[1]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One figure measured at export on held-out data; `floor` is the same between two real samples."""
+    """One metric measured at export on held-out data.
+
+    Attributes:
+        name: Name of the metric.
+        value: The measured value.
+        unit: Its unit.
+        standard_error: Its standard error, in the same unit; None if unknown.
+        doc: How it was measured.
+        reference_value: The same metric between two samples of real data; None if undefined.
+    """
 
     name: str
     value: float
@@ -158,7 +226,18 @@ class Quality:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the model was made."""
+    """Record of how a model was made.
+
+    Attributes:
+        created: When the artifact was written, in UTC.
+        dataset: Name of the data set.
+        dataset_sha256: SHA-256 of the training examples, as hexadecimal.
+        seed: Seed of data splitting, initialization and training.
+        training_seconds: Duration of training in seconds.
+        device: The device that trained the model.
+        library_versions: Versions of the exporter and its libraries, by name.
+        settings: Settings of the training run, by name.
+    """
 
     created: datetime
     dataset: str
@@ -172,7 +251,22 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Model:
-    """One version of a model; `formats` begins with the server's first choice."""
+    """One version of a served model.
+
+    Attributes:
+        name: The model's name.
+        version: The version, a positive integer as text.
+        is_default: True for the version that answers when a call names none.
+        family: The model family, such as "vae". Informational.
+        description: One sentence of description.
+        formats: The served formats; the first is the default.
+        artifact_sha256: SHA-256 of the manifest file, as hexadecimal.
+        data_spec: Type, shape and meaning of one row of data.
+        operations: Operations and their variants, by name.
+        quality: Metrics measured at export.
+        provenance: Record of how the model was made.
+        unsupported_operations: The reason for each operation that the model cannot support.
+    """
 
     name: str
     version: str
@@ -187,26 +281,35 @@ class Model:
     provenance: Provenance
     unsupported_operations: Mapping[str, str] = field(default_factory=dict)
 
-    def operation(self, name: str, method: str = "") -> Operation:
-        """The operation of that name, in its usual way or by a method.
+    def operation(self, name: str, variant: str = "") -> Operation:
+        """Return an operation, in its default variant or another.
 
-        UnsupportedOperation, with the reason where there is one, when the model lacks the operation;
-        InvalidRequest when it lacks the method.
+        Args:
+            name: The operation, such as "sample".
+            variant: The variant, such as "inpaint"; "" for the default.
+
+        Raises:
+            UnsupportedOperation: If the model lacks the operation; the message has the reason.
+            InvalidRequest: If the operation lacks the variant.
         """
         if name not in self.operations:
             raise self._unsupported(name)
-        methods = {
-            each.variant: each for each in self.operations.values() if each.name.partition(":")[0] == name
+        variants = {
+            operation.variant: operation
+            for operation in self.operations.values()
+            if parse_program_name(operation.name)[0] == name
         }
-        if method not in methods:
-            known = ", ".join(filter(None, methods)) or "none besides the usual way"
-            raise invalid_request("method", f"expected one of {name}: {known}; got {method!r}")
-        return methods[method]
+        if variant not in variants:
+            known = ", ".join(sorted(filter(None, variants))) or "none"
+            raise invalid_request(
+                "variant", f"unknown variant {variant!r} of {name}; expected one of: {known}"
+            )
+        return variants[variant]
 
     def _unsupported(self, name: str) -> UnsupportedOperation:
-        supported = tuple(name for name in self.operations if ":" not in name)
-        because = f": {self.unsupported_operations[name]}" if name in self.unsupported_operations else ""
+        supported = tuple(operation.name for operation in self.operations.values() if not operation.variant)
+        reason = f": {self.unsupported_operations[name]}" if name in self.unsupported_operations else ""
+        message = f"{self.name}/{self.version} does not support {name!r}{reason}; it supports "
         return UnsupportedOperation(
-            f"{self.name} {self.version} has no operation {name}{because}; it has {', '.join(supported)}",
-            Details(facts={"supported": ",".join(supported)}),
+            message + ", ".join(supported), Details(metadata={"supported": ",".join(supported)})
         )

@@ -1,10 +1,11 @@
-"""The random numbers of a row: counter-based, the same wherever they are drawn.
+"""Counter-based random numbers of rows: Philox4x32-10.
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-SC 2011). The key is the request's seed; the counter is (block of four elements,
-step, row index, stream), so that no two numbers of a seed share a counter and
-none depends on the batch in which it was drawn. Part of the wire contract: with
-it a client can draw the same latents that a server would.
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The key is the request's seed. The
+counter is (block of four elements, step, row index, stream). No two numbers of a seed share a counter, and
+none depends on the batch that computes it. The generator is part of the wire contract: a client draws the
+same latents as the server (docs/reproducibility.md).
+
+The functions below take one seed, row index and step for each of B rows, as integer arrays [B].
 """
 
 import math
@@ -26,7 +27,15 @@ _SHIFT = np.uint64(32)
 
 
 def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Philox4x32-10 of counters [4, ...] under keys [2, ...]; 32-bit words, held in uint64."""
+    """Compute Philox4x32-10.
+
+    Args:
+        counter: 32-bit words, uint64 [4, ...].
+        key: 32-bit words, uint64 [2, ...]; broadcast against `counter`.
+
+    Returns:
+        Random 32-bit words, uint64 [4, ...].
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -44,7 +53,15 @@ def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.u
 def words(
     seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, count: int
 ) -> NDArray[np.uint64]:
-    """32-bit words [B, count] for B rows, each with its own seed, index and step."""
+    """Return the first `count` random 32-bit words of each row, uint64 [B, count].
+
+    Args:
+        seeds: The requests' seeds, uint64 [B].
+        rows: Row indices, [B], 0 <= index <= MAX_ROW_INDEX.
+        steps: Step indices, [B].
+        stream: The stream; no two noise tensors of a program share one.
+        count: Number of words per row.
+    """
     batch, blocks = len(seeds), math.ceil(count / 4)
     counter = np.empty((4, batch, blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
@@ -58,16 +75,32 @@ def words(
 def uniform(
     seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, shape: Sequence[int]
 ) -> Floats:
-    """Uniform numbers in the open interval (0, 1), float32 [B, *shape]."""
+    """Return uniform numbers in the open interval (0, 1), float32 [B, *shape].
+
+    Args:
+        seeds: The requests' seeds, uint64 [B].
+        rows: Row indices, [B].
+        steps: Step indices, [B].
+        stream: The stream.
+        shape: Shape of one row.
+    """
     drawn = words(seeds, rows, steps, stream, math.prod(shape))
-    # 23 bits and a half step: every value is exact in float32 and none is 0 or 1.
+    # 23 bits plus half a step: every value is exact in float32, and none is 0 or 1.
     return (((drawn >> np.uint64(9)) + 0.5) * 2.0**-23).astype(np.float32).reshape(len(seeds), *shape)
 
 
 def normal(
     seeds: NDArray[np.uint64], rows: NDArray[Any], steps: NDArray[Any], stream: int, shape: Sequence[int]
 ) -> Floats:
-    """Standard normal numbers, float32 [B, *shape], by Box and Muller's transform in float64."""
+    """Return standard normal numbers, float32 [B, *shape], by the Box-Muller transform in float64.
+
+    Args:
+        seeds: The requests' seeds, uint64 [B].
+        rows: Row indices, [B].
+        steps: Step indices, [B].
+        stream: The stream.
+        shape: Shape of one row.
+    """
     count = math.prod(shape)
     drawn = words(seeds, rows, steps, stream, count + count % 2)
     unit = np.ascontiguousarray(drawn, np.float64)

@@ -1,8 +1,4 @@
-"""NumPy arrays as wire tensors and back.
-
-Knows the encoding (little-endian, C order, batch axis first) and nothing of
-models: whether a shape suits a program is for the server to say.
-"""
+"""Encoding of NumPy arrays as tensor messages: little-endian, C order, batch axis first."""
 
 import math
 from typing import Any
@@ -26,32 +22,45 @@ _DATA_TYPES = {dtype: data_type for data_type, dtype in DTYPES.items()}
 
 
 class MalformedTensor(ValueError):
-    """A tensor message whose dtype, shape and bytes do not agree."""
+    """A tensor message with an invalid dtype, shape or number of bytes."""
 
 
 def data_type(dtype: np.dtype[Any]) -> manifest_pb2.DataType.ValueType:
-    """The wire's name of an element type; ValueError when it has none."""
+    """Return the wire's data type of a NumPy dtype, in any byte order.
+
+    Raises:
+        ValueError: If the wire has no such type.
+    """
     try:
         return _DATA_TYPES.get(dtype) or _DATA_TYPES[dtype.newbyteorder("<")]
-    except KeyError:
-        raise ValueError(f"no wire type for {dtype}; there are {', '.join(map(str, _DATA_TYPES))}") from None
+    except KeyError as error:
+        known = ", ".join(map(str, _DATA_TYPES))
+        raise ValueError(f"no wire type for dtype {dtype}; expected one of: {known}") from error
 
 
 def pack(array: Array) -> inference_pb2.Tensor:
-    """An array as a message; ValueError for an element type that the wire lacks."""
+    """Encode an array.
+
+    Raises:
+        ValueError: If the wire has no type for its elements.
+    """
     wire_type = data_type(array.dtype)
     little_endian = np.ascontiguousarray(array, dtype=DTYPES[wire_type])
     return inference_pb2.Tensor(dtype=wire_type, shape=array.shape, data=little_endian.tobytes())
 
 
 def unpack(tensor: inference_pb2.Tensor) -> Array:
-    """A message as a read-only array over its bytes; MalformedTensor when they do not agree."""
+    """Decode a message as a read-only array that shares its bytes.
+
+    Raises:
+        MalformedTensor: If the dtype is unknown, the shape is invalid, or the number of bytes does not fit.
+    """
     if tensor.dtype not in DTYPES:
-        raise MalformedTensor(f"expected a dtype, got {tensor.dtype}")
+        raise MalformedTensor(f"expected a known dtype, got {tensor.dtype}")
     dtype = DTYPES[tensor.dtype]
     shape = tuple(tensor.shape)
     if min(shape, default=0) < 0:
-        raise MalformedTensor(f"expected extents of at least 0, got shape {list(shape)}")
+        raise MalformedTensor(f"expected a shape without negative axes, got {list(shape)}")
     expected = math.prod(shape) * dtype.itemsize
     if len(tensor.data) != expected:
         raise MalformedTensor(
@@ -60,7 +69,7 @@ def unpack(tensor: inference_pb2.Tensor) -> Array:
     try:
         array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     except ValueError as error:
-        raise MalformedTensor(f"expected a shape that an array can have: {error}") from None
+        raise MalformedTensor(f"expected a shape that NumPy supports, got {list(shape)}: {error}") from error
     if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
-        raise MalformedTensor("expected booleans to be bytes 0 or 1")
+        raise MalformedTensor("expected boolean bytes of 0 or 1")
     return array

@@ -1,4 +1,4 @@
-"""Texts that a model goes on writing, whole or piece by piece."""
+"""Text completion with token models."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ from samovar._messages import CallOptions
 from samovar.client import Client
 from samovar.errors import invalid_request
 from samovar.model import DataSpec, Model, Scalar
-from samovar.tokens import row, separator_of, tokens_of, words_of
+from samovar.tokens import pad_row, token_separator, token_texts, tokenize
 
 PROMPT, STOP = "prompt", "stop"
 
@@ -14,28 +14,49 @@ PROMPT, STOP = "prompt", "stop"
 def complete(
     client: Client, model: str, prompt: str = "", *, options: CallOptions | None = None, **parameters: Scalar
 ) -> str:
-    """A text that begins with the prompt, which may be empty, and goes on as the model would.
+    """Return the prompt and its continuation.
 
-    Parameters are those of the model's `sample`, such as tokens=200 or temperature=0.8; `stop` may
-    be a word of the vocabulary too. `options` are what any call may say, such as {"seed": 7}.
-    InvalidRequest names the first character that the model does not know, before anything is sent.
+    Args:
+        client: The client.
+        model: The model's name.
+        prompt: The beginning of the text; may be empty.
+        options: Options of the call, such as {"seed": 7}; see `CallOptions`.
+        **parameters: Parameters of the model's `sample`, such as tokens=200 or temperature=0.8. `stop` may
+            be a token's text instead of its index.
+
+    Raises:
+        InvalidRequest: If the prompt or `stop` has an unknown token (before anything is sent), or a parameter
+            is invalid.
+
+    Example:
+        story = text.complete(client, "stories-lstm", "Once", tokens=200, options={"seed": 7})
     """
-    described = _described(client, model, options)
-    words = tokens_of(prompt, described.data_spec, PROMPT)
-    return prompt + "".join(pieces(client, described, words, options=options, **parameters))
+    described = _fetch_model(client, model, options)
+    tokens = tokenize(prompt, described.data_spec, PROMPT)
+    return prompt + "".join(stream_tokens(client, described, tokens, options=options, **parameters))
 
 
 def stream(
     client: Client, model: str, prompt: str = "", *, options: CallOptions | None = None, **parameters: Scalar
 ) -> Iterator[str]:
-    """The same piece by piece, as the model writes it, the prompt left out."""
-    described = _described(client, model, options)
-    yield from pieces(
-        client, described, tokens_of(prompt, described.data_spec, PROMPT), options=options, **parameters
-    )
+    """Yield the continuation of a prompt in pieces, as the model produces them.
+
+    Args:
+        client: The client.
+        model: The model's name.
+        prompt: The beginning of the text; may be empty. It is not yielded.
+        options: Options of the call; see `CallOptions`.
+        **parameters: Parameters of the model's `sample`; see `complete`.
+
+    Raises:
+        InvalidRequest: If the prompt or `stop` has an unknown token, or a parameter is invalid.
+    """
+    described = _fetch_model(client, model, options)
+    tokens = tokenize(prompt, described.data_spec, PROMPT)
+    yield from stream_tokens(client, described, tokens, options=options, **parameters)
 
 
-def pieces(
+def stream_tokens(
     client: Client,
     model: Model,
     prompt: Sequence[int],
@@ -43,32 +64,44 @@ def pieces(
     options: CallOptions | None = None,
     **parameters: Scalar,
 ) -> Iterator[str]:
-    """What a model that is known writes after a prompt of tokens, as it comes."""
-    settled = CallOptions(**(options or {}), parameters=_settled(parameters, model.data_spec))
-    operation = model.operation("sample", settled.get("variant", ""))
-    inputs = {PROMPT: row(prompt, model.data_spec)} if prompt else {}
-    separator, seen = separator_of(model.data_spec), len(prompt)
-    previews = int(operation.previewable)
-    with client.stream(model.name, inputs=inputs, preview_every=previews, **settled) as events:
+    """Yield the continuation of a tokenized prompt in pieces, as the model produces them.
+
+    Args:
+        client: The client.
+        model: The model's description.
+        prompt: Token indices.
+        options: Options of the call; see `CallOptions`.
+        **parameters: Parameters of the model's `sample`; see `complete`.
+
+    Raises:
+        InvalidRequest: If `stop` has an unknown token, or a parameter is invalid.
+    """
+    data_spec = model.data_spec
+    call_options = CallOptions(**(options or {}), parameters=_resolve_stop(parameters, data_spec))
+    operation = model.operation("sample", call_options.get("variant", ""))
+    inputs = {PROMPT: pad_row(prompt, data_spec)} if prompt else {}
+    separator, num_seen = token_separator(data_spec), len(prompt)
+    preview_every = int(operation.previewable)
+    with client.stream(model.name, inputs=inputs, preview_every=preview_every, **call_options) as events:
         for event in events:
             (tokens,) = event.outputs[operation.outputs[0].name]
-            words = words_of(tokens, model.data_spec)
-            if len(words) > seen:
-                yield (separator if seen else "") + separator.join(words[seen:])
-                seen = len(words)
+            texts = token_texts(tokens, data_spec)
+            if len(texts) > num_seen:
+                yield (separator if num_seen else "") + separator.join(texts[num_seen:])
+                num_seen = len(texts)
 
 
-def _described(client: Client, model: str, options: CallOptions | None) -> Model:
-    given = options or {}
-    return client.model(model, given.get("version", ""), given.get("format", ""))
+def _fetch_model(client: Client, model: str, options: CallOptions | None) -> Model:
+    options = options or {}
+    return client.model(model, options.get("version", ""), options.get("format", ""))
 
 
-def _settled(parameters: dict[str, Scalar], value: DataSpec) -> dict[str, Scalar]:
-    """The parameters, with a stop that is given as a word by its index."""
+def _resolve_stop(parameters: dict[str, Scalar], data_spec: DataSpec) -> dict[str, Scalar]:
+    """Return the parameters with the text of a stop token replaced by its index."""
     stop = parameters.get(STOP)
     if not isinstance(stop, str):
         return parameters
-    words = tokens_of(stop, value, f"parameters[{STOP}]")
-    if len(words) != 1:
-        raise invalid_request(f"parameters[{STOP}]", f"expected one token, got {len(words)}: {stop!r}")
-    return parameters | {STOP: words[0]}
+    tokens = tokenize(stop, data_spec, f"parameters[{STOP}]")
+    if len(tokens) != 1:
+        raise invalid_request(f"parameters[{STOP}]", f"expected one token, got {len(tokens)}: {stop!r}")
+    return parameters | {STOP: tokens[0]}

@@ -1,7 +1,7 @@
-"""A model's tokens as words and back. Knows what a value looks like, and no calls.
+"""Conversion between texts and rows of tokens.
 
-The vocabulary is the model's own: characters, or words with blanks between them, such
-as the pitches of a piece of music. Its empty word, where it has one, fills up a row.
+The vocabulary is the model's own: characters, or words separated by spaces, such as the pitches of a piece
+of music. The empty token, if the vocabulary has one, pads a row.
 """
 
 from collections.abc import Sequence
@@ -13,56 +13,79 @@ from samovar.model import DataSpec
 from samovar.tensors import Array
 
 
-def encode(texts: Sequence[str], value: DataSpec, field: str = "inputs") -> Array:
-    """Texts as rows of tokens [rows, context]; InvalidRequest for a text that is no row of the model's."""
-    return np.stack([row(tokens_of(text, value, field), value) for text in texts])
+def encode(texts: Sequence[str], data_spec: DataSpec, field: str = "inputs") -> Array:
+    """Encode texts as rows of tokens.
+
+    Args:
+        texts: The texts.
+        data_spec: The model's data.
+        field: The name of the request field in errors.
+
+    Returns:
+        Rows of token indices, [rows, context].
+
+    Raises:
+        InvalidRequest: If the model has no vocabulary, or a text has an unknown token or too many tokens.
+    """
+    return np.stack([pad_row(tokenize(text, data_spec, field), data_spec) for text in texts])
 
 
-def decode(tokens: Array, value: DataSpec) -> list[str]:
-    """Rows of tokens [rows, context] as texts."""
-    return [separator_of(value).join(words_of(each, value)) for each in tokens]
+def decode(tokens: Array, data_spec: DataSpec) -> list[str]:
+    """Decode rows of tokens [rows, context] as texts."""
+    return [token_separator(data_spec).join(token_texts(row, data_spec)) for row in tokens]
 
 
-def separator_of(value: DataSpec) -> str:
-    """What stands between two words: nothing where all of them are characters."""
-    return "" if all(len(word) <= 1 for word in value.vocabulary) else " "
+def token_separator(data_spec: DataSpec) -> str:
+    """Return the text between two tokens: "" if all tokens are characters, else a space."""
+    return "" if all(len(text) <= 1 for text in data_spec.vocabulary) else " "
 
 
-def tokens_of(text: str, value: DataSpec, field: str) -> list[int]:
-    """The indices of a text's words; InvalidRequest for the first one that there is not, and for too many."""
-    if not value.vocabulary:
+def tokenize(text: str, data_spec: DataSpec, field: str) -> list[int]:
+    """Return the token indices of a text.
+
+    Args:
+        text: The text.
+        data_spec: The model's data.
+        field: The name of the request field in errors.
+
+    Raises:
+        InvalidRequest: If the model has no vocabulary, or the text has an unknown token or too many tokens.
+    """
+    if not data_spec.vocabulary:
         raise invalid_request(
-            field, f"expected a model of text; a row of this one is {value.kind} {value.tensor}"
+            field, f"expected a model of text; a row of this model is {data_spec.kind} {data_spec.tensor}"
         )
-    words = list(text) if not separator_of(value) else text.split()
-    index = {word: number for number, word in enumerate(value.vocabulary) if word}
+    words = list(text) if not token_separator(data_spec) else text.split()
+    index = {word: number for number, word in enumerate(data_spec.vocabulary) if word}
     for position, word in enumerate(words):
         if word not in index:
+            known = token_separator(data_spec).join(index)
             raise invalid_request(
-                field, f"the model does not know {word!r}, at position {position}; {_known(value)}"
+                field, f"unknown token {word!r} at position {position}; expected tokens of {known!r}"
             )
-    (context,) = value.tensor.shape
+    (context,) = data_spec.tensor.shape
     if len(words) > context:
         raise invalid_request(field, f"expected at most {context} tokens, got {len(words)}")
     return [index[word] for word in words]
 
 
-def row(tokens: Sequence[int], value: DataSpec) -> Array:
-    """Tokens as a row [context], the empty word after them; InvalidRequest when there is no empty word."""
-    (context,) = value.tensor.shape
-    if len(tokens) < context and "" not in value.vocabulary:
+def pad_row(tokens: Sequence[int], data_spec: DataSpec) -> Array:
+    """Return tokens as a row [context], padded with the empty token.
+
+    Raises:
+        InvalidRequest: If padding is necessary and the vocabulary has no empty token.
+    """
+    (context,) = data_spec.tensor.shape
+    has_padding = "" in data_spec.vocabulary
+    if len(tokens) < context and not has_padding:
         raise invalid_request("inputs", f"expected {context} tokens, got {len(tokens)}")
-    filled = np.full(context, value.vocabulary.index("") if "" in value.vocabulary else 0, value.tensor.dtype)
-    filled[: len(tokens)] = tokens
-    return filled
+    padding = data_spec.vocabulary.index("") if has_padding else 0
+    row = np.full(context, padding, data_spec.tensor.dtype)
+    row[: len(tokens)] = tokens
+    return row
 
 
-def words_of(tokens: Array, value: DataSpec) -> list[str]:
-    """The words of one row of tokens up to the first empty one."""
-    words = [value.vocabulary[token] for token in tokens.tolist()]
-    return words[: words.index("")] if "" in words else words
-
-
-def _known(value: DataSpec) -> str:
-    words = [word for word in value.vocabulary if word]
-    return f"it knows {separator_of(value).join(words)!r}"
+def token_texts(tokens: Array, data_spec: DataSpec) -> list[str]:
+    """Return the texts of one row of tokens, up to the first empty one."""
+    texts = [data_spec.vocabulary[token] for token in tokens.tolist()]
+    return texts[: texts.index("")] if "" in texts else texts
