@@ -1,4 +1,4 @@
-"""The blocking client against a real server."""
+"""Tests of the synchronous client against the fake server."""
 
 import threading
 
@@ -20,19 +20,19 @@ from samovar import (
     Timings,
     Unavailable,
 )
-from samovar.result import InOrder
+from samovar.result import ReorderBuffer
 from samovar.v1 import inference_pb2 as pb
-from tests.support.fake_server import COUNTER, UNAVAILABLE, Counting, Server, images, version
+from tests.support.fake_server import COUNTER, UNAVAILABLE, FakeServer, FakeService, images, model_message
 
 
-def test_samples_come_in_the_order_of_their_rows(client: Client) -> None:
+def test_sample_returns_rows_in_order(client: Client) -> None:
     result = client.sample("counter", 7, seed=5, first_row=2)
     assert result.value.tolist() == images(5, np.arange(2, 9)).tolist()
     assert list(result.outputs) == ["image", "count"]
     assert result.outputs["count"].tolist() == list(range(2, 9))
 
 
-def test_a_result_says_what_ran_and_where_the_time_went(client: Client) -> None:
+def test_result_has_run_info_and_timings(client: Client) -> None:
     result = client.sample("counter", seed=5, format="torchscript")
     assert result.run.artifact_sha256 == "counter-2"
     assert (result.run.version, result.run.format, result.run.seed, result.run.steps) == (
@@ -45,9 +45,9 @@ def test_a_result_says_what_ran_and_where_the_time_went(client: Client) -> None:
     assert result.timings == Timings(queue=0.5, run=1.0, compute=0.5)
 
 
-def test_parameters_travel_by_their_python_type(client: Client, service: Counting) -> None:
-    given = {"steps": np.int32(3), "scale": 0.5, "greedy": True, "order": "down"}
-    client.sample("counter", parameters=given)  # type: ignore[arg-type]
+def test_parameters_are_encoded_by_python_type(client: Client, service: FakeService) -> None:
+    parameters = {"steps": np.int32(3), "scale": 0.5, "greedy": True, "order": "down"}
+    client.sample("counter", parameters=parameters)  # type: ignore[arg-type]
     (request,) = service.requests
     assert isinstance(request, pb.SampleRequest)
     assert {name: value.WhichOneof("value") for name, value in request.parameters.items()} == {
@@ -58,28 +58,28 @@ def test_parameters_travel_by_their_python_type(client: Client, service: Countin
     }
 
 
-def test_a_sample_takes_inputs(client: Client) -> None:
-    one = client.sample("counter", 3, seed=0, inputs={"label": 2})
-    assert one.value.tolist() == images(0, np.arange(3), label=2).tolist()
+def test_sample_sends_inputs(client: Client) -> None:
+    result = client.sample("counter", 3, seed=0, inputs={"label": 2})
+    assert result.value.tolist() == images(0, np.arange(3), label=2).tolist()
 
 
-def test_a_seed_is_drawn_when_none_is_given(client: Client) -> None:
+def test_sample_without_seed_draws_new_seed(client: Client) -> None:
     seeds = {client.sample("counter").run.seed for _ in range(3)}
     assert len(seeds) == 3
 
 
-@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**64}, {"first_row": 2**32}, {"seed": 1.5}])
-def test_numbers_that_no_message_holds_are_refused(client: Client, wrong: dict[str, int]) -> None:
-    with pytest.raises(InvalidRequest, match=rf"{next(iter(wrong))}: expected an integer"):
-        client.sample("counter", **wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 2**64}, {"first_row": 2**32}, {"seed": 1.5}])
+def test_option_out_of_range_is_rejected(client: Client, options: dict[str, int]) -> None:
+    with pytest.raises(InvalidRequest, match=rf"{next(iter(options))}: expected an integer"):
+        client.sample("counter", **options)  # type: ignore[arg-type]
 
 
-def test_a_misspelt_option_is_an_error(client: Client) -> None:
-    with pytest.raises(TypeError, match="no option 'sed'; there are version, format, seed"):
+def test_unknown_option_raises_type_error(client: Client) -> None:
+    with pytest.raises(TypeError, match="unknown option 'sed'; expected one of: version, format, seed"):
         client.sample("counter", sed=1)  # type: ignore[call-arg]
 
 
-def test_a_stream_tells_of_rows_as_they_finish_and_of_those_on_the_way(client: Client) -> None:
+def test_stream_yields_previews_and_finished_rows(client: Client) -> None:
     with client.stream("counter", 6, seed=0, preview_every=2) as stream:
         events = list(stream)
     preview, *finished = events
@@ -92,7 +92,7 @@ def test_a_stream_tells_of_rows_as_they_finish_and_of_those_on_the_way(client: C
     assert stream.timings.run == 1.0
 
 
-def test_a_stream_may_be_read_in_the_order_of_its_rows(client: Client) -> None:
+def test_ordered_stream_yields_rows_in_order(client: Client) -> None:
     with client.stream("counter", 6, seed=0, first_row=10, ordered=True) as stream:
         (event,) = stream
     assert event.indices.tolist() == list(range(10, 16))
@@ -101,47 +101,47 @@ def test_a_stream_may_be_read_in_the_order_of_its_rows(client: Client) -> None:
 
 
 @given(st.permutations(range(12)), st.integers(1, 5), st.integers(0, 9))
-def test_rows_wait_for_those_before_them_and_for_no_others(
+def test_reorder_buffer_releases_rows_up_to_the_first_missing(
     order: list[int], size: int, first_row: int
 ) -> None:
-    in_order, seen = InOrder(first_row), set[int]()
-    told: list[int] = []
+    buffer, seen = ReorderBuffer(first_row), set[int]()
+    released: list[int] = []
     for start in range(0, len(order), size):
         indices = first_row + np.array(order[start : start + size])
         seen |= set(indices.tolist())
-        following = in_order.follow(Rows(indices, {"square": indices**2}))
-        if following is not None:
-            assert (following.outputs["square"] == following.indices**2).all()
-            told += following.indices.tolist()
+        ready = buffer.push(Rows(indices, {"square": indices**2}))
+        if ready is not None:
+            assert (ready.outputs["square"] == ready.indices**2).all()
+            released += ready.indices.tolist()
         missing = next(index for index in range(first_row, first_row + 13) if index not in seen)
-        assert told == list(range(first_row, missing))
+        assert released == list(range(first_row, missing))
 
 
-def test_a_stream_does_not_know_what_runs_before_it_is_read(client: Client) -> None:
-    with client.stream("counter") as stream, pytest.raises(ServerError, match="read its first event"):
+def test_stream_run_before_first_event_raises(client: Client) -> None:
+    with client.stream("counter") as stream, pytest.raises(ServerError, match="before the first event"):
         _ = stream.run
 
 
-def test_leaving_a_stream_cancels_the_servers_work(client: Client, service: Counting) -> None:
-    service.holds = True
+def test_stream_exit_cancels_call(client: Client, service: FakeService) -> None:
+    service.blocks = True
     with client.stream("counter", 6, seed=0) as stream:
         assert next(stream).indices.tolist() == [5, 4]
-    assert service.cancelled.wait(10)
+    assert service.cancelled.wait(500)
     with pytest.raises(Cancelled):
         next(stream)
 
 
-def test_another_thread_can_cancel(client: Client, service: Counting) -> None:
-    service.holds = True
+def test_stream_cancel_from_another_thread_cancels_call(client: Client, service: FakeService) -> None:
+    service.blocks = True
     with client.stream("counter", 6) as stream:
         next(stream)
         threading.Thread(target=stream.cancel).start()
         with pytest.raises(Cancelled):
             next(stream)
-    assert service.cancelled.wait(10)
+    assert service.cancelled.wait(500)
 
 
-def test_transforms_keep_the_order_of_rows(client: Client) -> None:
+def test_transforms_return_rows_in_order(client: Client) -> None:
     rows = images(0, np.arange(5))
     assert client.reconstruct("counter", rows).value.tolist() == rows.tolist()
     latents = client.encode("counter", rows.astype(np.int64)).value
@@ -150,10 +150,10 @@ def test_transforms_keep_the_order_of_rows(client: Client) -> None:
     assert client.classify("counter", rows).value.argmax(axis=1).tolist() == [0, 1, 2, 0, 1]
 
 
-def test_scores_say_what_they_are(client: Client) -> None:
+def test_scores_have_meaning_and_errors(client: Client) -> None:
     scores = client.score("counter", images(0, np.arange(3)), parameters={"draws": 20})
     assert scores.kind is ScoreKind.LOWER_BOUND
-    assert (scores.dimensions, scores.space, scores.draws) == (48, "integers 0..16", 20)
+    assert (scores.dimensions, scores.coordinate_space, scores.draws) == (48, "integers 0..16", 20)
     assert scores.value.tolist() == scores.nats.tolist() == [-0.0, -48.125, -96.25]
     assert scores.bits_per_dimension == pytest.approx(-scores.nats / (48 * np.log(2)))
     assert scores.standard_error is not None
@@ -161,9 +161,9 @@ def test_scores_say_what_they_are(client: Client) -> None:
     assert list(scores.outputs) == ["brightness"]
 
 
-def test_what_the_server_cannot_take_at_once_is_sent_in_parts() -> None:
-    """The server refuses messages above 128 KiB; 4000 rows are 192 000 bytes."""
-    with Server(Counting(max_message_bytes=128 * 1024)) as server, Client(server.address) as client:
+def test_request_above_message_limit_is_split() -> None:
+    """The server rejects messages above 128 KiB; 4000 rows are 192,000 bytes."""
+    with FakeServer(FakeService(max_message_bytes=128 * 1024)) as server, Client(server.address) as client:
         rows = images(3, np.arange(4000))
         scores = client.score("counter", rows, first_row=8)
     parts = [request for request in server.service.requests if isinstance(request, pb.TransformRequest)]
@@ -177,54 +177,54 @@ def test_what_the_server_cannot_take_at_once_is_sent_in_parts() -> None:
     assert scores.timings.run == len(parts)
 
 
-def test_an_unavailable_server_is_asked_again_with_the_same_request(
-    client: Client, service: Counting
-) -> None:
-    service.refusals = [UNAVAILABLE, UNAVAILABLE]
+def test_unavailable_server_is_retried_with_equal_request(client: Client, service: FakeService) -> None:
+    service.errors = [UNAVAILABLE, UNAVAILABLE]
     result = client.reconstruct("counter", images(0, np.arange(2)))
     assert len(service.requests) == 3
     assert len({request.SerializeToString(deterministic=True) for request in service.requests}) == 1
     assert len(result.value) == 2
 
 
-def test_streams_and_large_requests_are_retried_too(client: Client, service: Counting) -> None:
-    service.refusals = [UNAVAILABLE]
+def test_streams_and_large_requests_are_retried(client: Client, service: FakeService) -> None:
+    service.errors = [UNAVAILABLE]
     assert len(client.sample("counter", 3).value) == 3
-    service.refusals = [UNAVAILABLE]
+    service.errors = [UNAVAILABLE]
     rows = np.zeros((50_000, 8, 6), np.uint8)
     assert len(client.reconstruct("counter", rows).value) == len(rows)
 
 
-def test_a_server_that_stays_unavailable_is_given_up(client: Client, service: Counting) -> None:
-    service.refusals = [UNAVAILABLE] * 9
+def test_server_that_stays_unavailable_raises_after_five_attempts(
+    client: Client, service: FakeService
+) -> None:
+    service.errors = [UNAVAILABLE] * 9
     with pytest.raises(Unavailable, match="loading"):
         client.sample("counter")
     assert len(service.requests) == 5
 
 
-def test_a_model_is_described_once(client: Client, service: Counting) -> None:
+def test_model_is_cached_between_calls(client: Client, service: FakeService) -> None:
     for _ in range(3):
         client.sample("counter")
-    assert service.described == 1
+    assert service.num_get_model == 1
 
 
-def test_a_model_is_described_again_when_another_artifact_answers(client: Client, service: Counting) -> None:
+def test_model_is_fetched_again_after_another_artifact_responds(client: Client, service: FakeService) -> None:
     client.sample("counter")
-    service.models[0] = version(COUNTER, 3, 3)
+    service.models[0] = model_message(COUNTER, 3, 3)
     assert client.sample("counter").run.version == "3"
     client.sample("counter")
-    assert service.described == 2
+    assert service.num_get_model == 2
 
 
-def test_a_model_is_described_again_after_a_refusal(client: Client, service: Counting) -> None:
+def test_model_is_fetched_again_after_invalid_request(client: Client, service: FakeService) -> None:
     client.sample("counter")
     with pytest.raises(InvalidRequest):
-        client.sample("counter", inputs={"colour": 1})
+        client.sample("counter", inputs={"color": 1})
     client.sample("counter")
-    assert service.described == 2
+    assert service.num_get_model == 2
 
 
-def test_a_description_is_complete(client: Client) -> None:
+def test_model_description_is_complete(client: Client) -> None:
     model = client.model("counter")
     assert (model.name, model.version, model.is_default, model.formats) == (
         "counter",
@@ -233,7 +233,7 @@ def test_a_description_is_complete(client: Client) -> None:
         ("onnx", "torchscript"),
     )
     sample = model.operations["sample"]
-    assert [(each.name, each.type, each.default) for each in sample.parameters] == [
+    assert [(parameter.name, parameter.type, parameter.default) for parameter in sample.parameters] == [
         ("steps", "integer", 4),
         ("scale", "float", 1.0),
         ("greedy", "boolean", False),
@@ -250,7 +250,7 @@ def test_a_description_is_complete(client: Client) -> None:
         client.model("counter", version="4")
 
 
-def test_models_come_in_pages(server: Server, client: Client) -> None:
+def test_models_are_listed_over_pages(server: FakeServer, client: Client) -> None:
     server.service.page_size = 1
     assert [(model.name, model.version) for model in client.models()] == [
         ("counter", "2"),
@@ -259,6 +259,6 @@ def test_models_come_in_pages(server: Server, client: Client) -> None:
     ]
 
 
-def test_the_server_states_its_limits(client: Client) -> None:
+def test_server_info_has_limits(client: Client) -> None:
     info = client.server_info()
     assert (info.version, info.device, info.max_batch_rows) == ("9.9", "abacus", 4)

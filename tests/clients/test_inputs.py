@@ -1,4 +1,4 @@
-"""A user's arrays become what the program wants, without losing anything, or are refused."""
+"""Tests of input conversion: every value is preserved, or the request is rejected."""
 
 import math
 
@@ -26,16 +26,16 @@ def operation(*inputs: Input) -> Operation:
     return Operation("edit", "", (), inputs, (), Steps(), False)
 
 
-def holds(dtype: str, value: float) -> bool:
+def can_hold(dtype: str, value: float) -> bool:
     if not math.isfinite(value) or value != int(value):
         return False
     return value in (0, 1) if dtype == "?" else np.iinfo(dtype).min <= int(value) <= np.iinfo(dtype).max
 
 
 @given(NUMBERS, st.sampled_from(["u1", "<i4", "<i8", "?"]))
-def test_a_conversion_to_integers_keeps_every_value_or_is_refused(array: Array, dtype: str) -> None:
+def test_conversion_to_integer_preserves_values_or_is_rejected(array: Array, dtype: str) -> None:
     program = operation(Input(TensorSpec("x", np.dtype(dtype), ())))
-    if all(holds(dtype, value) for value in array.tolist()):
+    if all(can_hold(dtype, value) for value in array.tolist()):
         converted = named_arrays(array, program)["x"]
         assert converted.dtype == dtype
         assert converted.tolist() == array.tolist()
@@ -45,53 +45,56 @@ def test_a_conversion_to_integers_keeps_every_value_or_is_refused(array: Array, 
 
 
 @given(arrays.arrays("<f8", st.integers(1, 4), elements=st.floats(-1e30, 1e30)))
-def test_double_precision_is_rounded_to_single(array: Array) -> None:
+def test_float64_is_rounded_to_float32(array: Array) -> None:
     converted = named_arrays(array, operation(Input(TensorSpec("x", FLOAT32, ()))))["x"]
     assert converted.tobytes() == array.astype("<f4").tobytes()
 
 
 @pytest.mark.parametrize(
-    ("spec", "given", "said"),
+    ("spec", "array", "expected"),
     [
-        (IMAGE, np.full((1, 2, 2), 256), "expected uint8, got int64, whose 256 it cannot hold"),
-        (IMAGE, np.full((1, 2, 2), 0.5), "expected uint8, got float64, whose 0.5 it cannot hold"),
-        (IMAGE, np.full((1, 2, 2), np.nan), "whose nan it cannot hold"),
-        (LATENT, np.full((1, 3), 1e39), "expected float32, got float64, whose 1e+39 it cannot hold"),
+        (IMAGE, np.full((1, 2, 2), 256), "expected uint8, got int64; uint8 cannot hold 256"),
+        (IMAGE, np.full((1, 2, 2), 0.5), "expected uint8, got float64; uint8 cannot hold 0.5"),
+        (IMAGE, np.full((1, 2, 2), np.nan), "uint8 cannot hold nan"),
+        (LATENT, np.full((1, 3), 1e39), "expected float32, got float64; float32 cannot hold 1e+39"),
         (LABEL, np.array(["cat"]), "expected int64, got str"),
         (IMAGE, np.zeros((4,), np.uint8), r"expected shape [rows, 2, 2], got [4]"),
     ],
 )
-def test_what_cannot_be_converted_says_why(spec: TensorSpec, given: Array, said: str) -> None:
+def test_inconvertible_array_is_rejected_with_reason(spec: TensorSpec, array: Array, expected: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        named_arrays(given, operation(Input(spec)))
+        named_arrays(array, operation(Input(spec)))
     (violation,) = caught.value.violations
     assert violation.field == f"inputs[{spec.name}]"
-    assert said in violation.description
+    assert expected in violation.description
 
 
-def test_a_bare_array_goes_to_the_only_required_input() -> None:
+def test_unnamed_array_is_the_only_required_input() -> None:
     program = operation(Input(LABEL, optional=True), Input(LATENT))
     assert list(named_arrays(np.zeros((1, 3)), program)) == ["latent"]
 
 
-def test_a_bare_array_for_two_inputs_is_ambiguous() -> None:
+def test_unnamed_array_for_two_inputs_is_rejected() -> None:
     with pytest.raises(
-        InvalidRequest, match=r"expected a mapping from names to arrays; edit has image, latent"
+        InvalidRequest,
+        match=r"expected a mapping from names to arrays; the inputs of edit are: image, latent",
     ):
         named_arrays(np.zeros((1, 3)), operation(Input(IMAGE), Input(LATENT)))
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match=r"inputs\[imgae\]: edit has no such input; it has image, label"):
+def test_unknown_input_is_rejected_with_known_names() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"inputs\[imgae\]: unknown input of edit; expected one of: image, label"
+    ):
         named_arrays({"imgae": 1}, operation(Input(IMAGE), Input(LABEL)))
 
 
-def test_an_array_of_the_rows_own_rank_stands_for_every_row() -> None:
+def test_array_without_batch_axis_is_for_every_row() -> None:
     named = named_arrays({"label": 3, "image": [[1, 2], [3, 4]]}, operation(Input(LABEL), Input(IMAGE)))
     assert {name: array.shape for name, array in named.items()} == {"label": (1,), "image": (1, 2, 2)}
 
 
-def test_batch_axes_agree() -> None:
+def test_num_rows_is_common_batch_length() -> None:
     assert num_rows({"a": np.zeros((1, 2)), "b": np.zeros(5)}) == 5
     assert num_rows({}) == 1
     with pytest.raises(InvalidRequest, match="a has 4, b has 5"):

@@ -1,4 +1,4 @@
-"""Pictures that another program reads back pixel by pixel."""
+"""Tests of PNG files, decoded by Pillow."""
 
 import io
 
@@ -15,7 +15,7 @@ from samovar.tensors import Array
 SCALE, GAP = 8, 2
 
 
-def decoded(content: bytes) -> Array:
+def decode(content: bytes) -> Array:
     with Image.open(io.BytesIO(content)) as picture:
         picture.load()
         return np.asarray(picture)
@@ -27,14 +27,14 @@ def decoded(content: bytes) -> Array:
         lambda shape: arrays.arrays(np.uint8, shape)
     )
 )
-def test_a_picture_is_read_back_as_it_was(picture: Array) -> None:
-    again = decoded(png.encode(picture))
-    assert again.reshape(picture.shape).tolist() == picture.tolist()
+def test_encoded_picture_is_decoded_unchanged(picture: Array) -> None:
+    restored = decode(png.encode(picture))
+    assert restored.reshape(picture.shape).tolist() == picture.tolist()
 
 
-def test_digits_are_enlarged_and_kept_apart() -> None:
+def test_grid_enlarges_images_and_separates_them() -> None:
     digits = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
-    picture = decoded(png.grid(digits))
+    picture = decode(png.grid(digits))
     assert picture.shape == (2 * 8 * SCALE + GAP, 2 * 8 * SCALE + GAP)
     tile = 8 * SCALE + GAP
     for number, digit in enumerate(digits):
@@ -45,18 +45,18 @@ def test_digits_are_enlarged_and_kept_apart() -> None:
     assert len(np.unique(picture[8 * SCALE : tile])) == 1
 
 
-def test_colours_stay_colours() -> None:
-    colours = np.array([[[[255, 0, 0]]], [[[0, 0, 255]]]], np.uint8)
-    picture = decoded(png.grid(colours))
+def test_grid_preserves_colors() -> None:
+    colors = np.array([[[[255, 0, 0]]], [[[0, 0, 255]]]], np.uint8)
+    picture = decode(png.grid(colors))
     assert picture[0, 0].tolist() == [255, 0, 0]
     assert picture[0, -1].tolist() == [0, 0, 255]
 
 
 def test_pairs_put_each_image_above_its_partner() -> None:
     above = np.arange(20, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
-    picture = decoded(png.pairs(above, above + 100))
-    centres = picture[4 * SCALE :: 8 * SCALE + GAP, 4 * SCALE :: 8 * SCALE + GAP]
-    assert centres.tolist() == [
+    picture = decode(png.pairs(above, above + 100))
+    centers = picture[4 * SCALE :: 8 * SCALE + GAP, 4 * SCALE :: 8 * SCALE + GAP]
+    assert centers.tolist() == [
         list(range(16)),
         list(range(100, 116)),
         [16, 17, 18, 19] + [0] * 12,
@@ -64,7 +64,7 @@ def test_pairs_put_each_image_above_its_partner() -> None:
     ]
 
 
-def test_levels_span_black_to_white() -> None:
+def test_levels_are_scaled_and_clipped() -> None:
     assert png.levels(np.array([-1.0, 0, 4, 8, 16, 20, np.nan]), 0, 16).tolist() == [
         0,
         0,
@@ -77,6 +77,6 @@ def test_levels_span_black_to_white() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 8, 8, 2), (0, 8, 8)])
-def test_what_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
+def test_grid_rejects_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected images"):
         png.grid(np.zeros(shape, np.uint8))

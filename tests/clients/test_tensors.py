@@ -1,4 +1,4 @@
-"""Arrays over the wire: the same array comes back, and nothing malformed gets through."""
+"""Tests of tensor messages: round trips, and rejection of malformed messages."""
 
 import math
 from typing import Any
@@ -17,13 +17,13 @@ ARRAYS = st.sampled_from(list(DTYPES.values())).flatmap(lambda dtype: arrays.arr
 
 
 @given(ARRAYS)
-def test_an_array_comes_back_with_the_same_bytes(array: Array) -> None:
-    again = unpack(pack(array))
-    assert (again.dtype, again.shape, again.tobytes()) == (array.dtype, array.shape, array.tobytes())
+def test_array_is_equal_after_round_trip(array: Array) -> None:
+    restored = unpack(pack(array))
+    assert (restored.dtype, restored.shape, restored.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
 @given(ARRAYS, st.data())
-def test_strides_and_byte_order_do_not_show(array: Array, data: st.DataObject) -> None:
+def test_pack_ignores_strides_and_byte_order(array: Array, data: st.DataObject) -> None:
     axes = data.draw(st.permutations(range(array.ndim)))
     view = array.transpose(axes)
     swapped = view.astype(view.dtype.newbyteorder(">"))
@@ -31,7 +31,7 @@ def test_strides_and_byte_order_do_not_show(array: Array, data: st.DataObject) -
 
 
 @given(ARRAYS, st.binary(min_size=1, max_size=9))
-def test_bytes_that_do_not_fit_the_shape_are_refused(array: Array, surplus: bytes) -> None:
+def test_unpack_rejects_wrong_number_of_bytes(array: Array, surplus: bytes) -> None:
     tensor = pack(array)
     tensor.data += surplus
     expected = f"expected {array.nbytes} bytes .*, got {array.nbytes + len(surplus)}"
@@ -42,7 +42,7 @@ def test_bytes_that_do_not_fit_the_shape_are_refused(array: Array, surplus: byte
 @given(
     st.lists(st.integers(-(2**62), 2**62), max_size=6), st.sampled_from(list(DTYPES)), st.binary(max_size=64)
 )
-def test_any_message_is_read_or_refused(
+def test_unpack_decodes_or_rejects_any_message(
     shape: list[int], dtype: manifest_pb2.DataType.ValueType, data: bytes
 ) -> None:
     tensor = inference_pb2.Tensor(dtype=dtype, shape=shape, data=data)
@@ -54,18 +54,18 @@ def test_any_message_is_read_or_refused(
     assert array.nbytes == math.prod(shape) * DTYPES[dtype].itemsize == len(data)
 
 
-def test_a_dtype_must_be_stated() -> None:
-    with pytest.raises(MalformedTensor, match="expected a dtype"):
+def test_unpack_rejects_message_without_dtype() -> None:
+    with pytest.raises(MalformedTensor, match="expected a known dtype"):
         unpack(inference_pb2.Tensor(shape=[1], data=b"0"))
 
 
-def test_booleans_are_bytes_0_and_1() -> None:
+def test_unpack_rejects_boolean_bytes_above_1() -> None:
     tensor = inference_pb2.Tensor(dtype=manifest_pb2.DATA_TYPE_BOOL, shape=[2], data=b"\x01\x02")
     with pytest.raises(MalformedTensor, match="0 or 1"):
         unpack(tensor)
 
 
 @pytest.mark.parametrize("dtype", ["c8", "f2", "U3", "O", "M8[s]"])
-def test_element_types_that_the_wire_lacks_are_named(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"no wire type for .*float32"):
+def test_data_type_rejects_unknown_dtype_with_known_ones(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"no wire type for dtype .*float32"):
         data_type(np.dtype(dtype))

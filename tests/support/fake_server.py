@@ -1,7 +1,7 @@
-"""A real gRPC server around a model that only counts: enough to test everything a client does.
+"""Fake inference service on a real gRPC server, for tests of the client.
 
-Behaves as the contract says: a row depends on the seed, its index and its inputs; errors
-carry google.rpc's own messages, packed by grpc_status, not by the client's mirrors of them.
+It keeps the contract: a row depends on the seed, its index and its inputs. Errors carry messages of
+google.rpc, packed by grpc_status.
 """
 
 import threading
@@ -36,7 +36,7 @@ PARAMETERS = [
 ]
 
 
-def scalar(name: str, dtype: mf.DataType.ValueType = mf.DATA_TYPE_FLOAT32) -> mf.TensorSpec:
+def scalar_spec(name: str, dtype: mf.DataType.ValueType = mf.DATA_TYPE_FLOAT32) -> mf.TensorSpec:
     return mf.TensorSpec(name=name, dtype=dtype)
 
 
@@ -47,7 +47,7 @@ PROGRAMS = [
         steps=mf.Steps(parameter="steps"),
         parameters=PARAMETERS,
         inputs=[mf.Input(tensor=LABEL, optional=True)],
-        outputs=[IMAGE, scalar("count", mf.DATA_TYPE_INT64)],
+        outputs=[IMAGE, scalar_spec("count", mf.DATA_TYPE_INT64)],
         previewable=True,
     ),
     mf.Program(
@@ -58,7 +58,7 @@ PROGRAMS = [
             )
         ],
         inputs=[mf.Input(tensor=IMAGE)],
-        outputs=[scalar("log_likelihood"), scalar("standard_error"), scalar("brightness")],
+        outputs=[scalar_spec("log_likelihood"), scalar_spec("standard_error"), scalar_spec("brightness")],
         score=mf.Score(kind=mf.Score.KIND_LOWER_BOUND, dimensions=48, coordinate_space="integers 0..16"),
     ),
     mf.Program(operation="reconstruct", inputs=[mf.Input(tensor=IMAGE)], outputs=[IMAGE]),
@@ -96,15 +96,16 @@ SPEAKER = mf.Manifest(
 )
 
 
-def version(manifest: mf.Manifest, number: int, newest: int) -> pb.Model:
+def model_message(manifest: mf.Manifest, version: int, newest: int) -> pb.Model:
+    """Return one version of a served model; `newest` is the version served by default."""
     described = mf.Manifest()
     described.CopyFrom(manifest)
-    described.version = str(number)
+    described.version = str(version)
     return pb.Model(
         manifest=described,
-        artifact_sha256=f"{manifest.name}-{number}",
+        artifact_sha256=f"{manifest.name}-{version}",
         formats=["onnx", "torchscript"],
-        is_default=number == newest,
+        is_default=version == newest,
     )
 
 
@@ -113,69 +114,86 @@ def status(code: int, message: str, *details: Message) -> grpc.Status:
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    made: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code, message=message, details=packed))
-    return made
+    proto = status_pb2.Status(code=code, message=message, details=packed)
+    converted: grpc.Status = rpc_status.to_status(proto)
+    return converted
 
 
 def bad_request(**violations: str) -> grpc.Status:
-    listed = [
-        error_details_pb2.BadRequest.FieldViolation(field=name, description=description)
-        for name, description in violations.items()
-    ]
+    details = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(field=name, description=description)
+            for name, description in violations.items()
+        ]
+    )
     info = error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="samovar")
     message = "invalid request: " + "; ".join(f"{name}: {text}" for name, text in violations.items())
-    return status(
-        code_pb2.INVALID_ARGUMENT, message, info, error_details_pb2.BadRequest(field_violations=listed)
-    )
+    return status(code_pb2.INVALID_ARGUMENT, message, info, details)
 
 
 def unsupported(operation: str, supported: str) -> grpc.Status:
     info = error_details_pb2.ErrorInfo(
         reason="OPERATION_NOT_SUPPORTED", domain="samovar", metadata={"supported": supported}
     )
-    return status(code_pb2.FAILED_PRECONDITION, f"no operation {operation}", info)
+    return status(code_pb2.FAILED_PRECONDITION, f"unsupported operation {operation}", info)
 
 
 def overloaded() -> grpc.Status:
     retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2, nanos=500_000_000))
     info = error_details_pb2.ErrorInfo(reason="OVERLOADED", domain="samovar")
-    return status(code_pb2.RESOURCE_EXHAUSTED, "1000 rows wait", info, retry)
+    return status(code_pb2.RESOURCE_EXHAUSTED, "1000 rows are queued", info, retry)
 
 
 UNAVAILABLE = status(code_pb2.UNAVAILABLE, "loading")
-NOT_FOUND = status(code_pb2.NOT_FOUND, "no model of that name; there are: counter, speaker")
+NOT_FOUND = status(code_pb2.NOT_FOUND, "unknown model; expected one of: counter, speaker")
 
 
 def images(seed: int, indices: Array, label: int = 0) -> Array:
-    """The rows that the counter draws: every pixel is the same number."""
+    """Return the rows that the counter samples: all pixels of a row are one number."""
     numbers = (seed + indices + label) % LEVELS
     return np.broadcast_to(numbers[:, None, None], (len(indices), 8, 6)).astype(np.uint8)
 
 
 @dataclass
-class Counting(InferenceServicer):
-    """The service. Tests say what it refuses, and see what it heard."""
+class FakeService(InferenceServicer):
+    """Implementation of the service, controlled and observed by tests.
+
+    Attributes:
+        max_message_bytes: Largest request.
+        page_size: Number of models in one page.
+        errors: Statuses with which the next requests fail.
+        requests: The received requests.
+        num_get_model: Number of GetModel calls.
+        blocks: True to block streams after their first rows until they are cancelled.
+        blocked: Set when a stream blocks.
+        cancelled: Set when a stream is cancelled.
+        models: The served models.
+    """
 
     max_message_bytes: int = 64 * 2**20
     page_size: int = 100
-    refusals: list[grpc.Status] = field(default_factory=list)
+    errors: list[grpc.Status] = field(default_factory=list)
     requests: list[Message] = field(default_factory=list)
-    described: int = 0
-    holds: bool = False
-    reached: threading.Event = field(default_factory=threading.Event)
+    num_get_model: int = 0
+    blocks: bool = False
+    blocked: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     models: list[pb.Model] = field(
-        default_factory=lambda: [version(COUNTER, 2, 2), version(COUNTER, 1, 2), version(SPEAKER, 1, 1)]
+        default_factory=lambda: [
+            model_message(COUNTER, 2, 2),
+            model_message(COUNTER, 1, 2),
+            model_message(SPEAKER, 1, 1),
+        ]
     )
 
     def Sample(self, request: pb.SampleRequest, context: grpc.ServicerContext) -> Iterator[pb.SampleResponse]:
-        self._hear(request, context)
-        if self.holds:
+        self._record(request, context)
+        if self.blocks:
             context.add_callback(self.cancelled.set)
         indices = np.arange(request.first_row, request.first_row + request.rows)
         label = int(unpack(request.inputs["label"])[0]) if "label" in request.inputs else 0
         is_text = request.model.name == "speaker"
-        rows = _spoken(indices) if is_text else images(request.seed, indices, label)
+        rows = _token_rows(indices) if is_text else images(request.seed, indices, label)
         yield pb.SampleResponse(run=self._run(request, steps=4))
         if request.preview_every:
             previews = [
@@ -184,8 +202,8 @@ class Counting(InferenceServicer):
             ]
             yield pb.SampleResponse(previews=previews)
         for part in np.array_split(np.arange(request.rows)[::-1], min(3, request.rows)):
-            if self.holds and part[0] != request.rows - 1:
-                self.reached.set()
+            if self.blocks and part[0] != request.rows - 1:
+                self.blocked.set()
                 self.cancelled.wait()
             yield pb.SampleResponse(rows=_rows(indices[part], rows[part]))
         yield pb.SampleResponse(timings=_timings())
@@ -217,7 +235,7 @@ class Counting(InferenceServicer):
 
     def Score(self, request: pb.TransformRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         rows = self._rows(request, context)
-        self._hear(request, context)
+        self._record(request, context)
         indices = np.arange(request.first_row, request.first_row + len(rows))
         nats = (-rows.sum(axis=(1, 2), dtype=np.int64) - indices / 8).astype(np.float32)
         return pb.ScoreResponse(
@@ -241,10 +259,10 @@ class Counting(InferenceServicer):
         )
 
     def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.Model:
-        self.described += 1
+        self.num_get_model += 1
         for model in self.models:
-            named = model.manifest.name == request.model.name
-            if named and request.model.version in ("", model.manifest.version):
+            has_name = model.manifest.name == request.model.name
+            if has_name and request.model.version in ("", model.manifest.version):
                 return model
         raise context.abort_with_status(NOT_FOUND)
 
@@ -259,10 +277,10 @@ class Counting(InferenceServicer):
             max_batch_rows=4,
         )
 
-    def _hear(self, request: Message, context: grpc.ServicerContext) -> None:
+    def _record(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
-        if self.refusals:
-            context.abort_with_status(self.refusals.pop(0))
+        if self.errors:
+            context.abort_with_status(self.errors.pop(0))
 
     def _rows(
         self, request: pb.TransformRequest, context: grpc.ServicerContext, name: str = "image"
@@ -272,7 +290,7 @@ class Counting(InferenceServicer):
     def _transform(
         self, request: pb.TransformRequest, context: grpc.ServicerContext, outputs: Mapping[str, Array]
     ) -> pb.TransformResponse:
-        self._hear(request, context)
+        self._record(request, context)
         return pb.TransformResponse(
             run=self._run(request, steps=1),
             outputs={name: pack(array) for name, array in outputs.items()},
@@ -280,7 +298,7 @@ class Counting(InferenceServicer):
         )
 
     def _run(self, request: pb.SampleRequest | pb.TransformRequest, steps: int) -> pb.RunInfo:
-        model = next(each for each in self.models if each.manifest.name == request.model.name)
+        model = next(model for model in self.models if model.manifest.name == request.model.name)
         return pb.RunInfo(
             artifact_sha256=model.artifact_sha256,
             version=model.manifest.version,
@@ -291,7 +309,7 @@ class Counting(InferenceServicer):
         )
 
 
-def _spoken(indices: Array) -> Array:
+def _token_rows(indices: Array) -> Array:
     return ((indices[:, None] + np.arange(3)) % 8).astype(np.uint8)
 
 
@@ -306,21 +324,21 @@ def _preview(indices: Array, rows: Array, steps: int) -> pb.Preview:
 
 
 def _timings() -> pb.Timings:
-    half, whole = duration_pb2.Duration(nanos=500_000_000), duration_pb2.Duration(seconds=1)
-    return pb.Timings(queue=half, run=whole, compute=half)
+    half, one = duration_pb2.Duration(nanos=500_000_000), duration_pb2.Duration(seconds=1)
+    return pb.Timings(queue=half, run=one, compute=half)
 
 
-class Server:
-    """The service on a port of its own."""
+class FakeServer:
+    """The service on a free port."""
 
-    def __init__(self, service: Counting) -> None:
+    def __init__(self, service: FakeService) -> None:
         self.service = service
         limit = ("grpc.max_receive_message_length", service.max_message_bytes)
         self._server = grpc.server(ThreadPoolExecutor(4), options=[limit])
         add_InferenceServicer_to_server(service, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "FakeServer":
         self._server.start()
         return self
 
