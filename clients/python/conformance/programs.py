@@ -42,7 +42,7 @@ class ProgramChecks:
             exchanges: list[Exchange] = []
             for inputs, (choice, parameters) in product(_input_sets(operation), _choices(operation)):
                 optional = "+".join(input_.tensor.name for input_ in inputs if input_.optional)
-                name = ", ".join(filter(None, (choice, f"with {optional}" if optional else "")))
+                name = ", ".join(filter(None, (choice, f"with {optional}" if optional else ""))) or "defaults"
                 request = self._request(operation, inputs, parameters)
                 yield self._check(operation, name, partial(self._check_answer, request, exchanges))
             for parameter in operation.parameters:
