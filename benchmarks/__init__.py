@@ -1,1 +1,1 @@
-"""What Samovar's speed is measured with: real servers and the real client, on artifacts of its own."""
+"""Benchmarks with real servers and the real client, on artifacts with random weights."""

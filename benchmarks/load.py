@@ -1,8 +1,8 @@
-"""Callers, in a process of their own: as many as asked for, or arriving by chance.
+"""Load generators in a process of their own: closed loops and open loops.
 
-In a closed loop each caller waits for its answer before it calls again, and bytes go out as they
-are: what is measured is the server. In an open loop the real client calls at given times, whether
-or not the server keeps up; a latency counts from the time at which the call was due.
+In a closed loop, each client waits for the reply before its next call. Replies are not parsed, so the server
+is measured rather than the client. In an open loop, the real client calls at given times, whether or not the
+server keeps up. The latency of a call counts from the time at which it was due.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
@@ -26,30 +26,48 @@ from samovar._messages import Priority
 
 T = TypeVar("T")
 Method = Callable[[bytes], Awaitable[bytes]]
-# Seconds, NaN for a call that failed; the value's bytes, where they are kept; what went wrong.
-Answer = tuple[float, bytes, str]
 
 WARM_UP_SECONDS = 0.3
-CALLERS_A_CHANNEL = 8
-# Channels of one process share a connection unless told otherwise, and one connection has one front end.
-OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
+CLIENTS_PER_CONNECTION = 8
+# By default, the channels of a process share a connection, and a connection is served by one gRPC worker.
+SEPARATE_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
-class Closed:
-    """So many callers that call a unary method with the same bytes for so long."""
+class ClosedLoop:
+    """Clients that repeat one unary call.
+
+    Attributes:
+        address: HOST:PORT.
+        method: full name of the gRPC method.
+        request: serialized request.
+        clients: number of concurrent clients.
+        seconds: duration, in addition to a warm-up.
+    """
 
     address: str
     method: str
     request: bytes
-    callers: int
+    clients: int
     seconds: float
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """One call of the client, due `at` seconds after the start and cancelled `patience` seconds later."""
+class OpenLoopRequest:
+    """Request of an open loop.
+
+    Attributes:
+        at: seconds after the start at which the request is due.
+        kind: label for statistics.
+        model: model name.
+        rows: number of rows; a request without rows is not sent.
+        seed: seed of the rows.
+        parameters: parameters that differ from their defaults.
+        first_row: index of the first row.
+        priority: priority of the request.
+        cancel_after: seconds after which the client cancels the request; None if it does not.
+    """
 
     at: float
     kind: str
@@ -59,14 +77,28 @@ class Arrival:
     parameters: Mapping[str, float | int | str] = field(default_factory=dict)
     first_row: int = 0
     priority: Priority = "interactive"
-    patience: float | None = None
+    cancel_after: float | None = None
+
+
+class _Reply(NamedTuple):
+    """Latency in seconds (NaN if the call failed), the bytes of the value if they are kept, and the error."""
+
+    latency: float
+    output: bytes
+    error: str
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What callers saw: seconds of each call, by its end; the wall time, and the callers' own CPU time.
+class LoadResult:
+    """Measurements of the clients.
 
-    `kinds` and `outputs` go with `latencies`; a call that failed has a latency of NaN and its error.
+    Attributes:
+        latencies: seconds of each call; NaN for a call that failed.
+        seconds: wall time.
+        cpu_seconds: CPU time of the client process.
+        kinds: kind of each call of an open loop.
+        outputs: bytes of the value of each call, if they were kept.
+        errors: messages of the calls that failed.
     """
 
     latencies: Floats
@@ -78,148 +110,157 @@ class Observed:
 
     @property
     def rate(self) -> float:
-        """Calls that were answered, per second."""
+        """Successful calls per second."""
         return int(np.isfinite(self.latencies).sum()) / self.seconds
 
     @property
     def cores(self) -> float:
-        """How much of one core the callers themselves took."""
+        """CPU cores that the clients used."""
         return self.cpu_seconds / self.seconds
 
-    def of(self, kind: str) -> Floats:
-        """Latencies of the answered calls of one kind."""
-        chosen = np.array([each == kind for each in self.kinds], bool) & np.isfinite(self.latencies)
-        return self.latencies[chosen]
+    def latencies_of(self, kind: str) -> Floats:
+        """Return the latencies of the successful calls of one kind."""
+        is_kind = np.array([value == kind for value in self.kinds], bool)
+        return self.latencies[is_kind & np.isfinite(self.latencies)]
 
 
-class Callers:
-    """The process that calls."""
+class Clients:
+    """Process that runs load generators."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
-    def closed(self, load: Closed) -> Observed:
-        """Run a closed loop, after a short one to warm up."""
+    def run_closed(self, load: ClosedLoop) -> LoadResult:
+        """Run a closed loop after a warm-up."""
         return self._pool.submit(_run_closed, load).result()
 
-    def open(self, address: str, arrivals: Sequence[Arrival], keep: bool = False) -> Observed:
-        """Make calls when they are due, to the last answer; with `keep`, hold what was answered."""
-        return self._pool.submit(_run_open, address, arrivals, keep).result()
+    def run_open(
+        self, address: str, requests: Sequence[OpenLoopRequest], keep_outputs: bool = False
+    ) -> LoadResult:
+        """Send each request when it is due, and wait for all replies."""
+        return self._pool.submit(_run_open, address, requests, keep_outputs).result()
 
-    def one_by_one(self, address: str, arrivals: Sequence[Arrival]) -> Observed:
-        """Make calls one after the other, whenever they are due; hold what was answered."""
-        return self._pool.submit(_run_one_by_one, address, arrivals).result()
+    def run_sequential(self, address: str, requests: Sequence[OpenLoopRequest]) -> LoadResult:
+        """Send one request after the other, regardless of when they are due, and keep the outputs."""
+        return self._pool.submit(_run_sequential, address, requests).result()
 
     def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run anything else there."""
+        """Run a function in the process."""
         return self._pool.submit(function, *arguments).result()
 
 
 @contextmanager
-def callers() -> Iterator[Callers]:
-    """A process to call from; spawned, because gRPC does not survive a fork."""
+def start_clients() -> Iterator[Clients]:
+    """Start the client process. It is spawned, because gRPC does not survive a fork."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield Callers(pool)
+        yield Clients(pool)
 
 
 def poisson(rate: float, count: int, random: np.random.Generator) -> list[float]:
-    """Times of so many arrivals that come independently of each other, `rate` of them a second."""
+    """Return the first `count` arrival times of a Poisson process with `rate` arrivals per second."""
     times: list[float] = np.cumsum(random.exponential(1 / rate, count)).tolist()
     return times
 
 
-def _run_closed(load: Closed) -> Observed:
+def _run_closed(load: ClosedLoop) -> LoadResult:
     return asyncio.run(_closed(load))
 
 
-def _run_open(address: str, arrivals: Sequence[Arrival], keep: bool) -> Observed:
-    return asyncio.run(_open(address, arrivals, keep))
+def _run_open(address: str, requests: Sequence[OpenLoopRequest], keep_outputs: bool) -> LoadResult:
+    return asyncio.run(_open(address, requests, keep_outputs))
 
 
-def _run_one_by_one(address: str, arrivals: Sequence[Arrival]) -> Observed:
-    return asyncio.run(_one_by_one(address, arrivals))
+def _run_sequential(address: str, requests: Sequence[OpenLoopRequest]) -> LoadResult:
+    return asyncio.run(_sequential(address, requests))
 
 
-async def _closed(load: Closed) -> Observed:
-    async with _methods(load) as methods:
+async def _closed(load: ClosedLoop) -> LoadResult:
+    async with _connect(load) as methods:
         await _call_until(methods, load, time.perf_counter() + WARM_UP_SECONDS)
         start, cpu = time.perf_counter(), time.process_time()
         latencies = await _call_until(methods, load, start + load.seconds)
-        return Observed(np.array(latencies), time.perf_counter() - start, time.process_time() - cpu)
+        return LoadResult(np.array(latencies), time.perf_counter() - start, time.process_time() - cpu)
 
 
 @asynccontextmanager
-async def _methods(load: Closed) -> AsyncIterator[list[Any]]:
-    """The method over as many connections as the callers have."""
-    options = (*CHANNEL_OPTIONS, OWN_CONNECTION)
-    number = math.ceil(load.callers / CALLERS_A_CHANNEL)
-    channels = [grpc.aio.insecure_channel(load.address, options) for _ in range(number)]
+async def _connect(load: ClosedLoop) -> AsyncIterator[list[Any]]:
+    """Yield the method of each connection."""
+    options = (*CHANNEL_OPTIONS, SEPARATE_CONNECTION)
+    count = math.ceil(load.clients / CLIENTS_PER_CONNECTION)
+    channels = [grpc.aio.insecure_channel(load.address, options) for _ in range(count)]
     try:
         yield [channel.unary_unary(load.method) for channel in channels]
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-async def _call_until(methods: Sequence[Method], load: Closed, end: float) -> list[float]:
+async def _call_until(methods: Sequence[Method], load: ClosedLoop, end: float) -> list[float]:
     latencies: list[float] = []
 
-    async def caller(method: Method) -> None:
+    async def client(method: Method) -> None:
         while (start := time.perf_counter()) < end:
             await method(load.request)
             latencies.append(time.perf_counter() - start)
 
-    await asyncio.gather(*(caller(methods[number % len(methods)]) for number in range(load.callers)))
+    await asyncio.gather(*(client(methods[index % len(methods)]) for index in range(load.clients)))
     return latencies
 
 
-async def _open(address: str, arrivals: Sequence[Arrival], keep: bool) -> Observed:
+async def _open(address: str, requests: Sequence[OpenLoopRequest], keep_outputs: bool) -> LoadResult:
     async with samovar.AsyncClient(address, timeout=None) as client:
-        for model in {arrival.model for arrival in arrivals}:
+        for model in {request.model for request in requests}:
             await client.sample(model, 1, seed=0)
         start, cpu = time.perf_counter(), time.process_time()
         calls = []
-        for arrival in arrivals:
-            await asyncio.sleep(max(0.0, start + arrival.at - time.perf_counter()))
-            calls.append(asyncio.ensure_future(_call(client, arrival, start + arrival.at, keep)))
-        results = await asyncio.gather(*calls)
+        for request in requests:
+            await asyncio.sleep(max(0.0, start + request.at - time.perf_counter()))
+            calls.append(asyncio.ensure_future(_call(client, request, start + request.at, keep_outputs)))
+        replies = await asyncio.gather(*calls)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    return _observed(arrivals, results, seconds, cpu_seconds)
+    return _result(requests, replies, seconds, cpu_seconds)
 
 
-async def _one_by_one(address: str, arrivals: Sequence[Arrival]) -> Observed:
+async def _sequential(address: str, requests: Sequence[OpenLoopRequest]) -> LoadResult:
     async with samovar.AsyncClient(address, timeout=None) as client:
         start, cpu = time.perf_counter(), time.process_time()
-        results = [await _call(client, each, time.perf_counter(), True) for each in arrivals]
+        replies = [await _call(client, request, time.perf_counter(), True) for request in requests]
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    return _observed(arrivals, results, seconds, cpu_seconds)
+    return _result(requests, replies, seconds, cpu_seconds)
 
 
-def _observed(
-    arrivals: Sequence[Arrival], results: Sequence[Answer], seconds: float, cpu_seconds: float
-) -> Observed:
-    latencies, outputs, errors = zip(*results, strict=True)
-    kinds = [arrival.kind for arrival in arrivals]
-    return Observed(np.array(latencies), seconds, cpu_seconds, kinds, outputs, [e for e in errors if e])
+def _result(
+    requests: Sequence[OpenLoopRequest], replies: Sequence[_Reply], seconds: float, cpu_seconds: float
+) -> LoadResult:
+    return LoadResult(
+        np.array([reply.latency for reply in replies]),
+        seconds,
+        cpu_seconds,
+        [request.kind for request in requests],
+        [reply.output for reply in replies],
+        [reply.error for reply in replies if reply.error],
+    )
 
 
-async def _call(client: samovar.AsyncClient, arrival: Arrival, due: float, keep: bool) -> Answer:
-    if not arrival.rows:
-        return 0.0, b"", ""
+async def _call(
+    client: samovar.AsyncClient, request: OpenLoopRequest, due: float, keep_output: bool
+) -> _Reply:
+    if not request.rows:
+        return _Reply(0.0, b"", "")
     try:
-        result = await asyncio.wait_for(_sample(client, arrival), arrival.patience)
+        result = await asyncio.wait_for(_sample(client, request), request.cancel_after)
     except TimeoutError:
-        return float("nan"), b"", CANCELLED
+        return _Reply(math.nan, b"", CANCELLED)
     except samovar.SamovarError as error:
-        return float("nan"), b"", str(error)
-    return time.perf_counter() - due, result.value.tobytes() if keep else b"", ""
+        return _Reply(math.nan, b"", str(error))
+    return _Reply(time.perf_counter() - due, result.value.tobytes() if keep_output else b"", "")
 
 
-async def _sample(client: samovar.AsyncClient, arrival: Arrival) -> samovar.Result:
+async def _sample(client: samovar.AsyncClient, request: OpenLoopRequest) -> samovar.Result:
     return await client.sample(
-        arrival.model,
-        arrival.rows,
-        seed=arrival.seed,
-        first_row=arrival.first_row,
-        parameters=arrival.parameters,
-        priority=arrival.priority,
+        request.model,
+        request.rows,
+        seed=request.seed,
+        first_row=request.first_row,
+        parameters=request.parameters,
+        priority=request.priority,
     )

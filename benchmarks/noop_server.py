@@ -1,7 +1,7 @@
-"""A gRPC server that does nothing: any call of the Inference service gets the same bytes back.
+"""No-op gRPC server: every method returns the same bytes.
 
-What a Python front end costs before there is a model behind it. `python -m benchmarks.bare BYTES`
-prints its port and serves until it is ended. Knows neither Samovar's server nor its messages.
+It measures the cost of a Python gRPC server without a model. `python -m benchmarks.noop_server BYTES` prints
+its port and serves until it is terminated.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 
 
-class AnyMethod(grpc.GenericRpcHandler):
-    """Answers every method with the same reply, unread and unparsed."""
+class NoopHandler(grpc.GenericRpcHandler):
+    """Handler that answers every unary method with the same reply and does not parse the request."""
 
     def __init__(self, reply: bytes) -> None:
         async def answer(request: bytes, context: Any) -> bytes:
@@ -26,9 +26,9 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 
 async def serve(reply_bytes: int) -> None:
-    """Listen on a free port, say which, and serve for ever."""
+    """Listen on a free port, print it, and serve until the process ends."""
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((AnyMethod(bytes(reply_bytes)),))
+    server.add_generic_rpc_handlers((NoopHandler(bytes(reply_bytes)),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

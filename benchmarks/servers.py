@@ -1,4 +1,4 @@
-"""Servers as processes of their own, and what the operating system says of them. Linux only."""
+"""Servers in processes of their own, with their CPU time, memory and metrics. Requires Linux (/proc)."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _PORTS = re.compile(r"listening on .*:(\d+); metrics on port (\d+)")
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers, as another process."""
+    """Running server process."""
 
     address: str
     pid: int
@@ -31,28 +31,32 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time that it and its child processes have taken so far."""
-        ticks = sum(int(stat[11]) + int(stat[12]) for stat in _family(self.pid))
+        """CPU time of the process and its descendants so far."""
+        ticks = sum(int(stat[11]) + int(stat[12]) for stat in _process_tree(self.pid))
         return ticks / os.sysconf("SC_CLK_TCK")
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that it holds."""
+        """Resident memory of the process."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(re.findall(r"VmRSS:\s*(\d+)", status)[0])
 
     def metric(self, name: str) -> float:
-        """The sum of a Prometheus metric over its labels."""
+        """Return the sum of a Prometheus metric over its labels."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as reply:
-            lines = reply.read().decode().splitlines()
+        with urllib.request.urlopen(url, timeout=10) as response:
+            lines = response.read().decode().splitlines()
         series = (line.split() for line in lines if re.match(rf"{name}[{{ ]", line))
         return sum(float(fields[-1]) for fields in series)
+
+    def step_metrics(self) -> tuple[float, float]:
+        """Return the seconds spent in steps, and the number of steps, since the start."""
+        return self.metric("samovar_step_duration_seconds_sum"), self.metric("samovar_steps_total")
 
 
 @cache
 def device() -> str:
-    """Where servers run, and what they are held against: a GPU that torch and ONNX Runtime both can use."""
+    """Return the device of servers and loops: cuda if both torch and ONNX Runtime can use it, else cpu."""
     providers = onnxruntime.get_available_providers()
     return "cuda" if torch.cuda.is_available() and "CUDAExecutionProvider" in providers else "cpu"
 
@@ -66,19 +70,19 @@ def samovar_server(models: Path, *options: str, batching: str = "step") -> Itera
     with _running(command, stderr=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if found := _PORTS.search(line):
+            if match := _PORTS.search(line):
                 break
         else:
-            raise RuntimeError(f"the server did not start: {' '.join(command)}")
-        server = Server(f"127.0.0.1:{found[1]}", process.pid, int(found[2]))
+            raise RuntimeError(f"server exited before it listened on a port; command: {' '.join(command)}")
+        server = Server(f"127.0.0.1:{match[1]}", process.pid, int(match[2]))
         _wait_until_serving(server.address)
         yield server
 
 
 @contextmanager
-def bare_server(reply_bytes: int) -> Iterator[Server]:
-    """benchmarks/bare.py, ready to answer."""
-    with _running([sys.executable, "-m", "benchmarks.bare", str(reply_bytes)]) as process:
+def noop_server(reply_bytes: int) -> Iterator[Server]:
+    """Start benchmarks/noop_server.py."""
+    with _running([sys.executable, "-m", "benchmarks.noop_server", str(reply_bytes)]) as process:
         assert process.stdout is not None
         yield Server(f"127.0.0.1:{process.stdout.readline().strip()}", process.pid)
 
@@ -101,21 +105,21 @@ def _wait_until_serving(address: str) -> None:
         check = health_pb2_grpc.HealthStub(channel).Check
         while check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{address} did not say SERVING within {START_SECONDS:.0f} s")
+                raise RuntimeError(f"{address}: not SERVING after {START_SECONDS:.0f} s")
             time.sleep(0.05)
 
 
-def _family(pid: int) -> list[list[str]]:
-    """What /proc says of a process and all that descend from it."""
+def _process_tree(pid: int) -> list[list[str]]:
+    """Return the fields of /proc/PID/stat for a process and its descendants."""
     stats = {int(path.name): _stat(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
-    family = [pid]
-    for member in family:  # which grows on the way
-        family += [child for child, stat in stats.items() if stat and int(stat[1]) == member]
-    return [stat for member in family if (stat := stats.get(member))]
+    tree = [pid]
+    for parent in tree:  # The list grows while it is iterated.
+        tree += [child for child, stat in stats.items() if stat and int(stat[1]) == parent]
+    return [stat for member in tree if (stat := stats.get(member))]
 
 
 def _stat(process: Path) -> list[str]:
-    """The fields after a process's name; none when it is gone."""
+    """Return the fields after the process name; [] if the process has ended."""
     with suppress(OSError):
         return (process / "stat").read_text().rpartition(")")[2].split()
     return []

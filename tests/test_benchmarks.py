@@ -1,5 +1,6 @@
-"""The benchmarks compute: their arithmetic and pages, and a miniature of each kind of load."""
+"""Benchmarks: statistics, the page, and a small run of each benchmark."""
 
+import csv
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,18 +11,18 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import artifacts, load, report, servers
-from benchmarks.load import Arrival, Callers, Closed
-from benchmarks.servers import bare_server
-from benchmarks.statistics import Spread, latencies, percentile, ratio, short, spread
+from benchmarks.load import Clients, ClosedLoop, OpenLoopRequest
+from benchmarks.servers import noop_server
+from benchmarks.statistics import Spread, format_number, latency_cells, percentile, ratio, spread
 from benchmarks.suites import (
     NAMES,
     Bench,
     calls,
-    chosen,
     determinism,
     efficiency,
     scale,
     scheduling,
+    select,
     short_among_long,
 )
 from benchmarks.suites import device as on_device
@@ -32,33 +33,33 @@ from tests.support.live_server import RunningServer, serving
 
 
 @pytest.fixture(scope="module")
-def callers() -> Iterator[Callers]:
-    with load.callers() as running:
+def clients() -> Iterator[Clients]:
+    with load.start_clients() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server over the smallest model of the benchmarks."""
-    models = artifacts.copies(1, tmp_path_factory.mktemp("models"))
+    """Server of the smallest model."""
+    models = artifacts.make_copies(1, tmp_path_factory.mktemp("models"))
     with serving(models) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def bench(models: Path, callers: Callers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Quick runs with the tiny artifacts of all tests; a server loads one of their formats."""
+def bench(models: Path, clients: Clients, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Quick runs with the untrained artifacts of the test suite; servers load one of their formats."""
     directory = tmp_path_factory.mktemp("bench")
-    for kept in (directory / "tiny-onnx", directory / "tiny-torchscript"):
-        kept.mkdir()
+    for formats in (directory / "tiny-onnx", directory / "tiny-torchscript"):
+        formats.mkdir()
         for model in models.iterdir():
-            (kept / model.name).symlink_to(model)
+            (formats / model.name).symlink_to(model)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SAMOVAR_FORMATS", "onnx")
-        yield Bench(directory, callers, is_quick=True, preset="tiny")
+        yield Bench(directory, clients, is_quick=True, preset="tiny")
 
 
-def test_a_spread_is_the_median_with_its_range() -> None:
+def test_spread_is_median_with_range() -> None:
     assert spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
     assert str(spread([3.0, 1.0, 2.0])) == "2.00 (1.00–3.00)"
     assert str(spread([2.0])) == "2.00"
@@ -66,14 +67,14 @@ def test_a_spread_is_the_median_with_its_range() -> None:
         spread([])
 
 
-def test_a_ratio_is_of_neighbours_not_of_medians() -> None:
+def test_ratio_divides_adjacent_measurements() -> None:
     assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == Spread(2.0, 1.0, 3.0)
     with pytest.raises(ValueError, match="zip"):
         ratio([1.0], [1.0, 2.0])
 
 
-def test_numbers_are_printed_with_three_digits() -> None:
-    assert [short(value) for value in (12345.6, 12.34, 1.234, 0.01234, np.nan)] == [
+def test_format_number_keeps_three_digits() -> None:
+    assert [format_number(value) for value in (12345.6, 12.34, 1.234, 0.01234, np.nan)] == [
         "12,346",
         "12.3",
         "1.23",
@@ -81,123 +82,130 @@ def test_numbers_are_printed_with_three_digits() -> None:
         "–",
     ]
     assert np.isnan(percentile(np.array([]), 50))
-    assert latencies([np.array([0.001, 0.003])]) == ["2.00", "2.90", "2.98"]
+    assert latency_cells([np.array([0.001, 0.003])]) == ["2.00", "2.90", "2.98"]
 
 
-def test_arrivals_are_a_poisson_process() -> None:
+def test_poisson_gaps_are_exponential() -> None:
     times = np.diff(load.poisson(50.0, 20_000, np.random.default_rng(0)))
     assert times.min() > 0
-    # Exponential gaps: mean 1/50, and a standard deviation that equals it.
+    # The standard deviation of exponential gaps equals their mean, here 1/50.
     assert times.mean() == pytest.approx(1 / 50, rel=0.03)
     assert times.std() == pytest.approx(1 / 50, rel=0.03)
 
 
-def test_tables_and_pages() -> None:
-    table = report.Table(("name", "calls/s"), (("bare", "1"), ("a|b", "200")), "Calls")
-    assert report.plain(table) == "Calls\nname  calls/s\n----  -------\nbare  1\na|b   200"
-    assert "| a/b | 200 |" in report.markdown(table)
+def test_page_shows_results_and_links_to_csv_files(tmp_path: Path) -> None:
+    rows = (("no-op", "1"), ("a|b", "1,200 (1,100–1,300)"))
+    table = report.Table("calls-all", "Calls", ("name", "calls/s"), rows)
+    assert report.plain_table(table).startswith("Calls\nname   calls/s\n-----  ---")
+    assert (table.cell("calls/s", "no-op"), table.cell("calls/s", "other")) == ("1", "")
     plot = report.Plot("file", "A plot", "x", "y", (report.Line("line", (1, 2), (3, 4)),))
-    page = report.page([report.Section("First", "Why.", (table,), (plot,))], report.machine())
-    assert "## First\n\nWhy.\n\n**Calls**" in page
-    assert "![A plot](benchmarks/file.svg)" in page
+    result = report.Result("a|b: calls/s", table.cell("calls/s", "a|b"), "≥ 1000")
+    section = report.Section("First", "Why.", (result,), (table,), (plot,))
+    report.write([section], report.describe_machine(), tmp_path)
+    page = (tmp_path / report.PAGE).read_text()
+    assert "| First | a/b: calls/s | 1,200 (1,100–1,300) | ≥ 1000 |" in page
+    assert "## First\n\nWhy.\n\n![A plot](benchmarks/file.svg)" in page
+    assert "* [Calls](benchmarks/calls-all.csv)" in page
     assert "torch" in page
+    with (tmp_path / "benchmarks" / "calls-all.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["name", "calls/s"], *map(list, rows)]
+    assert (tmp_path / "benchmarks" / "file.svg").is_file()
 
 
-def test_a_plot_is_a_file(tmp_path: Path) -> None:
+def test_draw_writes_svg(tmp_path: Path) -> None:
     plot = report.Plot("file", "A plot", "x", "y", (report.Line("line", (1, 2), (3, 4)),))
     assert report.draw(plot, tmp_path / "plots").read_text().startswith("<?xml")
 
 
-def test_benchmarks_are_chosen_by_name() -> None:
-    assert chosen([], NAMES) == list(NAMES)
-    assert chosen(["calls"], NAMES) == ["calls"]
-    with pytest.raises(ValueError, match="no benchmark speed; there are: scheduling"):
-        chosen(["speed"], NAMES)
+def test_select_returns_known_benchmarks() -> None:
+    assert select([], NAMES) == list(NAMES)
+    assert select(["calls"], NAMES) == ["calls"]
+    with pytest.raises(ValueError, match="unknown benchmark speed; expected some of: scheduling"):
+        select(["speed"], NAMES)
     assert all(callable(load_suite(name)) for name in NAMES)
 
 
-def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.parse(["--help"])
-    shown = capsys.readouterr().out
-    assert [name for name in NAMES if f"  {name} " not in shown] == []
+    output = capsys.readouterr().out
+    assert [name for name in NAMES if f"  {name} " not in output] == []
 
 
-def test_a_closed_loop_counts_the_answers_of_a_bare_server(callers: Callers) -> None:
-    with bare_server(100) as bare:
-        seen = callers.closed(Closed(bare.address, "/any/Method", b"x", callers=9, seconds=0.5))
-        assert bare.cpu_seconds >= 0
-        assert bare.resident_bytes > 1 << 20
-    assert len(seen.latencies) > 9
-    assert (seen.latencies > 0).all()
-    assert seen.rate == pytest.approx(len(seen.latencies) / seen.seconds)
+def test_closed_loop_counts_replies_of_noop_server(clients: Clients) -> None:
+    with noop_server(100) as noop:
+        result = clients.run_closed(ClosedLoop(noop.address, "/any/Method", b"x", clients=9, seconds=0.5))
+        assert noop.cpu_seconds >= 0
+        assert noop.resident_bytes > 1 << 20
+    assert len(result.latencies) > 9
+    assert (result.latencies > 0).all()
+    assert result.rate == pytest.approx(len(result.latencies) / result.seconds)
 
 
-def test_the_request_of_a_closed_loop_is_one_that_the_server_answers(
-    callers: Callers, tiny: RunningServer
-) -> None:
-    request = calls.request(artifacts.TINY, 5, f"{artifacts.TINY}-0")
+def test_closed_loop_request_is_answered_by_server(clients: Clients, tiny: RunningServer) -> None:
+    request = calls.make_request(artifacts.TINY, 5, f"{artifacts.TINY}-0")
     assert pb.TransformRequest.FromString(request).inputs["point"].shape == [5, 2]
-    assert len(callers.closed(Closed(tiny.address, calls.METHOD, request, 1, 0.05)).latencies)
+    assert len(clients.run_closed(ClosedLoop(tiny.address, calls.METHOD, request, 1, 0.05)).latencies)
 
 
-def test_an_open_loop_keeps_answers_and_errors(callers: Callers, server: RunningServer) -> None:
-    due = [Arrival(0.0, "walk", "digits-diffusion", 2, seed, {"steps": 2}) for seed in (1, 1, 2)]
-    seen = callers.open(server.address, due, keep=True)
-    assert not seen.errors
-    assert seen.outputs[0] == seen.outputs[1] != seen.outputs[2]
-    assert len(seen.of("walk")) == 3
-    assert len(seen.of("other")) == 0
-    wrong = Arrival(0.0, "wrong", "digits-diffusion", 1, 1, {"steps": -1})
-    failed = callers.open(server.address, [*due, wrong])
+def test_open_loop_keeps_outputs_and_errors(clients: Clients, server: RunningServer) -> None:
+    requests = [OpenLoopRequest(0.0, "walk", "digits-diffusion", 2, seed, {"steps": 2}) for seed in (1, 1, 2)]
+    result = clients.run_open(server.address, requests, keep_outputs=True)
+    assert not result.errors
+    assert result.outputs[0] == result.outputs[1] != result.outputs[2]
+    assert len(result.latencies_of("walk")) == 3
+    assert len(result.latencies_of("other")) == 0
+    wrong = OpenLoopRequest(0.0, "wrong", "digits-diffusion", 1, 1, {"steps": -1})
+    failed = clients.run_open(server.address, [*requests, wrong])
     assert "steps" in failed.errors[0]
-    assert len(failed.of("wrong")) == 0
+    assert len(failed.latencies_of("wrong")) == 0
     assert failed.rate == pytest.approx(3 / failed.seconds)
 
 
-def test_impatient_calls_are_cancelled(callers: Callers, server: RunningServer) -> None:
-    long = Arrival(0.0, "long", "digits-ebm", 1, 1, {"steps": 10_000}, patience=0.05)
-    seen = callers.open(server.address, [long, replace(long, parameters={"steps": 1}, patience=None)], True)
-    assert seen.errors == [load.CANCELLED]
-    assert len(seen.of("long")) == 1
+def test_open_loop_cancels_request_after_time_limit(clients: Clients, server: RunningServer) -> None:
+    long = OpenLoopRequest(0.0, "long", "digits-ebm", 1, 1, {"steps": 10_000}, cancel_after=0.05)
+    short = replace(long, parameters={"steps": 1}, cancel_after=None)
+    result = clients.run_open(server.address, [long, short], keep_outputs=True)
+    assert result.errors == [load.CANCELLED]
+    assert len(result.latencies_of("long")) == 1
 
 
-def test_a_server_is_charged_for_its_children(callers: Callers) -> None:
-    alone = servers.Server("", callers.run(os.getpid))
+def test_server_cpu_seconds_include_child_processes(clients: Clients) -> None:
+    alone = servers.Server("", clients.run(os.getpid))
     both = servers.Server("", os.getpid())
     assert 0 < alone.cpu_seconds < both.cpu_seconds
 
 
-def test_split_traffic_is_compared_row_by_row(callers: Callers, server: RunningServer) -> None:
-    traffic = [Arrival(0.0, "a", "digits-diffusion", 3, seed, {"steps": 2}, 5) for seed in (1, 2)]
-    traffic.insert(1, replace(traffic[0], parameters={"steps": 1000}, patience=0.001))
-    parts = determinism.split(determinism.staying(traffic))
+def test_count_equal_rows_compares_split_traffic(clients: Clients, server: RunningServer) -> None:
+    traffic = [OpenLoopRequest(0.0, "a", "digits-diffusion", 3, seed, {"steps": 2}, 5) for seed in (1, 2)]
+    traffic.insert(1, replace(traffic[0], parameters={"steps": 1000}, cancel_after=0.001))
+    parts = determinism.split(determinism.not_cancelled(traffic))
     assert [part.rows + other.rows for part, other in zip(parts[::2], parts[1::2], strict=True)] == [3, 3]
-    together = callers.open(server.address, traffic, keep=True)
-    alone = callers.one_by_one(server.address, parts)
-    assert determinism.same(traffic, together, alone) == {0: 3, 2: 3}
-    spoilt = replace(together, outputs=[bytes(len(output)) for output in together.outputs])
-    assert determinism.same(traffic, spoilt, alone)[0] < 3
+    mixed = clients.run_open(server.address, traffic, keep_outputs=True)
+    alone = clients.run_sequential(server.address, parts)
+    assert determinism.count_equal_rows(traffic, mixed, alone) == {0: 3, 2: 3}
+    changed = replace(mixed, outputs=[bytes(len(output)) for output in mixed.outputs])
+    assert determinism.count_equal_rows(traffic, changed, alone)[0] < 3
 
 
-def test_drawn_traffic_has_the_rows_that_were_asked_for() -> None:
-    traffic = determinism.draw(300)
-    staying = determinism.staying(traffic)
-    assert 300 <= sum(arrival.rows for arrival in staying) < 300 + determinism.MOST_ROWS
-    assert 0 < len(staying) < len(traffic)
-    assert {arrival.model for arrival in traffic} == {kind.model for kind in determinism.KINDS}
-    assert traffic == determinism.draw(300)
+def test_draw_traffic_has_requested_number_of_rows() -> None:
+    traffic = determinism.draw_traffic(300)
+    answered = determinism.not_cancelled(traffic)
+    assert 300 <= sum(request.rows for request in answered) < 300 + determinism.MAX_ROWS
+    assert 0 < len(answered) < len(traffic)
+    assert {request.model for request in traffic} == {kind.model for kind in determinism.KINDS}
+    assert traffic == determinism.draw_traffic(300)
 
 
-def test_single_steps_come_due_while_chains_are_under_way() -> None:
-    due = short_among_long.among(short_among_long.NEIGHBOURS[1], length=1.0, number=40)
-    single = [arrival.at for arrival in due if arrival.kind == short_among_long.SINGLE]
-    begun = [arrival.at for arrival in due if arrival.kind != short_among_long.SINGLE]
-    assert len(single) >= 40
-    assert all(any(0 < at - start < 1.0 for start in begun) for at in single)
+def test_short_requests_are_due_while_long_ones_run() -> None:
+    requests = short_among_long.mix(short_among_long.LONG_REQUESTS[1], duration=1.0, num_short=40)
+    short = [request.at for request in requests if request.kind == short_among_long.SHORT]
+    long = [request.at for request in requests if request.kind != short_among_long.SHORT]
+    assert len(short) >= 40
+    assert all(any(0 < at - start < 1.0 for start in long) for at in short)
 
 
-def test_quick_schedulings_are_compared(bench: Bench) -> None:
+def test_scheduling_compares_batching_modes(bench: Bench) -> None:
     section = scheduling.run(bench)
     bursts, poisson = section.tables
     assert [row[0] for row in bursts.rows] == ["step", "request"]
@@ -205,66 +213,69 @@ def test_quick_schedulings_are_compared(bench: Bench) -> None:
     assert not any(cell == "–" for table in section.tables for row in table.rows for cell in row)
 
 
-def test_single_steps_are_measured_alone_and_among_chains(bench: Bench, server: RunningServer) -> None:
+def test_short_among_long_measures_alone_and_next_to_long_requests(
+    bench: Bench, server: RunningServer
+) -> None:
     process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
-    among = short_among_long.table(bench, process, short_among_long.NEIGHBOURS[1:2], number=10)
-    assert [row[0] for row in among.rows] == ["alone", "among an interactive request of 64 chains"]
-    assert not any(cell == "–" for row in among.rows for cell in row)
+    table = short_among_long.measure(bench, process, short_among_long.LONG_REQUESTS[1:2], num_short=10)
+    assert [row[0] for row in table.rows] == ["alone", "next to an interactive request of 64 chains"]
+    assert not any(cell == "–" for row in table.rows for cell in row)
+    assert len(short_among_long.results(table)) == 1
 
 
-def test_quick_efficiency_is_of_steps_and_of_one_shot(bench: Bench) -> None:
-    steps, one_shot = efficiency.run(bench).tables
-    assert [row[:2] for row in (*steps.rows, *one_shot.rows)] == [
+def test_efficiency_measures_programs_with_and_without_steps(bench: Bench) -> None:
+    stepping, single_call = efficiency.run(bench).tables
+    assert [row[:2] for row in (*stepping.rows, *single_call.rows)] == [
         (artifacts.LSTM, "64"),
         (artifacts.GAN, "64"),
     ]
 
 
-@pytest.mark.parametrize("case", [*efficiency.STEPPING, *efficiency.ONE_SHOT], ids=lambda case: case.model)
-def test_bare_loops_run_every_family(bench: Bench, case: efficiency.Case) -> None:
+@pytest.mark.parametrize("case", [*efficiency.STEPPING, *efficiency.SINGLE_CALL], ids=lambda case: case.model)
+def test_loop_runs_every_family(bench: Bench, case: efficiency.Case) -> None:
     directory = bench.models(case.model) / case.model / "1"
     assert efficiency.Loop(directory, case, 2).rate(0.0) > 0
     assert on_device.call_seconds(directory, case, 2, Device()) > 0
 
 
 @pytest.mark.parametrize(
-    "case", [efficiency.STEPPING[0], efficiency.ONE_SHOT[3]], ids=lambda case: case.model
+    "case", [efficiency.STEPPING[0], efficiency.SINGLE_CALL[3]], ids=lambda case: case.model
 )
-def test_served_rates_are_of_any_operation(
+def test_server_rate_measures_any_operation(
     bench: Bench, server: RunningServer, case: efficiency.Case
 ) -> None:
     program = efficiency.Loop(bench.models(case.model) / case.model / "1", case, 2).program
     process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
-    assert efficiency.served_rate(process, case, program, 3) > 0
+    assert efficiency.server_rate(process, case, program, 3) > 0
 
 
-def test_the_device_says_where_there_is_none(bench: Bench) -> None:
+def test_device_says_if_there_is_no_gpu(bench: Bench) -> None:
     section = on_device.run(bench)
     assert section.tables or "no GPU" in section.text
 
 
-def test_the_bytes_of_torchscript_are_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_determinism_compares_torchscript(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMOVAR_FORMATS", "torchscript")
-    _, everything = determinism.compare(bench, determinism.KINDS[1:2], "torchscript", 30)
-    assert everything[:2] == ("torchscript", "all")
-    assert everything[2] == everything[3]
+    _, total = determinism.compare(bench, determinism.KINDS[1:2], "torchscript", 30)
+    assert total[:2] == ("torchscript", "all")
+    assert total[2] == total[3]
 
 
-def test_a_raw_forward_has_a_rate(bench: Bench) -> None:
+def test_forward_rate_is_positive(bench: Bench) -> None:
     models = bench.models(artifacts.DECODER)
-    assert calls.raw_rate(models / artifacts.DECODER / "1", 2, seconds=0.0) > 0
+    assert calls.forward_rate(models / artifacts.DECODER / "1", 2, seconds=0.0) > 0
 
 
-def test_a_server_is_measured_while_rows_wait(bench: Bench) -> None:
-    (row,) = scale.waiting(bench, (10,)).rows
+def test_measure_queued_measures_server_with_queued_rows(bench: Bench) -> None:
+    (row,) = scale.measure_queued(bench, (10,)).rows
     assert int(row[0]) >= 10
     assert "–" not in row[2:]
 
 
-def test_servers_are_measured_by_how_many_models_they_load(bench: Bench) -> None:
-    assert [row[0] for row in scale.loaded(bench, (1,)).rows] == ["1"]
+def test_measure_models_measures_loaded_models(bench: Bench) -> None:
+    assert [row[0] for row in scale.measure_models(bench, (1,)).rows] == ["1"]
 
 
-def test_the_scheduler_holds_a_waiting_row_in_a_kilobyte() -> None:
+def test_scheduler_needs_at_most_one_kilobyte_per_queued_row() -> None:
     assert 0 < scale.row_bytes(1000) <= 1024
-    assert scale.turn_seconds(100, turns=10) > 0
+    assert scale.step_seconds(100, num_steps=10) > 0

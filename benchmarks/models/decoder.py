@@ -1,4 +1,4 @@
-"""A VAE's decoder of the usual small kind, with random weights: a latent of 32 to one 32x32 image."""
+"""Small convolutional decoder of a VAE with random weights: a latent [32] to an image [1, 32, 32]."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ NETWORK = nn.Sequential(
 
 
 class Decoder(nn.Module):
-    """The network, under the name of what it reads."""
+    """latent -> image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,5 +33,5 @@ class Decoder(nn.Module):
         return image
 
 
-DECODE = Program("decode", Decoder(), (IMAGE,), "The image of a latent.", inputs=(Input(LATENT),))
+DECODE = Program("decode", Decoder(), (IMAGE,), "Decode a latent into an image.", inputs=(Input(LATENT),))
 MODEL = Model(DataSpec("image", IMAGE), (DECODE,))

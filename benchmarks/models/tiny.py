@@ -1,4 +1,4 @@
-"""The smallest model that is one: two floats in, an MLP of 16 units, two floats out."""
+"""Smallest model: an MLP of 16 units from two floats to two floats."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ POINT = TensorSpec("point", shape=(2,))
 
 
 class Perceptron(nn.Module):
-    """Two layers, under the name of what they read."""
+    """point -> moved point."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,5 +21,5 @@ class Perceptron(nn.Module):
         return moved
 
 
-DECODE = Program("decode", Perceptron(), (POINT,), "Moves a point.", inputs=(Input(POINT),))
+DECODE = Program("decode", Perceptron(), (POINT,), "Move a point.", inputs=(Input(POINT),))
 MODEL = Model(DataSpec("vector", POINT), (DECODE,))

@@ -1,16 +1,16 @@
-"""The benchmarks, by name. One is imported when it is run."""
+"""Benchmarks, several implementations of `Benchmark`. Each is imported when it runs."""
 
 import importlib
 
-from benchmarks.suites.base import Bench, Benchmark, chosen
+from benchmarks.suites.base import Bench, Benchmark, select
 
 NAMES = ("scheduling", "efficiency", "calls", "scale", "determinism", "device")
 
 
 def load(name: str) -> Benchmark:
-    """A benchmark's `run`."""
+    """Return the function `run` of a benchmark."""
     run: Benchmark = importlib.import_module(f"benchmarks.suites.{name}").run
     return run
 
 
-__all__ = ["NAMES", "Bench", "Benchmark", "chosen", "load"]
+__all__ = ["NAMES", "Bench", "Benchmark", "load", "select"]

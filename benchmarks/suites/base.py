@@ -1,4 +1,4 @@
-"""What a benchmark is given, and what it must be."""
+"""Interface of a benchmark, and its settings."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,71 +7,82 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from benchmarks import artifacts
-from benchmarks.load import Callers
+from benchmarks.load import Clients
 from benchmarks.report import Section
 
 
-class OfModel(Protocol):
-    """What is measured of one model."""
+class HasModel(Protocol):
+    """Case that is measured with one model."""
 
     @property
     def model(self) -> str: ...
 
 
-M = TypeVar("M", bound=OfModel)
+CaseT = TypeVar("CaseT", bound=HasModel)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where artifacts are kept, who calls, and how thorough to be; `preset` is the networks' size."""
+    """Settings of a run.
+
+    Attributes:
+        directory: directory of the artifacts.
+        clients: process that runs load generators.
+        is_quick: measure a part, once and briefly.
+        preset: size of the networks.
+    """
 
     directory: Path
-    callers: Callers
+    clients: Clients
     is_quick: bool = False
     preset: str = "starter"
 
     @property
     def repeats(self) -> int:
-        """How often each side of a comparison is measured."""
+        """Repeats of a figure with a target."""
         return 1 if self.is_quick else 5
 
     @property
     def few_repeats(self) -> int:
-        """The same for what takes long, or has no target."""
+        """Repeats of a figure that takes long or has no target."""
         return 1 if self.is_quick else 3
 
-    def either(self, quick: float, full: float) -> float:
-        """A duration in seconds, or any other measure of thoroughness."""
+    def scale(self, quick: float, full: float) -> float:
+        """Return the duration or count of a quick or of a full run."""
         return quick if self.is_quick else full
 
-    def enough(self, cases: Sequence[M]) -> list[M]:
-        """All cases; when it is quick, those whose model is made in seconds."""
+    def select_cases(self, cases: Sequence[CaseT]) -> list[CaseT]:
+        """Return all cases, or in a quick run those whose model is made in seconds."""
         return [case for case in cases if not self.is_quick or case.model in artifacts.QUICK]
 
     def models(self, *names: str, formats: Sequence[str] = ("onnx",)) -> Path:
-        """A directory that shows these artifacts and no others."""
-        made = self.directory / "-".join((self.preset, *formats))
-        return artifacts.view(names, artifacts.make(names, made, self.preset, formats))
+        """Return a directory with the artifacts of these models only; make those that are missing."""
+        directory = self.directory / "-".join((self.preset, *formats))
+        return artifacts.link(names, artifacts.make(names, directory, self.preset, formats))
 
 
 class Benchmark(Protocol):
-    """One question about speed. It may take minutes, a few seconds when it is quick."""
+    """Function that measures one aspect of speed, in minutes or, in a quick run, in seconds."""
 
     def __call__(self, bench: Bench) -> Section: ...
 
 
 def per_second(call: Callable[[], object], seconds: float) -> float:
-    """How often a call is done in a second: after one to warm up, for so long and once at least."""
+    """Return the calls per second over at least `seconds` and at least one call, after one warm-up call."""
     call()
-    start, done = time.perf_counter(), 0
-    while not done or time.perf_counter() < start + seconds:
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < start + seconds:
         call()
-        done += 1
-    return done / (time.perf_counter() - start)
+        count += 1
+    return count / (time.perf_counter() - start)
 
 
-def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names that were asked for, all when there are none; ValueError lists what there is."""
+def select(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the known names that are in `names`, or all if `names` is empty.
+
+    Raises:
+        ValueError: A name is not known.
+    """
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}; expected some of: {', '.join(known)}")
     return [name for name in known if not names or name in names]

@@ -1,4 +1,4 @@
-"""Rows from random traffic against the same rows alone, byte by byte."""
+"""Rows of random traffic, compared byte by byte with the same rows alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks import artifacts
-from benchmarks.load import Arrival, Observed, poisson
-from benchmarks.report import Section, Table
+from benchmarks.load import LoadResult, OpenLoopRequest, poisson
+from benchmarks.report import Result, Section, Table
 from benchmarks.servers import samovar_server
 from benchmarks.suites.base import Bench
 from benchmarks.suites.scheduling import Kind
@@ -18,99 +18,107 @@ KINDS = (
     Kind(artifacts.LSTM, "tokens", (8, 32)),
     Kind(artifacts.PIXELCNN),
 )
-MOST_ROWS = 24
-REQUESTS_A_SECOND = 60.0
+MAX_ROWS = 24
+REQUESTS_PER_SECOND = 60.0
 CANCELLED_SHARE = 0.15
-PATIENCE_SECONDS = (0.02, 2.0)
-WASTED = "samovar_discarded_row_steps_total"
+CANCEL_AFTER_SECONDS = (0.02, 2.0)
+DISCARDED_STEPS = "samovar_discarded_row_steps_total"
 
 TEXT = """\
-Requests of 1 to 24 rows with programs, lengths and seeds drawn by chance arrive faster than they can be
-served, so that rows of all kinds ride together. Some are cancelled after a time drawn by chance, many of them
-while their rows are in the batch: it is their neighbours' bytes that are compared. A second server process
-gets each request that was not cancelled alone, split in two at a place drawn by chance. The target: every
-row's bytes are the same."""
+Requests of 1 to 24 rows with random programs, lengths and seeds arrive faster than the server completes them,
+so batches mix rows of all requests. Some requests are cancelled after a random time, many of them while their
+rows are in a batch; the rows of the others are compared. A second server gets each request that was not
+cancelled alone, split in two at a random row. The bytes of every row must be the same."""
 
 
 def run(bench: Bench) -> Section:
-    """Draw traffic, run it twice, compare; then less of it in a second format."""
-    kinds = bench.enough(KINDS)
-    rows = compare(bench, kinds, "onnx", int(bench.either(120, 10_000)))
+    """Compare random traffic in ONNX, and less of it in TorchScript."""
+    kinds = bench.select_cases(KINDS)
+    rows = compare(bench, kinds, "onnx", int(bench.scale(120, 10_000)))
     if not bench.is_quick:
         rows += compare(bench, kinds, "torchscript", 400)
-    columns = ("format", "model", "rows", "byte-equal", "requests cancelled", "row steps wasted by them")
-    return Section("Determinism", TEXT, (Table(columns, rows),))
+    columns = ("format", "model", "rows", "equal rows", "cancelled requests", "discarded row steps")
+    table = Table("determinism", "rows with the same bytes", columns, rows)
+    return Section("Determinism", TEXT, results(table), (table,))
 
 
-def compare(bench: Bench, kinds: Sequence[Kind], form: str, number: int) -> list[tuple[str, ...]]:
-    """Rows, those that came out the same, and requests that were cancelled, by model and in all."""
-    models = bench.models(*(kind.model for kind in kinds), formats=(form,))
-    traffic = draw(number, kinds)
+def results(table: Table) -> list[Result]:
+    """Return the number of equal rows in each format."""
+    return [
+        Result(f"{row[0]}: rows with the same bytes", f"{row[3]} of {row[2]}", "all")
+        for row in table.rows
+        if row[1] == "all"
+    ]
+
+
+def compare(bench: Bench, kinds: Sequence[Kind], format: str, num_rows: int) -> list[tuple[str, ...]]:
+    """Return the table rows of each model and of all models."""
+    models = bench.models(*(kind.model for kind in kinds), formats=(format,))
+    traffic = draw_traffic(num_rows, kinds)
     with samovar_server(models, "--intra-op-threads", "1") as server:
-        together = bench.callers.open(server.address, traffic, keep=True)
-        wasted = f"{server.metric(WASTED):,.0f}"
+        mixed = bench.clients.run_open(server.address, traffic, keep_outputs=True)
+        discarded = f"{server.metric(DISCARDED_STEPS):,.0f}"
     with samovar_server(models, "--intra-op-threads", "1") as server:
-        alone = bench.callers.one_by_one(server.address, split(staying(traffic)))
-    equal = same(traffic, together, alone)
-    rows = [(form, kind.model, *_counts(traffic, together, equal, kind.model), "") for kind in kinds]
-    return [*rows, (form, "all", *_counts(traffic, together, equal), wasted)]
+        alone = bench.clients.run_sequential(server.address, split(not_cancelled(traffic)))
+    equal = count_equal_rows(traffic, mixed, alone)
+    rows = [(format, kind.model, *_counts(traffic, mixed, equal, kind.model), "") for kind in kinds]
+    return [*rows, (format, "all", *_counts(traffic, mixed, equal), discarded)]
 
 
 def _counts(
-    traffic: Sequence[Arrival], together: Observed, equal: Mapping[int, int], model: str = ""
+    traffic: Sequence[OpenLoopRequest], mixed: LoadResult, equal: Mapping[int, int], model: str = ""
 ) -> tuple[str, ...]:
-    chosen = [index for index, arrival in enumerate(traffic) if model in ("", arrival.model)]
-    rows = sum(traffic[index].rows for index in chosen if index in equal)
-    same_rows = sum(equal.get(index, 0) for index in chosen)
-    cancelled = sum(index not in equal and not together.outputs[index] for index in chosen)
-    return f"{rows:,}", f"{same_rows:,}", f"{cancelled:,}"
+    indices = [index for index, request in enumerate(traffic) if model in ("", request.model)]
+    rows = sum(traffic[index].rows for index in indices if index in equal)
+    equal_rows = sum(equal.get(index, 0) for index in indices)
+    cancelled = sum(index not in equal and not mixed.outputs[index] for index in indices)
+    return f"{rows:,}", f"{equal_rows:,}", f"{cancelled:,}"
 
 
-def draw(rows: int, kinds: Sequence[Kind] = KINDS, seed: int = 0) -> list[Arrival]:
-    """Requests that stay, of so many rows in all and perhaps a few more, among others that are cancelled."""
+def draw_traffic(num_rows: int, kinds: Sequence[Kind] = KINDS, seed: int = 0) -> list[OpenLoopRequest]:
+    """Draw requests until those that are not cancelled have at least `num_rows` rows."""
     random = np.random.default_rng(seed)
-    times = poisson(REQUESTS_A_SECOND, 2 * rows, random)
-    traffic: list[Arrival] = []
-    while sum(arrival.rows for arrival in staying(traffic)) < rows:
+    times = poisson(REQUESTS_PER_SECOND, 2 * num_rows, random)
+    traffic: list[OpenLoopRequest] = []
+    while sum(request.rows for request in not_cancelled(traffic)) < num_rows:
         kind = kinds[int(random.integers(len(kinds)))]
-        one = kind.arrival(times[len(traffic)], int(random.integers(2**32)), random)
-        count, first = int(random.integers(1, MOST_ROWS + 1)), int(random.integers(1000))
-        patience = random.uniform(*PATIENCE_SECONDS) if random.random() < CANCELLED_SHARE else None
-        traffic.append(replace(one, rows=count, first_row=first, patience=patience))
+        request = kind.request(times[len(traffic)], int(random.integers(2**32)), random)
+        rows, first_row = int(random.integers(1, MAX_ROWS + 1)), int(random.integers(1000))
+        cancel_after = random.uniform(*CANCEL_AFTER_SECONDS) if random.random() < CANCELLED_SHARE else None
+        traffic.append(replace(request, rows=rows, first_row=first_row, cancel_after=cancel_after))
     return traffic
 
 
-def staying(traffic: Sequence[Arrival]) -> list[Arrival]:
-    """The requests that are not cancelled."""
-    return [arrival for arrival in traffic if arrival.patience is None]
+def not_cancelled(traffic: Sequence[OpenLoopRequest]) -> list[OpenLoopRequest]:
+    """Return the requests that the client does not cancel."""
+    return [request for request in traffic if request.cancel_after is None]
 
 
-def split(traffic: list[Arrival], seed: int = 1) -> list[Arrival]:
-    """Every request as two, cut at a place drawn by chance; the second may have no rows."""
+def split(traffic: Sequence[OpenLoopRequest], seed: int = 1) -> list[OpenLoopRequest]:
+    """Return two requests for each one, split at a random row; the second one may have no rows."""
     random = np.random.default_rng(seed)
     parts = []
-    for each in traffic:
-        place = int(random.integers(0, each.rows)) + 1
-        common = (each.at, each.kind, each.model)
-        parts.append(Arrival(*common, place, each.seed, each.parameters, each.first_row))
-        parts.append(Arrival(*common, each.rows - place, each.seed, each.parameters, each.first_row + place))
+    for request in traffic:
+        rows = int(random.integers(0, request.rows)) + 1
+        parts.append(replace(request, rows=rows))
+        parts.append(replace(request, rows=request.rows - rows, first_row=request.first_row + rows))
     return parts
 
 
-def same(traffic: Sequence[Arrival], together: Observed, alone: Observed) -> dict[int, int]:
-    """How many rows of each request that stayed came out the same, by its place in the traffic."""
-    places = [place for place, arrival in enumerate(traffic) if arrival.patience is None]
+def count_equal_rows(
+    traffic: Sequence[OpenLoopRequest], mixed: LoadResult, alone: LoadResult
+) -> dict[int, int]:
+    """Return the equal rows of each request that was not cancelled, by its index in `traffic`."""
+    indices = [index for index, request in enumerate(traffic) if request.cancel_after is None]
     halves = zip(alone.outputs[::2], alone.outputs[1::2], strict=True)
     return {
-        place: _same_rows(traffic[place].rows, together.outputs[place], first + second)
-        for place, (first, second) in zip(places, halves, strict=True)
+        index: _count_equal_rows(traffic[index].rows, mixed.outputs[index], first + second)
+        for index, (first, second) in zip(indices, halves, strict=True)
     }
 
 
-def _same_rows(rows: int, one: bytes, other: bytes) -> int:
-    if not one or len(one) != len(other):
+def _count_equal_rows(rows: int, a: bytes, b: bytes) -> int:
+    if not a or len(a) != len(b):
         return 0
-    size = len(one) // rows
-    return sum(
-        one[row * size : (row + 1) * size] == other[row * size : (row + 1) * size] for row in range(rows)
-    )
+    size = len(a) // rows
+    return sum(a[row * size : (row + 1) * size] == b[row * size : (row + 1) * size] for row in range(rows))

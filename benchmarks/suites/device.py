@@ -1,60 +1,65 @@
-"""What a GPU makes of batches: step time against batch size, CUDA graphs on and off, transfers."""
+"""Step time on a GPU by batch size, with and without CUDA graphs, and transfers between host and GPU."""
 
 import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import Line, Plot, Section, Table
-from benchmarks.statistics import milliseconds, short
+from benchmarks.statistics import format_milliseconds, format_number
 from benchmarks.suites.base import Bench
-from benchmarks.suites.efficiency import ONE_SHOT, STEPPING, Case, tables, zeros
+from benchmarks.suites.efficiency import SINGLE_CALL, STEPPING, Case, make_tensors, zeros
 from server.models import artifact
 from server.runtime import RUNTIMES, Device, bind_graph
 
-BATCHES = tuple(2**exponent for exponent in range(11))
-MEGABYTE = 1 << 20
+BATCH_SIZES = tuple(2**exponent for exponent in range(11))
+MEBIBYTE = 1 << 20
+TRANSFER_MEBIBYTES = 16
 
 TEXT = """\
-The step graph of each family as TorchScript, or the only graph of one that takes no steps, on tensors that
-stay on the GPU: milliseconds a call, launched kernel by kernel and as one CUDA graph; transfers of 16 MiB
-from and to pageable and pinned memory. A dash is a graph that does not run there."""
-ABSENT = """\
-There was no GPU where this page was made, so this part is unrun: `make bench` adds it where there is one."""
+Milliseconds per call of the step graph of each family as TorchScript, or of its only graph if it takes no
+steps. Tensors stay on the GPU; kernels are launched one by one, or as one CUDA graph. Transfers copy 16 MiB
+from and to pageable and pinned memory. A dash is a graph that does not run on the GPU."""
+NO_GPU = "Not measured: the machine of this run has no GPU. `make bench` adds the figures if there is one."
 
 
 def run(bench: Bench) -> Section:
-    """Measure where there is a GPU, and say so where there is none."""
+    """Measure if there is a GPU."""
     if not torch.cuda.is_available():
-        return Section("On a GPU", ABSENT)
-    cases = STEPPING[:1] if bench.is_quick else (*STEPPING, *ONE_SHOT)
-    measured = [_family(bench, case) for case in cases]
-    parts = [part for part, _ in measured] + [_transfers()]
-    lines = [line for _, line in measured]
-    plot = Plot("device", "Step time, CUDA graphs", "rows a step", "milliseconds", lines)
-    return Section("On a GPU", f"{TEXT} {torch.cuda.get_device_name()}.", parts, (plot,))
+        return Section("On a GPU", NO_GPU)
+    cases = STEPPING[:1] if bench.is_quick else (*STEPPING, *SINGLE_CALL)
+    tables, lines = zip(*(_measure_family(bench, case) for case in cases), strict=True)
+    plot = Plot("device", "Step time with CUDA graphs", "rows per step", "milliseconds", lines)
+    text = f"{TEXT} GPU: {torch.cuda.get_device_name()}."
+    return Section("On a GPU", text, tables=(*tables, _measure_transfers()), plots=(plot,))
 
 
-def _family(bench: Bench, case: Case) -> tuple[Table, Line]:
-    """A family's table, and its line with CUDA graphs."""
+def _measure_family(bench: Bench, case: Case) -> tuple[Table, Line]:
+    """Return the table of a family, and its line with CUDA graphs."""
     directory = bench.models(case.model, formats=("torchscript",)) / case.model / "1"
-    batches = BATCHES[::5] if bench.is_quick else BATCHES
+    sizes = BATCH_SIZES[::5] if bench.is_quick else BATCH_SIZES
     devices = [Device("cuda", cuda_graphs=graphs) for graphs in (False, True)]
-    times = [[_seconds_or_nan(directory, case, batch, device) for device in devices] for batch in batches]
+    times = [[_seconds_or_nan(directory, case, size, device) for device in devices] for size in sizes]
     rows = [
-        (str(batch), milliseconds(plain), milliseconds(replayed), short(plain / replayed))
-        for batch, (plain, replayed) in zip(batches, times, strict=True)
+        (
+            str(size),
+            format_milliseconds(kernels),
+            format_milliseconds(cuda_graph),
+            format_number(kernels / cuda_graph),
+        )
+        for size, (kernels, cuda_graph) in zip(sizes, times, strict=True)
     ]
-    columns = ("rows a step", "kernel by kernel, ms", "CUDA graph, ms", "ratio")
-    lines = Line(case.model, batches, [1000 * replayed for _, replayed in times])
-    return Table(columns, rows, case.model), lines
+    columns = ("rows per step", "kernels, ms", "CUDA graph, ms", "kernels / CUDA graph")
+    line = Line(case.model, sizes, [1000 * cuda_graph for _, cuda_graph in times])
+    return Table(f"device-{case.model}", case.model, columns, rows), line
 
 
 def _seconds_or_nan(directory: Path, case: Case, rows: int, device: Device) -> float:
-    """One family that does not run there is a gap in the page, and no reason to lose the page."""
+    """Return NaN and print the error if a family does not run on the GPU, so that the others are measured."""
     try:
         return call_seconds(directory, case, rows, device)
     except RuntimeError as error:
@@ -63,31 +68,33 @@ def _seconds_or_nan(directory: Path, case: Case, rows: int, device: Device) -> f
 
 
 def call_seconds(directory: Path, case: Case, rows: int, device: Device) -> float:
-    """Seconds of one step of so many rows, or of the readout of a program without any."""
+    """Return the seconds of one step of `rows` rows, or of the readout of a program without steps."""
     _, spec = artifact.read(directory)
     program = spec.programs[case.operation]
-    made = tables(program, rows, {**program.defaults(), **case.parameters})
-    made["num_steps"].fill_(case.steps)
-    graph, written = (program.step, program.state) if program.step else (program.readout, program.outputs)
-    opened = RUNTIMES["torchscript"](spec.files["torchscript"][graph.name], graph, device)
-    inputs = [made[tensor.name].to(device.torch) for tensor in graph.inputs]
-    return seconds_of(bind_graph(opened, inputs, zeros(written, rows, device.torch)))
+    tensors = make_tensors(program, rows, {**program.defaults(), **case.parameters})
+    tensors["num_steps"].fill_(case.steps)
+    graph, results = (program.step, program.state) if program.step else (program.readout, program.outputs)
+    loaded = RUNTIMES["torchscript"](spec.files["torchscript"][graph.name], graph, device)
+    inputs = [tensors[tensor.name].to(device.torch) for tensor in graph.inputs]
+    return mean_seconds(bind_graph(loaded, inputs, zeros(results, rows, device.torch)))
 
 
-def _transfers() -> Table:
-    """Copies of 16 MiB each way."""
+def _measure_transfers() -> Table:
     rows = []
-    on_device = torch.zeros(16 * MEGABYTE, dtype=torch.uint8, device="cuda")
+    size = TRANSFER_MEBIBYTES * MEBIBYTE
+    on_device = torch.zeros(size, dtype=torch.uint8, device="cuda")
     for kind in ("pageable", "pinned"):
-        host = torch.zeros(16 * MEGABYTE, dtype=torch.uint8, pin_memory=kind == "pinned")
-        there = seconds_of(lambda host=host: on_device.copy_(host, non_blocking=True))  # type: ignore[misc]
-        back = seconds_of(lambda host=host: host.copy_(on_device, non_blocking=True))  # type: ignore[misc]
-        rows.append((kind, *(short(16 / 1024 / each) for each in (there, back))))
-    return Table(("host memory", "to the GPU, GiB/s", "from it, GiB/s"), rows, "Transfers")
+        host = torch.zeros(size, dtype=torch.uint8, pin_memory=kind == "pinned")
+        to_gpu = mean_seconds(partial(on_device.copy_, host, non_blocking=True))
+        from_gpu = mean_seconds(partial(host.copy_, on_device, non_blocking=True))
+        rates = (TRANSFER_MEBIBYTES / 1024 / seconds for seconds in (to_gpu, from_gpu))
+        rows.append((kind, *map(format_number, rates)))
+    columns = ("host memory", "to the GPU, GiB/s", "from the GPU, GiB/s")
+    return Table("device-transfers", "transfers", columns, rows)
 
 
-def seconds_of(call: Callable[[], object], repeats: int = 50) -> float:
-    """Mean seconds of a call, after a few to warm up."""
+def mean_seconds(call: Callable[[], object], repeats: int = 50) -> float:
+    """Return the mean seconds of a call, after warm-up calls."""
     for _ in range(5):
         call()
     _synchronize()

@@ -1,7 +1,7 @@
-"""How much of a bare loop's speed is left when the same graphs are served.
+"""Throughput of a server, compared with a loop over the same graphs.
 
-The bare loop calls init, step and readout of one full batch again and again on tensors that stay
-where they are, with its noise already drawn: no queue, no seeds, no rows that come and go.
+The loop calls init, step and readout of one full batch again and again. Its tensors stay in place and its
+noise is drawn beforehand: it has no queue, no seeds, and no rows that enter or leave.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import torch
 
 import samovar
 from benchmarks import artifacts
-from benchmarks.report import Section, Table
+from benchmarks.report import Result, Section, Table
 from benchmarks.servers import Server, device, samovar_server
 from benchmarks.statistics import ratio, spread
 from benchmarks.suites.base import Bench, per_second
@@ -27,23 +27,28 @@ from server.models import artifact
 from server.runtime import RUNTIMES, Device, Graph, bind_graph
 
 BUCKETS = (8, 16, 32, 64)
-WITH_TARGETS = (8, 64)
-MOST_ROWS = 100_000
+TARGET_BUCKETS = (8, 64)
+MAX_ROWS = 100_000
+STEPPING_TABLE, SINGLE_CALL_TABLE = "efficiency-steps", "efficiency-single-call"
 
 TEXT = """\
-Rows × steps per second of one long request, over those of a bare loop on the same ONNX graphs at the same
-batch size on the same device, in turns. The bare loop has its noise drawn beforehand; the server draws it
-while it runs, admits new rows as old ones finish, reads them out and sends them. It has as many slots as
-that many rows need beside the slots that are kept for shorter ones. The targets: 0.90 at 64 rows for
-diffusion, PixelCNN and EBM; 0.70 for LSTM tokens and at 8 rows. Programs of one shot take no step in which
-to prepare the next rows or to send the last ones, so that all of that comes on top; they have no target."""
+Row steps per second of one long request, divided by those of a loop over the same ONNX graphs with the same
+batch size on the same device. The server draws noise, admits new rows when old ones finish, reads rows out
+and sends them; the loop does none of this, and its noise is drawn beforehand. The server has as many slots as
+it needs for this batch size, plus the slots that it reserves for shorter requests. Programs without steps
+have no target: they cannot prepare the next rows or send the last ones during a step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program, how many steps its rows take, and what says so; no steps is one of one shot.
+    """Program to measure.
 
-    Rows of a `level` leave some slots to shorter ones, as server/lane.py says.
+    Attributes:
+        model: model name.
+        steps: steps of a row; 0 for a program without steps.
+        parameter: the parameter that sets the steps; "" if they are fixed.
+        operation: name of the program.
+        level: level of the rows in the program queue, which leaves slots to lower levels.
     """
 
     model: str
@@ -56,18 +61,18 @@ class Case:
     def parameters(self) -> Mapping[str, int]:
         return {self.parameter: self.steps} if self.parameter else {}
 
-    def slots(self, bucket: int) -> int:
-        """How many slots there must be for so many rows to be in them."""
+    @property
+    def calls(self) -> int:
+        """Calls of a graph in which a row is computed."""
+        return max(1, self.steps)
+
+    def num_slots(self, bucket: int) -> int:
+        """Return the smallest number of slots of which rows of this level may fill `bucket`."""
         return next(
             size
             for size in itertools.count(bucket)
             if size - math.ceil(self.level * size * RESERVED_SHARE) >= bucket
         )
-
-    @property
-    def turns(self) -> int:
-        """How often a row is in a batch."""
-        return max(1, self.steps)
 
 
 STEPPING = (
@@ -76,7 +81,7 @@ STEPPING = (
     Case(artifacts.EBM, 100, "steps", level=2),
     Case(artifacts.LSTM, 128, "tokens"),
 )
-ONE_SHOT = (
+SINGLE_CALL = (
     Case(artifacts.VAE),
     Case(artifacts.GAN),
     Case(artifacts.REALNVP),
@@ -86,55 +91,80 @@ ONE_SHOT = (
 
 
 def run(bench: Bench) -> Section:
-    """Measure every family in every bucket."""
-    stepping, one_shot = map(bench.enough, (STEPPING, ONE_SHOT))
+    """Measure each family with each batch size."""
     buckets = BUCKETS[-1:] if bench.is_quick else BUCKETS
-    tables = (
-        _table([row for bucket in buckets for row in _rows(bench, cases, bucket)], unit)
-        for cases, unit in ((stepping, "row steps"), (one_shot, "rows"))
+    tables = tuple(
+        Table(
+            name,
+            title,
+            ("model", "rows per step", f"server, {unit}/s", f"loop, {unit}/s", "server / loop"),
+            [row for bucket in buckets for row in _measure_bucket(bench, bench.select_cases(cases), bucket)],
+        )
+        for name, title, cases, unit in (
+            (STEPPING_TABLE, "programs with steps", STEPPING, "row steps"),
+            (SINGLE_CALL_TABLE, "programs without steps", SINGLE_CALL, "rows"),
+        )
     )
-    return Section("Engine efficiency", TEXT, tuple(tables))
+    return Section("Engine efficiency", TEXT, results(tables), tables)
 
 
-def _rows(bench: Bench, cases: Sequence[Case], bucket: int) -> Iterator[tuple[str, ...]]:
-    """Measure in one bucket, in a server for those that need as many slots for it."""
-    for slots, group in itertools.groupby(
-        sorted(cases, key=lambda case: case.level), lambda case: case.slots(bucket)
+def results(tables: Sequence[Table]) -> list[Result]:
+    """Return the ratios that have a target."""
+    ratios = {
+        (case.model, bucket): table.cell("server / loop", case.model, str(bucket))
+        for table in tables
+        if table.name == STEPPING_TABLE
+        for bucket in sorted(TARGET_BUCKETS, reverse=True)
+        for case in STEPPING
+    }
+    return [
+        Result(f"{model}, {bucket} rows per step: server / loop", ratio, f"≥ {_target(model, bucket):.2f}")
+        for (model, bucket), ratio in ratios.items()
+        if ratio
+    ]
+
+
+def _target(model: str, bucket: int) -> float:
+    return 0.9 if bucket == max(TARGET_BUCKETS) and model != artifacts.LSTM else 0.7
+
+
+def _measure_bucket(bench: Bench, cases: Sequence[Case], bucket: int) -> Iterator[tuple[str, ...]]:
+    """Measure with one batch size, with one server for all cases that need as many slots."""
+    for num_slots, group in itertools.groupby(
+        sorted(cases, key=lambda case: case.level), lambda case: case.num_slots(bucket)
     ):
-        alike = list(group)
-        models = bench.models(*(case.model for case in alike))
-        with samovar_server(models, "--max-batch-rows", str(slots), "--intra-op-threads", "1") as server:
-            for case in alike:
-                yield _row(bench, case, bucket, server, models)
+        same_slots = list(group)
+        models = bench.models(*(case.model for case in same_slots))
+        options = ("--max-batch-rows", str(num_slots), "--intra-op-threads", "1")
+        with samovar_server(models, *options) as server:
+            for case in same_slots:
+                yield _measure(bench, case, bucket, server, models)
 
 
-def _table(rows: list[tuple[str, ...]], unit: str) -> Table:
-    columns = ("model", "rows a step", f"served, {unit}/s", f"bare, {unit}/s", "ratio")
-    return Table(columns, rows, "Programs of steps" if unit == "row steps" else "Programs of one shot")
-
-
-def _row(bench: Bench, case: Case, bucket: int, server: Server, models: Path) -> tuple[str, ...]:
+def _measure(bench: Bench, case: Case, bucket: int, server: Server, models: Path) -> tuple[str, ...]:
     loop = Loop(models / case.model / "1", case, bucket)
-    has_target = case in STEPPING and bucket in WITH_TARGETS
-    seconds = bench.either(0.4, 1.2 if has_target else 0.4)
-    served, bare = [], []
+    has_target = case in STEPPING and bucket in TARGET_BUCKETS
+    seconds = bench.scale(0.4, 1.2 if has_target else 0.4)
+    server_rates, loop_rates = [], []
     for _ in range(bench.repeats if has_target else bench.few_repeats):
-        bare.append(loop.rate(seconds))
-        served.append(served_rate(server, case, loop.program, round(bare[-1] * seconds / case.turns)))
-    return case.model, str(bucket), str(spread(served)), str(spread(bare)), str(ratio(served, bare))
+        loop_rates.append(loop.rate(seconds))
+        rows = round(loop_rates[-1] * seconds / case.calls)
+        server_rates.append(server_rate(server, case, loop.program, rows))
+    rates = (spread(server_rates), spread(loop_rates), ratio(server_rates, loop_rates))
+    return case.model, str(bucket), *map(str, rates)
 
 
-def served_rate(server: Server, case: Case, program: ProgramSpec, rows: int) -> float:
-    """Row steps per second of one request of about so many rows."""
+def server_rate(server: Server, case: Case, program: ProgramSpec, rows: int) -> float:
+    """Return the row steps per second of one request of `rows` rows, at most MAX_ROWS."""
     with samovar.Client(server.address, timeout=None) as client:
-        _ask(client, case, program, 1)
+        _call(client, case, program, 1)
         before, start = server.metric("samovar_step_rows_sum"), time.perf_counter()
-        _ask(client, case, program, min(max(rows, 1), MOST_ROWS))
-        taken = time.perf_counter() - start
-    return (server.metric("samovar_step_rows_sum") - before) / taken
+        _call(client, case, program, min(max(rows, 1), MAX_ROWS))
+        seconds = time.perf_counter() - start
+    return (server.metric("samovar_step_rows_sum") - before) / seconds
 
 
-def _ask(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) -> None:
+def _call(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) -> None:
     options = CallOptions(seed=1, parameters=case.parameters, priority="interactive")
     if case.operation == "sample":
         client.sample(case.model, rows, **options)
@@ -146,7 +176,7 @@ def _ask(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) ->
 
 
 class Loop:
-    """A program's graphs bound to tensors of one full batch."""
+    """Graphs of a program, bound to the tensors of one full batch."""
 
     def __init__(self, directory: Path, case: Case, bucket: int) -> None:
         _, spec = artifact.read(directory)
@@ -154,65 +184,68 @@ class Loop:
         self._case, self._bucket = case, bucket
         self._device = Device(device())
         self._files = spec.files["onnx"]
-        made = tables(self.program, bucket, {**self.program.defaults(), **case.parameters})
-        made["num_steps"].fill_(case.steps)
-        self._tables = {name: table.to(self._device.torch) for name, table in made.items()}
-        self._next = {tensor.name: self._tables[tensor.name].clone() for tensor in self.program.state}
-        self._pass = self._bound()
+        tensors = make_tensors(self.program, bucket, {**self.program.defaults(), **case.parameters})
+        tensors["num_steps"].fill_(case.steps)
+        self._tensors = {name: tensor.to(self._device.torch) for name, tensor in tensors.items()}
+        self._next_state = {spec.name: self._tensors[spec.name].clone() for spec in self.program.state}
+        self._run_batch = self._bind()
 
     def rate(self, seconds: float) -> float:
-        """Row steps per second over whole passes."""
-        return self._case.turns * self._bucket * per_second(self._pass, seconds)
+        """Return the row steps per second of complete batches, over at least `seconds`."""
+        return self._case.calls * self._bucket * per_second(self._run_batch, seconds)
 
-    def _bound(self) -> Callable[[], None]:
-        """One pass of all rows: init, the steps from one side of the state's tables to the other, readout."""
-        program, tables, number = self.program, self._tables, self._case.steps
-        sides = [tables, {**tables, **self._next}]
-        states = [[side[tensor.name] for tensor in program.state] for side in sides]
-        begin = self._call(program.init, tables, states[0])
-        steps = [self._call(program.step, sides[side], states[1 - side]) for side in (0, 1)]
-        results = zeros(program.outputs, self._bucket, self._device.torch)
-        end = self._call(program.readout, sides[number % 2], results)
-        index = tables["step_index"]
+    def _bind(self) -> Callable[[], None]:
+        """Return a function that runs one batch; its steps alternate between two state buffers."""
+        program, tensors, num_steps = self.program, self._tensors, self._case.steps
+        buffers = [tensors, {**tensors, **self._next_state}]
+        states = [[buffer[spec.name] for spec in program.state] for buffer in buffers]
+        init = self._bind_graph(program.init, tensors, states[0])
+        steps = [self._bind_graph(program.step, buffers[side], states[1 - side]) for side in (0, 1)]
+        outputs = zeros(program.outputs, self._bucket, self._device.torch)
+        readout = self._bind_graph(program.readout, buffers[num_steps % 2], outputs)
+        step_index = tensors["step_index"]
 
-        def run_once() -> None:
-            index.zero_()
-            begin()
-            for step in range(number):
+        def run_batch() -> None:
+            step_index.zero_()
+            init()
+            for step in range(num_steps):
                 steps[step % 2]()
-                index.add_(1)
-            end()
+                step_index.add_(1)
+            readout()
 
-        return run_once
+        return run_batch
 
-    def _call(
-        self, graph: GraphSpec | None, tables: Mapping[str, torch.Tensor], outputs: list[torch.Tensor]
+    def _bind_graph(
+        self, graph: GraphSpec | None, tensors: Mapping[str, torch.Tensor], outputs: list[torch.Tensor]
     ) -> Callable[[], None]:
         if graph is None:
             return lambda: None
-        opened: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, self._device)
-        return bind_graph(opened, [tables[tensor.name] for tensor in graph.inputs], outputs)
+        loaded: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, self._device)
+        return bind_graph(loaded, [tensors[spec.name] for spec in graph.inputs], outputs)
 
 
-def tables(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Everything that graphs read, for so many rows; noise once for all steps."""
+def make_tensors(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Return all tensors that the graphs of a program read, [rows, *shape] by name.
+
+    State is zero, and noise is drawn once for all steps.
+    """
     specs = program.tensors()
-    made = dict(zip(specs, zeros(tuple(specs.values()), rows, torch.device("cpu")), strict=True))
+    tensors = dict(zip(specs, zeros(tuple(specs.values()), rows, torch.device("cpu")), strict=True))
     for name, value in parameters.items():
-        made[name].fill_(value)
+        tensors[name].fill_(value)
     for item in program.inputs:
-        made[item.tensor.name].fill_(item.default)
+        tensors[item.tensor.name].fill_(item.default)
     for noise in program.noise:
-        table = made[noise.tensor.name]
+        tensor = tensors[noise.tensor.name]
         if noise.distribution == "normal":
-            table.normal_()
+            tensor.normal_()
         else:
-            table.uniform_(0.01, 0.99)
-    return made
+            tensor.uniform_(0.01, 0.99)
+    return tensors
 
 
-def zeros(specs: Sequence[TensorSpec], rows: int, place: torch.device) -> list[torch.Tensor]:
-    """A table for each of the tensors, of so many rows."""
+def zeros(specs: Sequence[TensorSpec], rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Return a tensor of zeros [rows, *shape] for each spec."""
     return [
-        torch.zeros((rows, *spec.shape), dtype=getattr(torch, spec.dtype), device=place) for spec in specs
+        torch.zeros((rows, *spec.shape), dtype=getattr(torch, spec.dtype), device=device) for spec in specs
     ]

@@ -1,4 +1,4 @@
-"""Step batching beside request batching and no batching, on the same artifacts and the same arrivals."""
+"""Step batching compared with request batching and no batching, on the same artifacts and arrivals."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import artifacts
-from benchmarks.load import Arrival, Observed, poisson
-from benchmarks.report import Line, Plot, Section, Table
+from benchmarks.load import LoadResult, OpenLoopRequest, poisson
+from benchmarks.report import Line, Plot, Result, Section, Table
 from benchmarks.servers import Server, samovar_server
-from benchmarks.statistics import LATENCIES, latencies, of_each, ratio, spread
+from benchmarks.statistics import LATENCY_COLUMNS, latency_cells, percentile_of_each, ratio, spread
 from benchmarks.suites import short_among_long
 from benchmarks.suites.base import Bench
 
@@ -20,30 +20,34 @@ LOADS = (0.3, 0.6, 0.9)
 TARGET_LOAD = 0.6
 
 TEXT = """\
-Three servers with the modes `step`, `request` and `none` of benchmarks.batching get the same Poisson arrivals in turns. Request
-batching is that of servers whose unit is a call: a batch keeps its width to the end of its longest row, and
-is answered then. Capacity is what step batching makes of a burst of such requests, all due at once; the
-loads are shares of it. A latency counts from when its request was due. *Mixed steps* is diffusion with 5 to
-50 steps, *mixed families* adds PixelCNN (64 steps), MALA chains (10 to 100) and text (16 to 128 tokens);
-one request in four has 4 rows, the others 1. Bursts, the arrivals at 60 %, who waits then, and single steps
-among chains are measured three times, with other arrivals each time; those at 30 and 90 % once. The targets
-at 60 %: p50 and p99 at most a third of request batching's; a burst drained 1.3 times as fast; the slowest
-hundredth of single steps at most 3 steps later among chains than alone."""
+Three servers get the same requests, one server after the other:
+
+* *step*: continuous batching, as Samovar does it. Rows enter and leave the batch at every step.
+* *request*: request-level batching (Orca, OSDI 2022). A batch keeps its width until its longest row is done,
+  and all its requests are answered then.
+* *none*: one request at a time.
+
+Capacity is the rate at which step batching completes a burst of requests that are all due at once. Loads are
+fractions of it, with Poisson arrivals. The latency of a request counts from the time at which it was due.
+*Mixed steps* is diffusion with 5 to 50 steps; *mixed families* adds PixelCNN (64 steps), MALA chains (10 to
+100 steps) and text (16 to 128 tokens). One request in four has 4 rows, the others have 1. Bursts, arrivals at
+60 % and requests of one step are measured three times with different arrivals, those at 30 and 90 % once."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Requests of one program whose length is drawn from a few."""
+    """Requests for one model, with a parameter drawn from a few values."""
 
     model: str
     parameter: str = ""
     choices: Sequence[int] = (0,)
 
-    def arrival(self, at: float, seed: int, random: np.random.Generator) -> Arrival:
-        chosen = int(random.choice(self.choices))
-        parameters = {self.parameter: chosen} if self.parameter else {}
+    def request(self, at: float, seed: int, random: np.random.Generator) -> OpenLoopRequest:
+        """Draw a request that is due `at` seconds after the start."""
+        value = int(random.choice(self.choices))
+        parameters = {self.parameter: value} if self.parameter else {}
         rows = int(random.choice((1, 1, 1, 4)))
-        return Arrival(at, self.model, self.model, rows, seed, parameters)
+        return OpenLoopRequest(at, self.model, self.model, rows, seed, parameters)
 
 
 DIFFUSION = Kind(artifacts.DIFFUSION, "steps", (5, 10, 20, 50))
@@ -62,130 +66,158 @@ QUICK_WORKLOADS: dict[str, Sequence[Kind]] = {"mixed lengths": (TEXTS,)}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one server made of one run of arrivals."""
+    """Load result of one server, and the mean number of rows in its steps."""
 
-    observed: Observed
+    load: LoadResult
     rows_per_step: float
 
 
-# By load and mode, one for each repeat.
+# The outcomes of all repeats, by load and batching mode.
 Outcomes = dict[float, dict[str, list[Outcome]]]
 
 
 def run(bench: Bench) -> Section:
-    """Measure bursts, then arrivals at shares of the capacity, then single steps among chains."""
+    """Measure bursts, Poisson arrivals, and requests of one step next to long ones."""
     workloads = QUICK_WORKLOADS if bench.is_quick else WORKLOADS
     models = bench.models(*sorted({kind.model for kinds in workloads.values() for kind in kinds}))
     tables, plots = [], []
-    with _servers(models, MODES[: 2 if bench.is_quick else None]) as servers:
+    with _start_servers(models, MODES[: 2 if bench.is_quick else None]) as servers:
         for name, kinds in workloads.items():
-            capacity, table = _bursts(bench, name, kinds, servers)
-            outcomes = _loads(bench, kinds, capacity, servers)
-            tables += [table, _latencies(name, outcomes)]
+            capacity, bursts = _measure_bursts(bench, name, kinds, servers)
+            outcomes = _measure_loads(bench, kinds, capacity, servers)
+            tables += [bursts, _latency_table(name, outcomes)]
             if len(kinds) > 1:
-                tables.append(_by_kind(name, kinds, outcomes[TARGET_LOAD]))
+                tables.append(_model_table(name, kinds, outcomes[TARGET_LOAD]))
             plots.append(_plot(name, outcomes))
         if not bench.is_quick:
-            tables.append(short_among_long.table(bench, servers["step"]))
-    return Section("Scheduling", TEXT, tables, plots)
+            tables.append(short_among_long.measure(bench, servers["step"]))
+    return Section("Scheduling", TEXT, results(tables), tables, plots)
 
 
-def arrivals(kinds: Sequence[Kind], times: Sequence[float], seed: int) -> list[Arrival]:
-    """A request for each time, of kinds and lengths drawn with a seed."""
+def results(tables: Sequence[Table]) -> list[Result]:
+    """Return the deciding figures of the tables of this benchmark."""
+    found = []
+    for table in tables:
+        workload = table.title.partition(":")[0]
+        if table.name.endswith("bursts"):
+            speedup = table.cell("step / this mode", "request")
+            found.append(Result(f"{workload}: burst throughput, step / request batching", speedup, "≥ 1.3"))
+        if table.name.endswith("arrivals"):
+            for percent in (50, 99):
+                quotient = table.cell(f"p{percent} / request batching", "60 %", "step")
+                metric = f"{workload}: p{percent} at 60 % load, step / request batching"
+                found.append(Result(metric, quotient, "≤ 0.333"))
+        if table.name == short_among_long.NAME:
+            found += short_among_long.results(table)
+    return found
+
+
+def draw_requests(kinds: Sequence[Kind], times: Sequence[float], seed: int) -> list[OpenLoopRequest]:
+    """Draw a request of a random kind for each time."""
     random = np.random.default_rng(seed)
     return [
-        kinds[int(random.integers(len(kinds)))].arrival(time, number, random)
-        for number, time in enumerate(times)
+        kinds[int(random.integers(len(kinds)))].request(time, index, random)
+        for index, time in enumerate(times)
     ]
 
 
 @contextmanager
-def _servers(models: Path, modes: Sequence[str]) -> Iterator[dict[str, Server]]:
+def _start_servers(models: Path, modes: Sequence[str]) -> Iterator[dict[str, Server]]:
     with ExitStack() as stack:
-        yield {mode: stack.enter_context(_server(models, mode)) for mode in modes}
+        yield {
+            mode: stack.enter_context(samovar_server(models, "--intra-op-threads", "1", batching=mode))
+            for mode in modes
+        }
 
 
-@contextmanager
-def _server(models: Path, mode: str) -> Iterator[Server]:
-    with samovar_server(models, "--intra-op-threads", "1", batching=mode) as server:
-        yield server
-
-
-def _bursts(
+def _measure_bursts(
     bench: Bench, name: str, kinds: Sequence[Kind], servers: dict[str, Server]
 ) -> tuple[float, Table]:
-    """Requests per second of bursts, and step batching's capacity."""
+    """Return the capacity in requests per second, and the table of bursts."""
     rates: dict[str, list[float]] = {mode: [] for mode in servers}
-    count = int(bench.either(30, 100))
+    count = int(bench.scale(30, 100))
     for repeat in range(bench.few_repeats):
-        burst = arrivals(kinds, [0.0] * count, repeat)
+        burst = draw_requests(kinds, [0.0] * count, repeat)
         for mode, server in servers.items():
-            rates[mode].append(bench.callers.open(server.address, burst).rate)
-    columns = ("scheduling", "requests/s", "step over it")
+            rates[mode].append(bench.clients.run_open(server.address, burst).rate)
+    columns = ("batching", "requests/s", "step / this mode")
     rows = [(mode, str(spread(rates[mode])), str(ratio(rates["step"], rates[mode]))) for mode in servers]
-    return float(np.median(rates["step"])), Table(columns, rows, f"{name}: bursts of {count} requests")
+    table = Table(f"{_slug(name)}-bursts", f"{name}: bursts of {count} requests", columns, rows)
+    return float(np.median(rates["step"])), table
 
 
-def _loads(bench: Bench, kinds: Sequence[Kind], capacity: float, servers: dict[str, Server]) -> Outcomes:
+def _measure_loads(
+    bench: Bench, kinds: Sequence[Kind], capacity: float, servers: dict[str, Server]
+) -> Outcomes:
     loads = (TARGET_LOAD,) if bench.is_quick else LOADS
-    seconds = bench.either(0.5, 3.5)
+    seconds = bench.scale(0.5, 3.5)
     outcomes: Outcomes = {load: {mode: [] for mode in servers} for load in loads}
     for load in loads:
         for repeat in range(bench.few_repeats if load == TARGET_LOAD else 1):
-            due = _poisson(kinds, load * capacity, seconds, repeat)
+            requests = _poisson_requests(kinds, load * capacity, seconds, repeat)
             for mode, server in servers.items():
-                outcomes[load][mode].append(_outcome(bench, server, due))
+                outcomes[load][mode].append(_measure(bench, server, requests))
     return outcomes
 
 
-def _poisson(kinds: Sequence[Kind], rate: float, seconds: float, repeat: int) -> list[Arrival]:
+def _poisson_requests(
+    kinds: Sequence[Kind], rate: float, seconds: float, repeat: int
+) -> list[OpenLoopRequest]:
     times = poisson(rate, max(10, round(rate * seconds)), np.random.default_rng(repeat))
-    return arrivals(kinds, times, seed=100 + repeat)
+    return draw_requests(kinds, times, seed=100 + repeat)
 
 
-def _outcome(bench: Bench, server: Server, due: Sequence[Arrival]) -> Outcome:
+def _measure(bench: Bench, server: Server, requests: Sequence[OpenLoopRequest]) -> Outcome:
     rows, steps = server.metric("samovar_step_rows_sum"), server.metric("samovar_steps_total")
-    observed = bench.callers.open(server.address, due)
+    load = bench.clients.run_open(server.address, requests)
     rows, steps = server.metric("samovar_step_rows_sum") - rows, server.metric("samovar_steps_total") - steps
-    return Outcome(observed, rows / steps)
+    return Outcome(load, rows / steps)
 
 
-def _latencies(name: str, outcomes: Outcomes) -> Table:
+def _latency_table(name: str, outcomes: Outcomes) -> Table:
     rows = [
-        (f"{100 * load:.0f} %", mode, *_figures(repeats, by_mode["request"]))
+        (f"{100 * load:.0f} %", mode, *_latency_row(repeats, by_mode["request"]))
         for load, by_mode in outcomes.items()
         for mode, repeats in by_mode.items()
     ]
-    columns = ["load", "scheduling", "requests", *LATENCIES]
-    columns += ["p50 over request's", "p99 over request's", "requests/s", "rows a step"]
-    return Table(columns, rows, f"{name}: Poisson arrivals")
+    columns = ["load", "batching", "requests", *LATENCY_COLUMNS]
+    columns += ["p50 / request batching", "p99 / request batching", "requests/s", "rows per step"]
+    return Table(f"{_slug(name)}-arrivals", f"{name}: Poisson arrivals", columns, rows)
 
 
-def _figures(repeats: Sequence[Outcome], of_request: Sequence[Outcome]) -> list[str]:
-    """The cells of one mode at one load."""
-    ours, base = ([each.observed.latencies for each in side] for side in (repeats, of_request))
-    quotients = [ratio(of_each(ours, percent), of_each(base, percent)) for percent in (50, 99)]
-    rates = spread([each.observed.rate for each in repeats])
-    widths = spread([each.rows_per_step for each in repeats])
-    number = sum(map(len, ours))
-    return [f"{number:,}", *latencies(ours), *map(str, (*quotients, rates, widths))]
+def _latency_row(repeats: Sequence[Outcome], request_batching: Sequence[Outcome]) -> list[str]:
+    latencies, baseline = (
+        [outcome.load.latencies for outcome in side] for side in (repeats, request_batching)
+    )
+    ratios = [
+        ratio(percentile_of_each(latencies, percent), percentile_of_each(baseline, percent))
+        for percent in (50, 99)
+    ]
+    rates = spread([outcome.load.rate for outcome in repeats])
+    widths = spread([outcome.rows_per_step for outcome in repeats])
+    count = sum(map(len, latencies))
+    return [f"{count:,}", *latency_cells(latencies), *map(str, (*ratios, rates, widths))]
 
 
-def _by_kind(name: str, kinds: Sequence[Kind], outcomes: dict[str, list[Outcome]]) -> Table:
-    """Who waits: latencies of each model's requests at the load that has a target."""
+def _model_table(name: str, kinds: Sequence[Kind], outcomes: dict[str, list[Outcome]]) -> Table:
+    """Return the latencies of the requests of each model at the target load."""
     rows = [
-        (mode, kind.model, *latencies([each.observed.of(kind.model) for each in repeats]))
+        (
+            mode,
+            kind.model,
+            *latency_cells([outcome.load.latencies_of(kind.model) for outcome in repeats]),
+        )
         for mode, repeats in outcomes.items()
         for kind in kinds
     ]
-    title = f"{name}: who waits at {100 * TARGET_LOAD:.0f} %"
-    return Table(("scheduling", "model", *LATENCIES), rows, title)
+    title = f"{name}: latency of each model at {100 * TARGET_LOAD:.0f} %"
+    return Table(f"{_slug(name)}-models", title, ("batching", "model", *LATENCY_COLUMNS), rows)
 
 
 def _plot(name: str, outcomes: Outcomes) -> Plot:
     def latency(load: float, mode: str, percent: float) -> float:
-        repeats = [outcome.observed.latencies for outcome in outcomes[load][mode]]
-        return 1000 * float(np.median(of_each(repeats, percent)))
+        repeats = [outcome.load.latencies for outcome in outcomes[load][mode]]
+        return 1000 * float(np.median(percentile_of_each(repeats, percent)))
 
     loads = [100 * load for load in outcomes]
     lines = [
@@ -193,5 +225,8 @@ def _plot(name: str, outcomes: Outcomes) -> Plot:
         for mode in next(iter(outcomes.values()))
         for percent in (50, 99)
     ]
-    file = f"scheduling-{name.replace(' ', '-')}"
-    return Plot(file, f"Latency, {name}", "load, % of capacity", "milliseconds", lines, is_log_x=False)
+    return Plot(_slug(name), f"Latency, {name}", "load, % of capacity", "milliseconds", lines, is_log_x=False)
+
+
+def _slug(name: str) -> str:
+    return f"scheduling-{name.replace(' ', '-')}"
