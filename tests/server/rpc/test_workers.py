@@ -52,6 +52,10 @@ def worker_client(worker_server: RunningServer) -> Iterator[samovar.Client]:
         yield connected
 
 
+def is_serving(server: RunningServer) -> bool:
+    return asyncio.run(health.is_serving(server.address, 60.0))
+
+
 def worker_pids(server: RunningServer) -> list[int]:
     workers = server.app.frontend
     assert isinstance(workers, WorkerPool)
@@ -166,6 +170,7 @@ def test_killed_worker_is_restarted_and_its_rows_are_freed(models: Path) -> None
                 list(events)
         assert_idle(server)
         wait_until(lambda: worker_pids(server) not in ([], [first]), "the worker was not restarted")
+        wait_until(lambda: is_serving(server), "the restarted worker does not serve")
         with samovar.Client(server.address, timeout=HANG_SECONDS) as client:
             assert len(client.sample(DIFFUSION, 3, parameters={"steps": 2}).value) == 3
         assert scrape(server)["samovar_grpc_worker_restarts_total", ()] == 1
@@ -175,11 +180,9 @@ def test_killed_worker_is_restarted_and_its_rows_are_freed(models: Path) -> None
 
 def test_workers_are_not_serving_until_models_are_loaded(models: Path) -> None:
     with listening(models, formats=ONNX, grpc_workers=1) as server:
-        assert not asyncio.run(health.is_serving(server.address, 60.0))
+        assert not is_serving(server)
         server.load()
-        wait_until(
-            lambda: asyncio.run(health.is_serving(server.address, 60.0)), "the server did not start serving"
-        )
+        wait_until(lambda: is_serving(server), "the server did not start serving")
 
 
 def test_workers_reject_a_port_in_use(models: Path) -> None:
