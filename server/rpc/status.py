@@ -34,11 +34,11 @@ ELLIPSIS = "…"
 CODES: dict[type[SamovarError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
-    UnsupportedOperation: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_SUPPORTED"),
+    UnsupportedOperation: (grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED_OPERATION"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     ModelFailed: (grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
-    Unavailable: (grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
 }
 
 

@@ -133,7 +133,7 @@ def bad_request(**violations: str) -> grpc.Status:
 
 def unsupported(operation: str, supported: str) -> grpc.Status:
     info = error_details_pb2.ErrorInfo(
-        reason="OPERATION_NOT_SUPPORTED", domain="samovar", metadata={"supported": supported}
+        reason="UNSUPPORTED_OPERATION", domain="samovar", metadata={"supported": supported}
     )
     return status(code_pb2.FAILED_PRECONDITION, f"unsupported operation {operation}", info)
 

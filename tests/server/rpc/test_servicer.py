@@ -152,21 +152,21 @@ def test_invalid_request_lists_every_violation_with_expected_and_given(stub: pb_
 @pytest.mark.parametrize(
     ("tensor", "expected"),
     [
-        (pb.Tensor(), "expected a dtype"),
+        (pb.Tensor(), "expected a known dtype"),
         (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[3, 8, 8], data=b"\0" * 191), "got 191"),
-        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[-1, 8, 8]), "at least 0"),
+        (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[-1, 8, 8]), "without negative axes"),
         (pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[0, 8, 8]), "expected at least 1 row, got 0"),
         (
             pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[1] * 100, data=b"\0"),
-            "that an array can have",
+            "that NumPy supports",
         ),
         (
             pb.Tensor(dtype=manifest_pb2.DATA_TYPE_UINT8, shape=[2**63 - 1, 2**63 - 1, 0]),
-            "that an array can have",
+            "that NumPy supports",
         ),
         (
             pb.Tensor(dtype=manifest_pb2.DataType.ValueType(99), shape=[1], data=b"\0"),
-            "expected a dtype, got 99",
+            "expected a known dtype, got 99",
         ),
         (
             tensors.pack(IMAGES.astype(np.float32)),
@@ -314,7 +314,7 @@ def test_unsupported_operation_lists_supported_ones(
     assert status.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
-    assert (info.reason, info.domain) == ("OPERATION_NOT_SUPPORTED", "samovar")
+    assert (info.reason, info.domain) == ("UNSUPPORTED_OPERATION", "samovar")
     assert "sample" in info.metadata["supported"].split(",")
 
 
