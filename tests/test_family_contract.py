@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import samovar
 from samovar import tensors
 from samovar.errors import from_rpc
-from samovar.model import ParameterType, DataKind
+from samovar.model import DataKind, ParameterType
 from samovar.operations import OPERATIONS, parse_program_name
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
