@@ -1,7 +1,7 @@
 """One-row calls, compared with a gRPC server that does nothing; larger calls, compared with the forward pass.
 
-The same bytes go to several servers in turn: Samovar with the decoder of a VAE and with an MLP of two floats,
-with and without gRPC workers, and a no-op grpc.aio server that returns 4 KiB.
+The same bytes go to several servers, one after the other: Samovar with the decoder of a VAE and with an MLP
+of two floats, with and without gRPC workers, and a no-op grpc.aio server that returns 4 KiB.
 """
 
 import time

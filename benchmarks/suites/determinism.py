@@ -76,7 +76,7 @@ def _counts(
 
 
 def draw_traffic(num_rows: int, kinds: Sequence[Kind] = KINDS, seed: int = 0) -> list[OpenLoopRequest]:
-    """Draw requests until those that are not cancelled have at least `num_rows` rows."""
+    """Draw requests, until the ones that are not cancelled have at least `num_rows` rows."""
     random = np.random.default_rng(seed)
     times = poisson(REQUESTS_PER_SECOND, 2 * num_rows, random)
     traffic: list[OpenLoopRequest] = []

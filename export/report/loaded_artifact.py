@@ -60,7 +60,7 @@ class LoadedArtifact:
 
     @cached_property
     def samples(self) -> Rows | None:
-        """Rows of the program `sample`; None if there is none, or if it requires inputs."""
+        """Rows of the program `sample`; None if the program does not exist or requires inputs."""
         program = self.programs.get("sample")
         return self.sample("sample") if program and not required_inputs(program) else None
 

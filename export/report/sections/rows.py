@@ -86,7 +86,7 @@ def _has_class_columns(artifact: LoadedArtifact, name: str) -> bool:
 
 
 def _find_row_input(program: Program, row: manifest_pb2.TensorSpec) -> str:
-    """Return the first input with the dtype, shape and maximum of a row; "" if there is none."""
+    """Return the first input with the dtype, shape and maximum of a row; "" if no input matches."""
     names = (
         spec.tensor.name
         for spec in program.inputs

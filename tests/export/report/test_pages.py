@@ -22,7 +22,7 @@ from export.probability import importance_weighting
 from export.report import baselines, charts, pages, snippets
 from export.report.loaded_artifact import LoadedArtifact, select_by_class
 from export.report.sections import base, interpolations, scores
-from samovar.latent import lerp, slerp
+from samovar.interpolation import lerp, slerp
 from samovar.v1 import manifest_pb2
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
