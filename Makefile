@@ -31,7 +31,7 @@ models: setup ## Train and export the starter models that are missing
 serve: models ## Serve the starter models (gRPC on 8001, metrics on 8002)
 	@$(BIN)/python -m server --models models --port $(PORT) --metrics-port $(METRICS)
 
-test: setup ## Run all tests; FAST=1 skips those that export artifacts, start processes or load models
+test: setup ## Run all tests; FAST=1 skips those that need artifacts of the families: servers, contracts, commands
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(FAST),-m "not slow") $(PYTEST)
 
 bench: setup ## Measure speed and write docs/benchmarks.md, in minutes; QUICK=1 for rough figures
