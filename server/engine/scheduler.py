@@ -338,7 +338,8 @@ def _reject_if_unmeetable(entry: QueueEntry, queue: ProgramQueue, now: float) ->
         queue.step_time.reset()
     raise DeadlineExceeded(
         f"the deadline cannot be met: {request.rows} rows of {request.steps} steps take {needed:.3g} s at "
-        f"the shortest measured step time of {step_time:.3g} s, {max(0.0, request.deadline - now):.3g} s are left"
+        f"the shortest measured step time of {step_time:.3g} s, "
+        f"{max(0.0, request.deadline - now):.3g} s are left"
     )
 
 

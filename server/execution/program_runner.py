@@ -303,7 +303,7 @@ class ProgramRunner:
         return torch.from_numpy(padded).to(self._device)
 
     def _call_in_parts(self, start: int, count: int, call: Callable[[int, int], T]) -> list[T]:
-        """Call with the first slot and the number of rows: once, or in smaller batches when memory is short."""
+        """Call with first slot and number of rows: once, or in smaller batches when memory is short."""
         results, first = list[T](), start
         while first < start + count:
             rows = min(self._max_batch, start + count - first)
