@@ -86,7 +86,7 @@ def edge_case_server(models_of: Callable[..., Path]) -> Iterator[RunningServer]:
         programs=(sample,),
         examples=(golden.Example("sample"),),
     )
-    writer.write(model, models / model.name / "1")
+    writer.write(model, models / model.name / "1", formats=("onnx",))
     with serving(models) as server:
         yield server
 

@@ -36,7 +36,7 @@ def is_serving(server: RunningServer) -> bool:
 
 
 def test_server_is_not_serving_until_models_are_loaded(models: Path) -> None:
-    with listening(models) as server:
+    with listening(models, formats=("onnx",)) as server:
         assert not is_serving(server)
         with samovar.Client(server.address, timeout=2.0) as client, pytest.raises(samovar.SamovarError):
             client.models()
@@ -63,7 +63,8 @@ def test_shutdown_lets_calls_in_flight_finish(models: Path, grpc_workers: int) -
     assert rows == 200
 
 
-def test_metrics_count_calls_rows_and_steps(models: Path) -> None:
+def test_metrics_count_calls_rows_and_steps(models_of: Callable[..., Path]) -> None:
+    models = models_of(DIFFUSION)
     with serving(models) as server, samovar.Client(server.address) as client:
         client.sample(DIFFUSION, 10, parameters={"steps": 4})
         with pytest.raises(samovar.ModelNotFound):
