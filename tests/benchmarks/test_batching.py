@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.batching import RequestBatching, WholeBatchRunner
 from server.core.errors import ModelFailed
-from tests.server.engine.test_engine import Bench, Gate, bytes_alone
 from tests.support import programs
+from tests.support.engine import Bench, Gate, bytes_alone
 
 Tensors = Sequence[torch.Tensor]
 

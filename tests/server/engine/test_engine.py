@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -15,65 +15,12 @@ from hypothesis import strategies as st
 from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, Unavailable
 from server.core.request import Completed, Event, Failed, Request, Rows
 from server.engine.engine import MAX_NONFINITE_ROWS, MAX_RESTARTS, Engine
-from server.engine.scheduler import BatchingPolicy, Limits, Scheduler
-from server.execution.program_runner import ProgramRunner
-from server.runtime import Graph
+from server.engine.scheduler import Limits, Scheduler
 from tests.support import programs
-from tests.support.programs import KEY, Reader, RecordingObserver, admit, new_runner, request
+from tests.support.engine import Bench, Gate, bytes_alone
+from tests.support.programs import KEY, Reader, RecordingObserver, new_runner, request
 
 Tensors = Sequence[torch.Tensor]
-
-
-class Gate:
-    """A graph that waits for permission: `open` lets that many calls of the wrapped graph through."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._allowed = threading.Semaphore(0)
-        self._entered = threading.Semaphore(0)
-
-    def __call__(self, inputs: Tensors) -> Tensors:
-        self._entered.release()
-        assert self._allowed.acquire(timeout=500), "the gate was not opened"
-        return self._graph(inputs)
-
-    def await_call(self) -> None:
-        assert self._entered.acquire(timeout=500), "the graph was not called"
-
-    def open(self, calls: int = 1) -> None:
-        self._allowed.release(calls)
-
-
-class Clock:
-    """A clock that advances only when a test sets it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Bench:
-    """A running engine over one small program."""
-
-    def __init__(
-        self,
-        graphs: Mapping[str, Graph] = programs.GRAPHS,
-        limits: Limits | None = None,
-        batching: BatchingPolicy | None = None,
-        runner: type[ProgramRunner] = ProgramRunner,
-    ) -> None:
-        self.observer = RecordingObserver()
-        self.clock = Clock()
-        self.engine = Engine(Scheduler(limits, batching), self.observer, self.clock)
-        self.engine.add(KEY, new_runner(graphs=graphs, runner=runner))
-        self.engine.start()
-
-    def submit(self, **fields: object) -> tuple[Request, Reader]:
-        reader, submitted = Reader(), request(**fields)  # type: ignore[arg-type]
-        self.engine.submit(submitted, reader.deliver)
-        return submitted, reader
 
 
 @pytest.fixture
@@ -94,16 +41,6 @@ def gated(gate: Gate) -> Iterator[Bench]:
     yield started
     gate.open(10_000)
     started.engine.stop()
-
-
-def bytes_alone(seed: int, index: int, steps: int, scale: float = 1.0) -> bytes:
-    """Return a row's bytes when no other row is computed."""
-    runner = new_runner(buckets=(8,))
-    admit(runner, request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}))
-    while True:
-        for readout in runner.advance().readouts:
-            value: bytes = readout.rows.outputs["value"].tobytes()
-            return value
 
 
 requests = st.lists(
