@@ -339,6 +339,7 @@ def test_full_disk_fails_with_one_line(server: FakeServer) -> None:
     assert re.fullmatch(r"samovar: .*No space left on device\n", completed.stderr)
 
 
+@pytest.mark.slow
 def test_pipe_closed_during_output_ends_command_silently_with_141(server: FakeServer, tmp_path: Path) -> None:
     """The table does not fit in the buffer of a pipe: the command is still writing when `head` exits."""
     path = tmp_path / "rows.npy"

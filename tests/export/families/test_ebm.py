@@ -90,6 +90,7 @@ def test_energy_gradient_equals_autograd(dataset: loading.Dataset) -> None:
     torch.testing.assert_close(model.energy(x)[1], autograd(model, x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_exported_energy_gradient_equals_autograd(
     format: str, dataset: loading.Dataset, tmp_path: Path
@@ -115,6 +116,7 @@ def test_exported_energy_gradient_equals_autograd(
     np.testing.assert_allclose(norm, expected.norm(dim=1).numpy(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_exported_langevin_step_follows_autograd_gradient(
     format: str, dataset: loading.Dataset, tmp_path: Path

@@ -198,15 +198,18 @@ def tiny(digits: Dataset, tmp_path: Path) -> pipeline.TrainingJob:
     return pipeline.TrainingJob(mlp.FAMILY, digits, tmp_path, preset="tiny", formats=("onnx",), steps=4)
 
 
+@pytest.mark.slow
 def test_run_removes_checkpoint_when_artifact_is_written(tiny: pipeline.TrainingJob) -> None:
     directory = pipeline.run(tiny)
     assert [path.name for path in directory.parent.iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_run_records_seed(tiny: pipeline.TrainingJob) -> None:
     assert reader.read(pipeline.run(dataclasses.replace(tiny, seed=3))).provenance.seed == 3
 
 
+@pytest.mark.slow
 def test_run_reports_progress_and_prints_nothing(
     tiny: pipeline.TrainingJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +220,7 @@ def test_run_reports_progress_and_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_run_interrupted_reports_where_it_resumes(tiny: pipeline.TrainingJob) -> None:
     interrupted = dataclasses.replace(tiny, family=InterruptedFamily())
     with pytest.raises(KeyboardInterrupt):
@@ -239,6 +243,7 @@ class NanFamily(mlp.Family):
         return classifier
 
 
+@pytest.mark.slow
 def test_run_failed_leaves_no_files_and_can_be_repeated(tiny: pipeline.TrainingJob) -> None:
     failing = dataclasses.replace(tiny, family=NanFamily())
     for learning_rate in (None, 1e-4):
@@ -249,6 +254,7 @@ def test_run_failed_leaves_no_files_and_can_be_repeated(tiny: pipeline.TrainingJ
     assert manifest.provenance.settings["learning_rate"] == "0.0001"
 
 
+@pytest.mark.slow
 def test_run_failed_leaves_existing_artifacts(tiny: pipeline.TrainingJob) -> None:
     directory = pipeline.run(tiny)
     with pytest.raises(trainer.TrainingError):
@@ -256,6 +262,7 @@ def test_run_failed_leaves_existing_artifacts(tiny: pipeline.TrainingJob) -> Non
     assert [path.name for path in directory.parent.iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_run_without_resume_discards_checkpoint(tiny: pipeline.TrainingJob) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(dataclasses.replace(tiny, family=InterruptedFamily()))
