@@ -183,17 +183,28 @@ def failed_start(*flags: str) -> str:
     return line
 
 
-def test_failed_start_logs_one_line_with_flag_and_exits_with_1(models: Path, tmp_path: Path) -> None:
+def test_failed_start_logs_one_line_with_flag_and_exits_with_1(models: Path) -> None:
     assert "--device cuda:77" in failed_start("--models", str(models), "--device", "cuda:77")
-    assert "no such directory" in failed_start("--models", str(tmp_path / "nowhere"))
+
+
+def test_start_without_models_directory_fails_with_its_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="nowhere: no such directory"),
+        listening(tmp_path / "nowhere"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+def test_start_on_a_used_port_fails_with_cause_and_flag(models: Path, setting: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        for flag in ("--port", "--metrics-port"):
-            line = failed_start("--models", str(models), flag, port)
-            assert f"cannot bind 127.0.0.1:{port}: Address already in use" in line
-            assert flag in line
+        port = taken.getsockname()[1]
+        flag = f"--{setting.replace('_', '-')}"
+        reason = f"cannot bind 127.0.0.1:{port}: Address already in use; choose another port with {flag}"
+        with pytest.raises(RuntimeError, match=reason), listening(models, **{setting: port}):
+            pass
 
 
 def test_second_interrupt_ends_process_immediately(process: subprocess.Popen[str]) -> None:
