@@ -15,11 +15,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip install ./clients/python ".[gpu]"
 
 FROM python:3.12-slim
+# Triton compiles the kernel of random numbers with a C compiler. Without one, the host draws them.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --no-create-home samovar
 COPY --from=build /opt/venv /opt/venv
 COPY LICENSE /app/
 COPY server /app/server
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/tmp/triton
 WORKDIR /app
 USER 10001
 EXPOSE 8001 8002

@@ -8,12 +8,15 @@ every request runs alone.
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from server import config, process
 from server.app import App
 from server.core.request import Request
 from server.engine.scheduler import BatchingPolicy, ContinuousBatching
-from server.execution.program_runner import ProgramRunner, Readout, StepResult
+from server.execution.program_runner import ProgramRunner
+from server.execution.readout import Finished, Readout, StepResult
 
 
 class RequestBatching:
@@ -42,40 +45,55 @@ class WholeBatchRunner(ProgramRunner):
     def clear(self) -> None:
         super().clear()
         self._width = 0
-        self._withheld: list[Readout] = []
+        self._withheld: list[StepResult] = []
 
     @property
     def requests(self) -> list[Request]:
-        return list(dict.fromkeys((*super().requests, *(readout.request for readout in self._withheld))))
+        withheld = (request for result in self._withheld for request in result.finished)
+        return list(dict.fromkeys((*super().requests, *withheld)))
 
     def batch_rows(self) -> int:
         return max(self._width, self.num_active)
 
-    def advance(self) -> StepResult:
+    def advance(self, max_steps: int = 1) -> StepResult:
         self._width = self.batch_rows()
-        result = super().advance()
-        self._withheld += result.readouts
+        result = super().advance(max_steps)
+        withheld = [*self._withheld, result]
         if self.num_active:
-            return StepResult([], result.rows, result.bucket, result.num_oom)
-        readouts, self._withheld, self._width = self._withheld, [], 0
-        return StepResult(readouts, result.rows, result.bucket, result.num_oom)
+            self._withheld = withheld
+            # The engine waits for each step, so that the device is never many steps behind.
+            return replace(result, finished={}, wait=partial(_wait_for, [result], deliver=False))
+        self._withheld, self._width = [], 0
+        return replace(result, finished=_finished(withheld), wait=partial(_wait_for, withheld))
 
     def drop(self, request: Request) -> int:
-        dropped = [readout for readout in self._withheld if readout.request is request]
-        self._withheld = [readout for readout in self._withheld if readout.request is not request]
-        steps = sum(sum(readout.steps_done) for readout in dropped if readout.is_finished)
-        steps += super().drop(request)
-        if not self.num_active and not self._withheld:
+        steps = super().drop(request)
+        if not self.num_active and not any(result.finished for result in self._withheld):
             self._width = 0
         return steps
 
     def empty(self) -> dict[Request, int]:
         steps = super().empty()
-        for readout in self._withheld:
-            if readout.is_finished:
-                steps[readout.request] = steps.get(readout.request, 0) + sum(readout.steps_done)
+        for request, finished in _finished(self._withheld).items():
+            steps[request] = steps.get(request, 0) + finished.steps
         self._withheld, self._width = [], 0
         return steps
+
+
+def _finished(results: Sequence[StepResult]) -> dict[Request, Finished]:
+    """Return the finished rows of several steps, by request."""
+    total: dict[Request, Finished] = {}
+    for result in results:
+        for request, finished in result.finished.items():
+            before = total.get(request, Finished(0, 0))
+            total[request] = Finished(before.rows + finished.rows, before.steps + finished.steps)
+    return total
+
+
+def _wait_for(results: Sequence[StepResult], deliver: bool = True) -> list[Readout]:
+    """Wait for several steps; return their readouts, or none if they are to be delivered later."""
+    readouts = [readout for result in results for readout in result.wait()]
+    return readouts if deliver else []
 
 
 MODES: dict[str, tuple[BatchingPolicy, type[ProgramRunner]]] = {

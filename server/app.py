@@ -22,6 +22,7 @@ from samovar.v1 import manifest_pb2
 from server import __version__
 from server.config import Config
 from server.core.errors import InvalidArtifact
+from server.device_metrics import DeviceMemoryCollector
 from server.engine.engine import Engine
 from server.engine.scheduler import BatchingPolicy, Limits, Scheduler
 from server.execution.program_runner import ProgramRunner
@@ -31,7 +32,7 @@ from server.models.repository import Repository
 from server.rpc.grpc_server import GrpcServer, bind_errors
 from server.rpc.servicer import library_versions
 from server.rpc.workers import WorkerPool
-from server.runtime import RUNTIMES, Device, OpenGraph, summarize_error
+from server.runtime import RUNTIMES, Device, OpenGraph, device_context, summarize_error
 
 log = logging.getLogger("samovar")
 
@@ -64,7 +65,12 @@ class App:
     ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.config = config
-        self.device = Device(_resolve_device(config.device), config.intra_op_threads, config.cuda_graphs)
+        self.device = Device(
+            _resolve_device(config.device),
+            config.intra_op_threads,
+            config.cuda_graphs,
+            config.max_gpu_memory_mib << 20,
+        )
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         scheduler = Scheduler(
             Limits(
@@ -76,7 +82,12 @@ class App:
         )
         self.repository = Repository(self.device, config.formats, config.max_batch_rows, runtimes, runner)
         self.engine = Engine(
-            scheduler, self.metrics, reload_graphs=self.repository.reload_graphs, on_death=self._fail
+            scheduler,
+            self.metrics,
+            reload_graphs=self.repository.reload_graphs,
+            on_death=self._fail,
+            pipeline_depth=1 if self.device.is_cuda else 0,
+            device_context=device_context(self.device.torch),
         )
         self.frontend = self._build_frontend()
         self.port = 0
@@ -133,6 +144,8 @@ class App:
         )
         self.metrics.queued_rows.set_function(lambda: self.engine.num_queued)
         self.metrics.running_rows.set_function(lambda: self.engine.num_running)
+        if self.device.is_cuda:
+            self.metrics.registry.register(DeviceMemoryCollector(self.device))
         log.info("listening on %s:%d; metrics on port %d", config.host, self.port, self.metrics_port)
         log.info("device: %s; CPU threads per graph call: %d", self.device.name, self.device.threads)
 
@@ -190,7 +203,7 @@ class App:
             drr_quantum_rows=config.drr_quantum_rows,
             intra_op_threads=config.intra_op_threads,
             formats=config.formats,
-            cuda_graphs=config.cuda_graphs,
+            cuda_graphs=self.device.is_cuda and config.cuda_graphs,
             grpc_workers=config.grpc_workers,
             drain_timeout_seconds=config.drain_timeout,
         )

@@ -7,8 +7,11 @@ called on any thread and never wait for a graph. Knows no transport.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from server.core.errors import DeadlineExceeded, ModelFailed, SamovarError, ServerError, Unavailable
 from server.core.request import Completed, Deliver, Event, Failed, Preview, Request, Timings
@@ -16,7 +19,8 @@ from server.core.restart_policy import RestartPolicy
 from server.core.spec import ProgramKey
 from server.engine.program_queue import QueueEntry
 from server.engine.scheduler import ScheduledStep, Scheduler
-from server.execution.program_runner import ProgramRunner, Readout
+from server.execution.program_runner import ProgramRunner
+from server.execution.readout import Readout, StepResult
 from server.runtime import is_device_lost
 
 log = logging.getLogger(__name__)
@@ -50,8 +54,30 @@ class Observer(Protocol):
         """The device thread crashed and restarts."""
 
 
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was given to the device.
+
+    Attributes:
+        program: the program that steps.
+        entries: the requests with rows in the step.
+        result: what is known of it, and how to wait for the rest.
+        host_seconds: time that the host took for it.
+        charged: seconds that were charged for it.
+    """
+
+    program: ProgramKey
+    entries: Mapping[Request, QueueEntry]
+    result: StepResult
+    host_seconds: float
+    charged: float
+
+
 class Engine:
     """Owns the device thread, the scheduler and the program runners.
+
+    With a pipeline depth of 1 the host prepares the next step while the device works on the current one. Rows
+    whose last step was given to the device free their slots at once, and are delivered when it is done.
 
     If the device thread crashes, it fails all open requests, calls `reload_graphs` and resumes. After
     MAX_RESTARTS crashes within RESTART_PERIOD_SECONDS it stops and calls `on_death`.
@@ -62,21 +88,29 @@ class Engine:
         clock: monotonic time in seconds.
         reload_graphs: opens the graphs of every program again.
         on_death: called on the device thread when the engine gives up.
+        pipeline_depth: steps that the device may still be working on while the next one is prepared.
+        device_context: entered by the device thread.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         scheduler: Scheduler,
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
         reload_graphs: Callable[[], None] = lambda: None,
         on_death: Callable[[], None] = lambda: None,
+        pipeline_depth: int = 0,
+        device_context: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._observer = observer
         self._clock = clock
         self._reload_graphs = reload_graphs
         self._on_death = on_death
+        self._pipeline_depth = pipeline_depth
+        self._device_context = device_context or nullcontext()
+        # Accessed on the device thread only.
+        self._in_flight: deque[StepInFlight] = deque()
         self._restarts = RestartPolicy(MAX_RESTARTS, RESTART_PERIOD_SECONDS)
         self._runners: dict[ProgramKey, ProgramRunner] = {}
         # Guards the scheduler, and is notified when there may be work.
@@ -165,26 +199,40 @@ class Engine:
             raise Unavailable("the engine failed and is restarting; retry")
 
     def _serve(self) -> None:
-        while True:
-            try:
-                while (step := self._schedule()) is not None:
-                    readouts = self._run(step)
-                    self._deliver(readouts)
-                return
-            except BaseException:  # any crash of this thread would leave callers waiting
-                log.critical("device thread crashed; restarting the engine", exc_info=True)
-            if not self._restart():
-                self._on_death()
-                return
+        with self._device_context:
+            while True:
+                try:
+                    self._run_steps()
+                    return
+                except BaseException:  # any crash of this thread would leave callers waiting
+                    log.critical("device thread crashed; restarting the engine", exc_info=True)
+                if not self._restart():
+                    self._on_death()
+                    return
 
-    def _schedule(self) -> ScheduledStep | None:
-        """Wait for the next step; None when the engine stops."""
+    def _run_steps(self) -> None:
+        """Run steps until the engine stops."""
+        while True:
+            step = self._schedule(waits=not self._in_flight)
+            if step is not None:
+                self._launch(step)
+            elif not self._in_flight:
+                return
+            # Without a next step there is nothing to prepare meanwhile.
+            while len(self._in_flight) > (self._pipeline_depth if step is not None else 0):
+                self._finish(self._in_flight[0])
+                self._in_flight.popleft()
+
+    def _schedule(self, waits: bool) -> ScheduledStep | None:
+        """Return the next step; None when the engine stops, or if there is none and `waits` is False."""
         with self._work:
             while not self._is_stopping:
                 self._close_expired()
                 if step := self._scheduler.next_step():
                     self._record_admissions(step)
                     return step
+                if not waits:
+                    break
                 self._work.wait(self._wait_timeout())
         return None
 
@@ -195,8 +243,8 @@ class Engine:
                 entry.started_at = now
                 self._observer.on_dequeued(step.program, now - entry.submitted_at)
 
-    def _run(self, step: ScheduledStep) -> list[Readout]:
-        """Run a step of a program; if a graph raises, its requests fail and nothing is read out."""
+    def _launch(self, step: ScheduledStep) -> None:
+        """Give a step to the device; if a graph raises, the requests of its program fail."""
         runner = self._runners[step.program]
         start = self._clock()
         try:
@@ -205,41 +253,62 @@ class Engine:
                 self._observer.on_steps_discarded(step.program, steps, entry.close_reason)
             runner.admit(step.admissions)
             if not runner.num_active:
-                return []
+                return
             running = runner.requests
-            result = runner.advance()
+            result = runner.advance(step.max_steps)
         except Exception as error:
-            if is_device_lost(error):
-                raise
-            log.exception("%s failed; its requests fail", step.program)
-            self._observer.on_error(step.program, "graph")
             requests = {*runner.requests, *(admission.request for admission in step.admissions)}
-            self._fail(requests, ModelFailed(f"{step.program} failed: {type(error).__name__}"))
-            return []
-        seconds = self._clock() - start
-        for _ in range(result.num_oom):
-            self._observer.on_error(step.program, "out_of_memory")
-        self._observer.on_step(step.program, result.rows, result.bucket, seconds)
-        with self._work:
-            self._scheduler.record_step_time(step.program, result.bucket, seconds)
-            for request in running:
-                if running_entry := self._scheduler.entry(request):
-                    running_entry.compute_seconds += seconds
-        return result.readouts
+            self._fail_program(step.program, requests, error)
+            return
+        self._record_launch(step.program, running, result, self._clock() - start)
 
-    def _deliver(self, readouts: Sequence[Readout]) -> None:
-        """Record all readouts before any is delivered: callers that wake up contend for the GIL."""
+    def _record_launch(
+        self, program: ProgramKey, running: Sequence[Request], result: StepResult, host_seconds: float
+    ) -> None:
+        """Free the slots of rows that took their last step, and charge the program for the step."""
         with self._work:
-            deliveries = [self._record(readout) for readout in readouts]
+            entries = {
+                request: entry for request in running if (entry := self._scheduler.entry(request)) is not None
+            }
+            for request, finished in result.finished.items():
+                if request in entries and not entries[request].is_closed:
+                    self._scheduler.finish(request, finished.rows)
+            charged = self._scheduler.charge_steps(program, result.bucket, result.steps)
+        self._in_flight.append(StepInFlight(program, entries, result, host_seconds, charged))
+
+    def _finish(self, step: StepInFlight) -> None:
+        """Wait for a step, record it, and deliver its rows."""
+        start = self._clock()
+        try:
+            readouts = step.result.wait()
+        except Exception as error:
+            self._fail_program(step.program, step.entries, error)
+            self._fail_finished(step, _model_failed(step.program, error))
+            return
+        program, result = step.program, step.result
+        seconds = result.device_seconds()
+        if seconds is None:
+            seconds = step.host_seconds + self._clock() - start
+        step_seconds = seconds / result.steps
+        for _ in range(result.num_oom):
+            self._observer.on_error(program, "out_of_memory")
+        for _ in range(result.steps):
+            self._observer.on_step(program, result.rows, result.bucket, step_seconds)
+        with self._work:
+            self._scheduler.record_step_time(program, result.bucket, step_seconds, result.steps, step.charged)
+            for entry in step.entries.values():
+                entry.compute_seconds += seconds
+            deliveries = [self._record(step, readout) for readout in readouts]
+        # Delivered after all are recorded: callers that wake up contend for the GIL.
         for request_events in deliveries:
             if request_events is not None:
                 deliver, events = request_events
                 deliver(events)
 
-    def _record(self, readout: Readout) -> tuple[Deliver, Sequence[Event]] | None:
+    def _record(self, step: StepInFlight, readout: Readout) -> tuple[Deliver, Sequence[Event]] | None:
         """Account for a readout, and return the events to deliver, if any."""
-        entry = self._scheduler.entry(readout.request)
-        if entry is None or entry.is_closed:
+        entry = step.entries.get(readout.request)
+        if entry is None or entry.close_reason not in ("", "completed"):
             if readout.is_finished:
                 self._discard(readout, entry.close_reason if entry else "failed")
             return None
@@ -256,10 +325,10 @@ class Engine:
             events.append(readout.rows)
         else:
             self._record_nonfinite(entry, readout)
-        self._scheduler.finish(request, count)
+        entry.answered += count
         if len(entry.nonfinite_rows) >= MAX_NONFINITE_ROWS:
             self._scheduler.close(request, "failed")
-        if entry.is_closed:
+        if entry.is_answered or entry.close_reason == "failed":
             events.append(
                 Failed(_nonfinite_error(entry)) if entry.nonfinite_rows else Completed(self._timings(entry))
             )
@@ -319,11 +388,34 @@ class Engine:
             self._is_down, self._is_stopping = gives_up, self._is_stopping or gives_up
         return not gives_up
 
+    def _fail_program(self, program: ProgramKey, requests: Iterable[Request], error: Exception) -> None:
+        """Fail the requests of a step whose graph raised; raise the error again if the device is lost."""
+        if is_device_lost(error):
+            raise error
+        log.error("%s failed; its requests fail", program, exc_info=error)
+        self._observer.on_error(program, "graph")
+        self._fail(requests, _model_failed(program, error))
+
+    def _fail_finished(self, step: StepInFlight, error: Exception) -> None:
+        """Fail the requests of a failed step whose rows have all left their slots, with it or after it."""
+        for request, finished in step.result.finished.items():
+            entry = step.entries.get(request)
+            is_closed = entry is not None and entry.close_reason not in ("", "completed")
+            reason = entry.close_reason if entry and is_closed else "failed"
+            self._observer.on_steps_discarded(step.program, finished.steps, reason)
+        with self._work:
+            for entry in step.entries.values():
+                if entry.close_reason == "completed" and not entry.is_answered:
+                    entry.close_reason = "failed"
+                    _deliver_failure(entry, error)
+
     def _fail_all(self, error: Exception) -> None:
         """Fail every open request and empty the slots."""
         with self._work:
             requests = self._scheduler.open_requests()
         self._fail(requests, error)
+        while self._in_flight:
+            self._fail_finished(self._in_flight.popleft(), error)
         with self._work:
             for key, runner in self._runners.items():
                 for request, steps in runner.empty().items():
@@ -335,15 +427,23 @@ class Engine:
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         with self._work:
             for request in requests:
-                try:
-                    self._close(request, error, "failed")
-                except Exception:  # one unreachable caller must not keep the others from their errors
-                    log.exception("cannot deliver the failure of a request to its caller")
+                self._close(request, error, "failed")
 
     def _close(self, request: Request, error: Exception, reason: str) -> None:
         entry = self._scheduler.entry(request)
         if entry is not None and self._scheduler.close(request, reason):
-            entry.deliver([Failed(error)])
+            _deliver_failure(entry, error)
+
+
+def _deliver_failure(entry: QueueEntry, error: Exception) -> None:
+    try:
+        entry.deliver([Failed(error)])
+    except Exception:  # one unreachable caller must not keep the others from their errors
+        log.exception("cannot deliver the failure of a request to its caller")
+
+
+def _model_failed(program: ProgramKey, error: Exception) -> ModelFailed:
+    return ModelFailed(f"{program} failed: {type(error).__name__}")
 
 
 def _nonfinite_error(entry: QueueEntry) -> ModelFailed:

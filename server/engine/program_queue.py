@@ -43,6 +43,7 @@ class QueueEntry:
         compute_seconds: duration of the steps that its rows took part in.
         admitted: rows that have entered a slot.
         finished: rows that have left their slots, read out.
+        answered: finished rows that were delivered or found non-finite.
         acknowledged: finished rows that the caller has read.
         nonfinite_rows: indices of finished rows that are not finite.
         close_reason: why it was closed; empty while it is open.
@@ -57,6 +58,7 @@ class QueueEntry:
     compute_seconds: float = 0.0
     admitted: int = 0
     finished: int = 0
+    answered: int = 0
     acknowledged: int = 0
     nonfinite_rows: tuple[int, ...] = ()
     close_reason: str = ""
@@ -75,6 +77,10 @@ class QueueEntry:
     @property
     def is_complete(self) -> bool:
         return self.finished == self.request.rows
+
+    @property
+    def is_answered(self) -> bool:
+        return self.answered == self.request.rows
 
     @property
     def num_queued(self) -> int:

@@ -20,6 +20,10 @@ from server.engine.program_queue import RESERVED_SHARE, ProgramQueue, QueueEntry
 
 # Smallest number of deadlines that is worth compacting.
 MIN_COMPACTION_SIZE = 64
+# A program that is alone takes several steps in a turn of this duration: a turn takes the host longer than a
+# small step takes a GPU. Arriving rows wait for the turn to end.
+TURN_SECONDS = 0.00025
+MAX_STEPS_PER_TURN = 16
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,15 @@ class ContinuousBatching:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A step of a program: drop the rows of closed requests, admit rows, then step."""
+    """A turn of a program: drop the rows of closed requests, admit rows, then step.
+
+    It takes at most `max_steps` steps, and ends when a row does.
+    """
 
     program: ProgramKey
     admissions: list[Admission]
     dropped: list[QueueEntry]
+    max_steps: int = 1
 
 
 class Scheduler:
@@ -203,19 +211,27 @@ class Scheduler:
             queue = self._ring[0]
             if not queue.has_work:
                 self._retire(queue)
-            elif self._is_committed(queue) or self._has_credit(queue):
-                return ScheduledStep(queue.program, self._admit(queue), self._pop_dropped(queue))
+            elif self._has_credit(queue) or self._is_committed(queue):
+                admissions, dropped = self._admit(queue), self._pop_dropped(queue)
+                return ScheduledStep(queue.program, admissions, dropped, self._max_steps(queue))
             else:
                 self._rotate()
         return None
 
-    def record_step_time(self, program: ProgramKey, bucket: int, seconds: float) -> None:
-        """Record the duration of the latest step, of this program, at this batch size."""
+    def charge_steps(self, program: ProgramKey, bucket: int, steps: int = 1) -> float:
+        """Charge steps that begin with their expected duration, and return it, in seconds."""
+        queue = self._queues[program]
+        expected = steps * queue.step_time.shortest.get(bucket, 0.0)
+        self._charge(queue, expected)
+        return expected
+
+    def record_step_time(
+        self, program: ProgramKey, bucket: int, seconds: float, steps: int = 1, charged: float = 0.0
+    ) -> None:
+        """Record the duration of each of some steps at a batch size, and charge it instead of `charged`."""
         queue = self._queues[program]
         queue.step_time.record(bucket, seconds)
-        queue.credit -= queue.step_time.latest
-        if queue.credit <= 0:
-            self._rotate()
+        self._charge(queue, steps * queue.step_time.latest - charged)
 
     def forget_dropped(self) -> None:
         """Forget the closed requests with rows in slots, after all slots have been emptied."""
@@ -242,6 +258,13 @@ class Scheduler:
         self._ring.rotate(-1)
         self._granted = None
 
+    def _charge(self, queue: ProgramQueue, seconds: float) -> None:
+        """Charge device time; the turn of a program ends when it has spent its time."""
+        queue.credit -= seconds
+        # A step of an earlier turn may be charged while the program waits for its next one.
+        if queue.credit <= 0 and self._granted is queue:
+            self._rotate()
+
     def _is_committed(self, queue: ProgramQueue) -> bool:
         return self._batching.runs_to_completion and queue.num_running > 0
 
@@ -251,6 +274,13 @@ class Scheduler:
             self._granted = queue
             queue.credit += self._quantum(queue)
         return queue.credit >= 0
+
+    def _max_steps(self, queue: ProgramQueue) -> int:
+        """Return how many steps a program may take in its turn: one if others wait for theirs."""
+        step_time = queue.step_time.latest
+        if len(self._ring) > 1 or not step_time:
+            return 1
+        return max(1, min(MAX_STEPS_PER_TURN, int(TURN_SECONDS / step_time)))
 
     def _quantum(self, queue: ProgramQueue) -> float:
         """Return the seconds that a program earns in a round.

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from server.core.request import Admission, Request
 from server.core.spec import NUM_STEPS, STEP_INDEX, TensorSpec
-from server.execution.noise_buffer import NoiseBuffer, NoiseKeys
+from server.execution.device_operations import CpuOperations, DeviceOperations
+from server.execution.noise import ROW, SEED, NoiseKeys, NoiseSource
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -32,25 +33,28 @@ class Slots:
     Args:
         capacity: number of slots.
         tensors: tensors that graphs read, without their batch axis.
-        device: device of the tables.
+        operations: copies to the device of the tables.
         state: the tensors among them that a step writes.
-        noise: random numbers of the steps, which move with their rows.
+
+    Attributes:
+        noise: random numbers, of which some may be drawn ahead and move with their rows.
     """
+
+    noise: NoiseSource | None = None
 
     def __init__(
         self,
         capacity: int,
         tensors: Iterable[TensorSpec],
-        device: torch.device,
+        operations: DeviceOperations | None = None,
         state: Iterable[TensorSpec] = (),
-        noise: NoiseBuffer | None = None,
     ) -> None:
         self.capacity = capacity
-        self.noise = noise or NoiseBuffer((), capacity)
         self.num_active = 0
         self.num_started = 0
         self.has_previews = False
-        self._is_cpu = device.type == "cpu"
+        self._operations = operations or CpuOperations()
+        device = self._operations.device
         slots = 2 * capacity
         self.tables = {
             tensor.name: torch.zeros(
@@ -61,13 +65,14 @@ class Slots:
         self.next_state = {tensor.name: torch.zeros_like(self.tables[tensor.name]) for tensor in state}
         index = self.tables.get(STEP_INDEX)
         # On a CPU a NumPy operator takes a tenth of the time of a torch operator.
-        self._step_index: Any = index.numpy() if index is not None and self._is_cpu else index
+        self._step_index: Any = index.numpy() if index is not None and device.type == "cpu" else index
         self.side = 0
         self.seed = np.zeros(slots, np.uint64)
         # One table, so that a row is written and moved by one assignment. The end of a row is a value of the
         # step counter that all rows share, so that a step changes nothing here.
-        self._columns = np.zeros((slots, 5), np.int64)
-        self._owner, self.row, self.num_steps, self.preview_every, self._end = self._columns.T
+        self._columns = np.zeros((slots, 6), np.int64)
+        self._owner, self.row, self.num_steps, self.preview_every, self._end, self.number = self._columns.T
+        self._num_admitted = 0
         self._step_counter = 0
         self._next_end = _NEVER
         self._requests: dict[int, Request] = {}
@@ -95,14 +100,17 @@ class Slots:
                 admission.request.steps,
                 admission.request.preview_every,
                 now + admission.request.steps,
+                0,
             )
             for admission in admissions
         ]
         self._columns[new] = _repeat(columns, counts, np.int64)
         self.row[new] += _offsets(counts)
+        self.number[new] = np.arange(self._num_admitted, self._num_admitted + end - self.num_active)
+        self._num_admitted += end - self.num_active
         for name, rows in self._graph_inputs(admissions, counts, new):
             if name in self.tables:
-                self._put(name, new, rows)
+                self._operations.copy(rows, self.tables[name][new])
         self.num_active = end
         self._next_end = min(self._next_end, now + min(request.steps for request in requests))
         self._requests.update((id(request), request) for request in requests)
@@ -111,7 +119,9 @@ class Slots:
     def _graph_inputs(
         self, admissions: Sequence[Admission], counts: Sequence[int], new: slice
     ) -> Iterator[tuple[str, Array]]:
-        """Yield what graphs may read of new rows: the step counters, parameters and inputs."""
+        """Yield what graphs and the noise may read of new rows: keys, step counters, parameters, inputs."""
+        yield SEED, self.seed[new].view(np.int64)
+        yield ROW, self.row[new]
         yield STEP_INDEX, self.steps_done[new]
         yield NUM_STEPS, self.num_steps[new]
         requests = [admission.request for admission in admissions]
@@ -120,15 +130,21 @@ class Slots:
         for name in requests[0].inputs:
             yield name, np.concatenate([_input_rows(admission, name) for admission in admissions])
 
-    def count_step(self) -> None:
-        """Record that all active rows have taken a step, which wrote `next_state`."""
+    def count_step(self, frozen: torch.Tensor | None = None) -> None:
+        """Record that all active rows have taken a step, which wrote `next_state`.
+
+        Args:
+            frozen: rows that had ended before and did not change, bool [2 * capacity] on the device.
+        """
         for name in self.next_state:
             self.tables[name], self.next_state[name] = self.next_state[name], self.tables[name]
         self.side = 1 - self.side
         self._step_counter += 1
-        if self._step_index is not None:
-            # In place: a copy from the host would wait for the step on a GPU.
+        # In place: a copy from the host would wait for the step on a GPU.
+        if self._step_index is not None and frozen is None:
             self._step_index[: self.num_active] += 1
+        elif self._step_index is not None and frozen is not None:
+            self.tables[STEP_INDEX][: self.num_active] += ~frozen[: self.num_active]
 
     @property
     def steps_done(self) -> Array:
@@ -146,6 +162,20 @@ class Slots:
         """Which active rows have taken all their steps, bool [num_active]."""
         ended: Mask = self._end[: self.num_active] <= self._step_counter
         return ended
+
+    def end_early(self, numbers: Array) -> None:
+        """Record that rows have ended, although steps are left; those that left their slots are skipped.
+
+        Args:
+            numbers: the `number` of each row, which no other row has.
+        """
+        rows = np.flatnonzero(np.isin(self.number[: self.num_active], numbers))
+        if not len(rows):
+            return
+        left = np.maximum(self._end[rows] - self._step_counter, 0)
+        self._end[rows] -= left
+        self.num_steps[rows] -= left
+        self._next_end = min(self._next_end, self._step_counter)
 
     def noise_keys(self, slots: slice) -> NoiseKeys:
         """Return the keys of the random numbers of the rows in some slots."""
@@ -169,29 +199,17 @@ class Slots:
             target, source = np.concatenate([holes, movers]), np.concatenate([movers, holes])
             self.seed[target] = self.seed[source]
             self._columns[target] = self._columns[source]
-            self._move(target, source)
-            self.noise.move(target, source)
+            self._operations.move_rows(self.tables.values(), target, source)
+            if self.noise:
+                self.noise.move(target, source)
         return boundary
-
-    def _put(self, name: str, slots: slice, rows: Array) -> None:
-        if self._is_cpu:
-            self.tables[name].numpy()[slots] = rows
-        else:
-            self.tables[name][slots] = torch.from_numpy(np.ascontiguousarray(rows))
-
-    def _move(self, target: Array, source: Array) -> None:
-        for table in self.tables.values():
-            if self._is_cpu:
-                rows = table.numpy()
-                rows[target] = rows[source]
-            else:
-                table[torch.from_numpy(target)] = table[torch.from_numpy(source)]
 
     def release(self, boundary: int) -> None:
         """Free the slots from `boundary` on."""
         self.num_active = boundary
         self.num_started = min(self.num_started, boundary)
-        self.noise.truncate(boundary)
+        if self.noise:
+            self.noise.truncate(boundary)
         remaining = set(self._owner[:boundary].tolist())
         self._requests = {owner: request for owner, request in self._requests.items() if owner in remaining}
         self.has_previews = any(request.preview_every for request in self._requests.values())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from server.core.errors import InvalidArtifact, RuntimeUnavailable
-from server.core.spec import ModelSpec, ProgramKey
+from server.core.spec import GoldenRows, ModelSpec, ProgramKey
 from server.execution.program_runner import ProgramRunner
 from server.models import artifact
 from server.models.batch_invariance import BatchInvarianceCheck, is_batch_invariant
@@ -23,6 +23,7 @@ from server.runtime import (
     Graph,
     OpenGraph,
     device_context,
+    limit_memory,
     set_deterministic,
     summarize_error,
 )
@@ -49,12 +50,8 @@ class Repository:
         runtimes: Mapping[str, OpenGraph] = RUNTIMES,
         runner: type[ProgramRunner] = ProgramRunner,
     ) -> None:
-        set_deterministic()
-        if device.cuda_graphs and formats[0] == "onnx":
-            log.warning(
-                "--cuda-graphs has no effect on ONNX, the preferred format; name another one first in "
-                "--formats"
-            )
+        set_deterministic(device)
+        limit_memory(device)
         self._device = device
         self._formats = tuple(formats)
         self._runtimes = runtimes
@@ -124,18 +121,31 @@ class Repository:
             are_graphs_invariant = all(invariant[graph.name] for graph in program.graphs)
             buckets = sorted(common) if are_graphs_invariant else self._buckets
             key = ProgramKey(spec.name, spec.version, format_, program.operation, program.variant)
-            runner = self._runner(program, graphs, buckets, self._device.torch, self._prefetch_executor)
-            # A CPU runtime prepares nothing for a step, so that one step is enough.
-            steps = 2 if self._device.is_cuda else 1
-            is_bitwise = is_batch_invariant(runner, golden[name], steps) and are_graphs_invariant
+            runner = self._runner(program, graphs, buckets, self._device, self._prefetch_executor)
+            is_bitwise = self._warm_up(runner, golden[name], key) and are_graphs_invariant
             self.runners[key] = runner
             loaded.append(LoadedProgram(key, program, runner.capacity, is_bitwise, default_inputs(program)))
         return loaded
 
+    def _warm_up(self, runner: ProgramRunner, golden: GoldenRows, key: ProgramKey) -> bool:
+        """Call a program at every batch size; return whether rows have the same bits in all."""
+        if not self._device.is_cuda:  # a CPU runtime prepares nothing for a step, so that one step is enough
+            return is_batch_invariant(runner, golden, steps=1)
+        if not runner.uses_cuda_graphs:
+            return is_batch_invariant(runner, golden)
+        if is_batch_invariant(runner, golden, passes=2):
+            return True
+        runner.use_cuda_graphs(False)
+        if is_batch_invariant(runner, golden):
+            log.warning("%s does not use CUDA graphs: its rows have other bits with them", key)
+            return True
+        runner.use_cuda_graphs(True)
+        return is_batch_invariant(runner, golden)
+
     def _replay(self, spec: ModelSpec, format_: str, graphs: Mapping[str, Graph]) -> dict[str, set[int]]:
         """Replay the golden rows; return the batch sizes at which each graph is batch-invariant."""
         invariance = BatchInvarianceCheck(graphs, self._buckets)
-        replay = GoldenReplay(invariance.recorded, self._buckets, self._device.torch)
+        replay = GoldenReplay(invariance.recorded, self._buckets, self._device)
         for golden in spec.golden:
             try:
                 replay.check(spec.programs[golden.program], golden)

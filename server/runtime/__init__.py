@@ -9,6 +9,7 @@ from server.runtime.base import (
     device_context,
     is_device_lost,
     is_out_of_memory,
+    limit_memory,
     set_deterministic,
     summarize_error,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "device_context",
     "is_device_lost",
     "is_out_of_memory",
+    "limit_memory",
     "set_deterministic",
     "summarize_error",
 ]

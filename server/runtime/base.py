@@ -1,8 +1,7 @@
 """Interface of a runtime: open a graph file, then call the graph with tensors."""
 
-import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from server.core.spec import GraphSpec
-
-log = logging.getLogger(__name__)
 
 Tensors = Sequence[torch.Tensor]
 
@@ -25,11 +22,13 @@ class Device:
         name: "cpu", "cuda" or "cuda:<index>".
         threads: CPU threads of one graph call.
         cuda_graphs: whether steps on a GPU are captured once and replayed as CUDA graphs.
+        max_memory_bytes: memory of a GPU that torch, and each ONNX graph, may take; 0 for all of it.
     """
 
     name: str = "cpu"
     threads: int = 1
     cuda_graphs: bool = False
+    max_memory_bytes: int = 0
 
     @property
     def torch(self) -> torch.device:
@@ -40,16 +39,41 @@ class Device:
         return self.name.startswith("cuda")
 
 
+@cache
+def device_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU on which every runtime launches its kernels, in the order of the calls."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def device_context(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a GPU is the current device of events, streams and captures."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Return a context in which a GPU and its stream are the current ones of this thread.
+
+    Graphs, tables and transfers of a GPU are used in this context only: work on another stream would not wait
+    for them.
+    """
+    return torch.cuda.stream(device_stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def set_deterministic() -> None:
+# Settings of the process that are never undone.
+_settings = ExitStack()
+
+
+def set_deterministic(device: Device) -> None:
     """Make torch choose kernels deterministically, and compute float32 without TF32."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device.is_cuda:
+        # The fuser compiles a kernel for the first batch sizes only, whose bits differ from other kernels'.
+        _settings.enter_context(torch.jit.fuser("none"))  # type: ignore[attr-defined]
+
+
+def limit_memory(device: Device) -> None:
+    """Limit the memory that torch takes on a GPU; ONNX Runtime has a limit of its own for each graph."""
+    if device.is_cuda and device.max_memory_bytes:
+        total = torch.cuda.get_device_properties(device.torch).total_memory
+        share = min(1.0, device.max_memory_bytes / total)
+        torch.cuda.set_per_process_memory_fraction(share, device.torch)
 
 
 def summarize_error(error: BaseException) -> str:
@@ -58,7 +82,10 @@ def summarize_error(error: BaseException) -> str:
 
 
 class Graph(Protocol):
-    """A pure function over rows: tensors [B, *row shape] in and out, in the order of its specification."""
+    """A pure function over rows: tensors [B, *row shape] in and out, in the order of its specification.
+
+    On a GPU a call returns before its kernels have run; it is called in the `device_context`.
+    """
 
     def __call__(self, inputs: Tensors) -> Tensors:
         """Return new tensors, none of which is a view of an input."""
@@ -87,41 +114,6 @@ def bind_by_copy(graph: Graph, inputs: Tensors, outputs: Tensors) -> Callable[[]
             output.copy_(result)
 
     return call
-
-
-def capture_cuda_graph(call: Callable[[], None], warm_up_calls: int = 3) -> Callable[[], None]:
-    """Capture the kernels of a call as a CUDA graph, and return its replay."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    # The context includes the capture: a failed capture leaves its stream the current one.
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up_calls):
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
-
-
-@cache
-def _pool() -> Any:
-    """Return one memory pool for all captured graphs, which are never replayed at the same time."""
-    return torch.cuda.graph_pool_handle()
-
-
-def bind_with_capture(graph: Graph, inputs: Tensors, outputs: Tensors, device: Device) -> Callable[[], None]:
-    """Bind by copy; on CUDA with `cuda_graphs`, as the replay of a CUDA graph where capture succeeds."""
-    call = bind_by_copy(graph, inputs, outputs)
-    if not (device.is_cuda and device.cuda_graphs):
-        return call
-    try:
-        return capture_cuda_graph(call)
-    except RuntimeError as error:
-        if is_out_of_memory(error) or is_device_lost(error):
-            raise
-        log.warning("cannot capture a CUDA graph; calling its kernels one by one: %s", summarize_error(error))
-        return call
 
 
 def detach_outputs(result: torch.Tensor | Tensors, inputs: Tensors) -> Tensors:

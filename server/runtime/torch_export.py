@@ -5,7 +5,6 @@ captured CUDA graph runs without Python.
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from torch.export.passes import move_to_device_pass
 
 from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs, summarize_error
+from server.runtime.base import Device, Tensors, detach_outputs, summarize_error
 
 
 class TorchExportGraph:
     """An exported program, called with positional arguments."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
-        self._device = device
         program = _load(path)
         arguments = [str(name) for name in program.graph_signature.user_inputs]
         expected = [tensor.name for tensor in spec.inputs]
@@ -36,10 +34,6 @@ class TorchExportGraph:
     def __call__(self, inputs: Tensors) -> Tensors:
         with torch.no_grad():
             return detach_outputs(self._module(*inputs), inputs)
-
-    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """Return a call on these tensors."""
-        return bind_with_capture(self, inputs, outputs, self._device)
 
 
 def _load(path: Path) -> torch.export.ExportedProgram:

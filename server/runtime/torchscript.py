@@ -1,6 +1,5 @@
 """Runtime for TorchScript graphs, on the CPU or a GPU."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,13 @@ import torch
 
 from server.core.errors import InvalidArtifact
 from server.core.spec import GraphSpec
-from server.runtime.base import Device, Tensors, bind_with_capture, detach_outputs, summarize_error
+from server.runtime.base import Device, Tensors, detach_outputs, summarize_error
 
 
 class TorchScriptGraph:
     """A frozen TorchScript function, called with positional arguments."""
 
     def __init__(self, path: Path, spec: GraphSpec, device: Device) -> None:
-        self._device = device
         try:
             self._module: Any = torch.jit.load(str(path), map_location=device.torch)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -33,10 +31,6 @@ class TorchScriptGraph:
     def __call__(self, inputs: Tensors) -> Tensors:
         # Neither no_grad nor inference_mode: a graph may differentiate (energies do).
         return detach_outputs(self._module(*inputs), inputs)
-
-    def bind(self, inputs: Tensors, outputs: Tensors) -> Callable[[], None]:
-        """Return a call on these tensors."""
-        return bind_with_capture(self, inputs, outputs, self._device)
 
 
 def _move_constants(graph: Any, device: Device) -> None:

@@ -8,6 +8,7 @@ import torch
 from server.core.request import Request
 from server.engine.engine import Engine
 from server.engine.scheduler import BatchingPolicy, Limits, Scheduler
+from server.execution.device_operations import DeviceOperations
 from server.execution.program_runner import ProgramRunner
 from server.runtime import Graph
 from tests.support import programs
@@ -47,7 +48,7 @@ class Clock:
 
 
 class Bench:
-    """A running engine over one small program."""
+    """A running engine over one small program, pipelined if its device works asynchronously."""
 
     def __init__(
         self,
@@ -55,11 +56,13 @@ class Bench:
         limits: Limits | None = None,
         batching: BatchingPolicy | None = None,
         runner: type[ProgramRunner] = ProgramRunner,
+        operations: DeviceOperations | None = None,
     ) -> None:
         self.observer = RecordingObserver()
         self.clock = Clock()
-        self.engine = Engine(Scheduler(limits, batching), self.observer, self.clock)
-        self.engine.add(KEY, new_runner(graphs=graphs, runner=runner))
+        depth = 1 if operations and operations.is_async else 0
+        self.engine = Engine(Scheduler(limits, batching), self.observer, self.clock, pipeline_depth=depth)
+        self.engine.add(KEY, new_runner(graphs=graphs, runner=runner, operations=operations))
         self.engine.start()
 
     def submit(self, **fields: object) -> tuple[Request, Reader]:
@@ -73,6 +76,6 @@ def bytes_alone(seed: int, index: int, steps: int, scale: float = 1.0) -> bytes:
     runner = new_runner(buckets=(8,))
     admit(runner, request(steps=steps, seed=seed, first_row=index, parameters={"scale": scale}))
     while True:
-        for readout in runner.advance().readouts:
+        for readout in runner.advance().wait():
             value: bytes = readout.rows.outputs["value"].tobytes()
             return value

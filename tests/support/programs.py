@@ -19,8 +19,9 @@ from server.core.spec import (
     StepSchedule,
     TensorSpec,
 )
+from server.execution.device_operations import DeviceOperations
 from server.execution.program_runner import ProgramRunner
-from server.runtime import Graph
+from server.runtime import Device, Graph
 
 Tensors = Sequence[torch.Tensor]
 
@@ -72,8 +73,9 @@ def new_runner(
     buckets: Sequence[int] = (1, 2, 4, 8),
     prefetch_executor: Executor | None = None,
     runner: type[ProgramRunner] = ProgramRunner,
+    operations: DeviceOperations | None = None,
 ) -> ProgramRunner:
-    return runner(spec, graphs, buckets, torch.device("cpu"), prefetch_executor)
+    return runner(spec, graphs, buckets, Device(), prefetch_executor, operations)
 
 
 @dataclass

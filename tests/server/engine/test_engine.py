@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -16,16 +16,18 @@ from server.core.errors import DeadlineExceeded, ModelFailed, Overloaded, Unavai
 from server.core.request import Completed, Event, Failed, Request, Rows
 from server.engine.engine import MAX_NONFINITE_ROWS, MAX_RESTARTS, Engine
 from server.engine.scheduler import Limits, Scheduler
+from server.execution.device_operations import CpuOperations
 from tests.support import programs
+from tests.support.device_operations import OPERATIONS
 from tests.support.engine import Bench, Gate, bytes_alone
 from tests.support.programs import KEY, Reader, RecordingObserver, new_runner, request
 
 Tensors = Sequence[torch.Tensor]
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    started = Bench()
+@pytest.fixture(params=list(OPERATIONS.values()), ids=list(OPERATIONS))
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    started = Bench(operations=request.param())
     yield started
     started.engine.stop()
 
@@ -56,12 +58,13 @@ requests = st.lists(
 )
 
 
+@pytest.mark.parametrize("operations", OPERATIONS.values(), ids=OPERATIONS)
 @settings(max_examples=30)
 @given(requests)
 def test_rows_of_concurrent_requests_have_the_bytes_that_they_have_alone(
-    submitted: list[tuple[int, int, int, int, float]],
+    operations: Callable[[], CpuOperations], submitted: list[tuple[int, int, int, int, float]]
 ) -> None:
-    bench = Bench()
+    bench = Bench(operations=operations())
     readers = [
         bench.submit(rows=rows, steps=steps, seed=seed, first_row=first, parameters={"scale": scale})[1]
         for rows, steps, seed, first, scale in submitted

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -310,6 +311,40 @@ def test_one_slow_step_delays_no_program_for_long(seconds: list[float], slow_ste
         assert now - last[program] <= 12 * max(seconds)
         now += step_times[program]
         last[program] = now
+
+
+def test_programs_share_a_pipelined_device_by_time() -> None:
+    """The duration of a step is known only after the next one was launched."""
+    scheduler = new_scheduler()
+    seconds = {LEFT: 0.010, RIGHT: 0.002}
+    for program in seconds:
+        submit_rows(scheduler, 1, program, steps=100_000)
+        record_step_time(scheduler, seconds[program], program)
+    total, in_flight = dict.fromkeys(seconds, 0.0), deque[tuple[ProgramKey, float]]()
+    for _ in range(2000):
+        step = scheduler.next_step()
+        assert step is not None
+        in_flight.append((step.program, scheduler.charge_steps(step.program, CAPACITY)))
+        if len(in_flight) > 1:
+            program, charged = in_flight.popleft()
+            scheduler.record_step_time(program, CAPACITY, seconds[program], charged=charged)
+            total[program] += seconds[program]
+    assert total[LEFT] == pytest.approx(total[RIGHT], rel=0.05)
+
+
+@pytest.mark.parametrize(("seconds", "max_steps"), [(0.0, 1), (0.001, 1), (0.0001, 2), (0.00001, 16)])
+def test_lone_program_takes_several_small_steps_in_a_turn(seconds: float, max_steps: int) -> None:
+    scheduler = new_scheduler()
+    submit_rows(scheduler, 1, steps=1000)
+    record_step_time(scheduler, seconds)
+    step = scheduler.next_step()
+    assert step is not None
+    assert step.max_steps == max_steps
+    scheduler.record_step_time(LEFT, CAPACITY, seconds, steps=max_steps)
+    submit_rows(scheduler, 1, RIGHT)
+    step = scheduler.next_step()
+    assert step is not None
+    assert step.max_steps == 1
 
 
 def test_new_program_waits_for_one_step_of_a_busy_program() -> None:

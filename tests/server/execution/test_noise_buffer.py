@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.core.request import Request
-from server.execution.noise_buffer import NoiseBuffer, NoiseKeys, draw
+from server.execution.noise import NoiseKeys
+from server.execution.noise.buffer import NoiseBuffer, draw
 from server.execution.program_runner import ProgramRunner
 from tests.support import programs
 from tests.support.programs import admit, new_runner, request
@@ -107,7 +108,7 @@ TWINS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(1, 60), st.i
 
 
 def _advance(runner: ProgramRunner, found: dict[Request, bytes]) -> None:
-    for readout in runner.advance().readouts:
+    for readout in runner.advance().wait():
         found[readout.request] = readout.rows.outputs["value"].tobytes()
 
 

@@ -12,17 +12,27 @@ import torch
 from samovar import noise
 from server.core.request import Admission, Request
 from server.core.spec import GraphSpec, StepSchedule, TensorSpec
-from server.execution.program_runner import ProgramRunner, Readout
+from server.execution.device_operations import CpuOperations
+from server.execution.program_runner import ProgramRunner
+from server.execution.readout import Readout
 from server.runtime import Device, OnnxGraph
 from tests.support import programs
+from tests.support.device_operations import OPERATIONS
 from tests.support.programs import admit, new_runner, request
+
+
+@pytest.fixture(params=list(OPERATIONS.values()), ids=list(OPERATIONS))
+def operations(request: pytest.FixtureRequest) -> CpuOperations:
+    """Operations of a CPU, and of a device that works asynchronously."""
+    created: CpuOperations = request.param()
+    return created
 
 
 def run(runner: ProgramRunner) -> list[Readout]:
     """Advance until no row is left, and return the readouts of finished rows."""
     readouts: list[Readout] = []
     while runner.num_active:
-        readouts += runner.advance().readouts
+        readouts += runner.advance().wait()
     return [readout for readout in readouts if readout.is_finished]
 
 
@@ -36,8 +46,10 @@ def expected_walk(queued: Request, index: int) -> np.ndarray:
     return total
 
 
-def test_rows_of_different_lengths_and_parameters_share_calls_without_mixing() -> None:
-    runner = new_runner()
+def test_rows_of_different_lengths_and_parameters_share_calls_without_mixing(
+    operations: CpuOperations,
+) -> None:
+    runner = new_runner(operations=operations)
     queued = [
         request(rows=2, steps=steps, seed=steps, first_row=10 * steps, parameters={"scale": steps / 2})
         for steps in (5, 1, 3)
@@ -50,8 +62,27 @@ def test_rows_of_different_lengths_and_parameters_share_calls_without_mixing() -
             assert np.allclose(value, expected_walk(readout.request, index), atol=1e-5)
 
 
-def test_row_that_joins_late_starts_at_step_zero() -> None:
-    runner = new_runner()
+def test_turn_takes_several_steps_until_a_row_ends(operations: CpuOperations) -> None:
+    runner = new_runner(operations=operations)
+    short, long = request(steps=3, seed=1), request(steps=9, seed=2)
+    admit(runner, short, long)
+    results = []
+    while runner.num_active:
+        result = runner.advance(max_steps=4)
+        results.append((result.steps, result.wait()))
+    assert [steps for steps, _ in results] == [3, 4, 2]
+    for readout in (readout for _, readouts in results for readout in readouts):
+        assert np.allclose(readout.rows.outputs["value"][0], expected_walk(readout.request, 0), atol=1e-5)
+
+
+def test_turn_with_previews_takes_one_step(operations: CpuOperations) -> None:
+    runner = new_runner(operations=operations)
+    admit(runner, request(steps=3, preview_every=2))
+    assert runner.advance(max_steps=4).steps == 1
+
+
+def test_row_that_joins_late_starts_at_step_zero(operations: CpuOperations) -> None:
+    runner = new_runner(operations=operations)
     early, late = request(steps=4, seed=1), request(steps=4, seed=2)
     admit(runner, early)
     runner.advance()
@@ -61,8 +92,8 @@ def test_row_that_joins_late_starts_at_step_zero() -> None:
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_drop_leaves_other_requests_unchanged(dropped: int) -> None:
-    runner = new_runner()
+def test_drop_leaves_other_requests_unchanged(dropped: int, operations: CpuOperations) -> None:
+    runner = new_runner(operations=operations)
     queued = [request(rows=2, steps=4, seed=seed) for seed in range(3)]
     admit(runner, *queued)
     runner.advance()
@@ -74,9 +105,9 @@ def test_drop_leaves_other_requests_unchanged(dropped: int) -> None:
             assert np.allclose(value, expected_walk(readout.request, index), atol=1e-5)
 
 
-def test_inputs_apply_to_their_own_row_or_to_all_rows() -> None:
+def test_inputs_apply_to_their_own_row_or_to_all_rows(operations: CpuOperations) -> None:
     starts = np.arange(6, dtype=np.float32).reshape(3, 2)
-    runner = new_runner()
+    runner = new_runner(operations=operations)
     own = request(rows=3, steps=1, parameters={"scale": 0.0}, inputs={"start": starts})
     shared = request(rows=3, steps=1, parameters={"scale": 0.0}, inputs={"start": starts[1:2]})
     runner.admit([Admission(own, 0, 2)])
@@ -87,8 +118,8 @@ def test_inputs_apply_to_their_own_row_or_to_all_rows() -> None:
     assert np.array_equal(values[shared], np.repeat(starts[1:2], 3, 0))
 
 
-def test_slot_keeps_no_state_of_its_last_row() -> None:
-    runner = new_runner(dataclasses.replace(programs.WALK, init=None))
+def test_slot_keeps_no_state_of_its_last_row(operations: CpuOperations) -> None:
+    runner = new_runner(dataclasses.replace(programs.WALK, init=None), operations=operations)
     first, second = request(steps=2, seed=1), request(steps=2, seed=1)
     admit(runner, first)
     before = run(runner)[0].rows.outputs["value"]
@@ -96,16 +127,16 @@ def test_slot_keeps_no_state_of_its_last_row() -> None:
     assert np.array_equal(run(runner)[0].rows.outputs["value"], before)
 
 
-def test_program_without_steps_is_read_out_at_once() -> None:
-    runner = new_runner(programs.ECHO)
+def test_program_without_steps_is_read_out_at_once(operations: CpuOperations) -> None:
+    runner = new_runner(programs.ECHO, operations=operations)
     starts = np.ones((2, 2), np.float32)
     admit(runner, request(rows=2, steps=0, inputs={"start": starts}))
-    (readout,) = runner.advance().readouts
+    (readout,) = runner.advance().wait()
     assert np.array_equal(readout.rows.outputs["value"], starts)
     assert runner.num_active == 0
 
 
-def test_row_with_done_flag_ends_early() -> None:
+def test_row_with_done_flag_ends_early(operations: CpuOperations) -> None:
     done = TensorSpec("done", "bool")
     walk = GraphSpec(
         "until", (*programs.WALK.step.inputs, done) if programs.WALK.step else (), (programs.TOTAL, done)
@@ -126,7 +157,7 @@ def test_row_with_done_flag_ends_early() -> None:
         (total,) = programs.walk(inputs[:4])
         return [total, total.abs().amax(1) > 4]
 
-    runner = new_runner(spec, {**programs.GRAPHS, "begin": start, "until": until_far})
+    runner = new_runner(spec, {**programs.GRAPHS, "begin": start, "until": until_far}, operations=operations)
     admit(runner, request(rows=8, steps=100, parameters={"scale": 2.0}))
     finished = run(runner)
     lengths = [steps for readout in finished for steps in readout.steps_done]
@@ -150,19 +181,19 @@ def test_calls_are_padded_to_the_smallest_sufficient_bucket() -> None:
     assert sizes == [2, 2, 8, 8]
 
 
-def test_preview_reads_out_due_rows_and_changes_no_state() -> None:
+def test_preview_reads_out_due_rows_and_changes_no_state(operations: CpuOperations) -> None:
     sizes = []
 
     def watched(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         sizes.append(len(inputs[0]))
         return programs.identity(inputs)
 
-    runner = new_runner(graphs={**programs.GRAPHS, "end": watched})
+    runner = new_runner(graphs={**programs.GRAPHS, "end": watched}, operations=operations)
     seen = request(rows=2, steps=5, seed=1, preview_every=2)
     others = [request(rows=2, steps=steps, seed=seed) for seed, steps in ((2, 6), (3, 3), (4, 6))]
     for one in (others[0], seen, *others[1:]):
         admit(runner, one)
-    readouts = [readout for _ in range(6) for readout in runner.advance().readouts]
+    readouts = [readout for _ in range(6) for readout in runner.advance().wait()]
     previews = [readout for readout in readouts if not readout.is_finished]
     assert [(readout.request, readout.steps_done) for readout in previews] == [(seen, [2, 2]), (seen, [4, 4])]
     assert sizes == [2, 2, 2, 2, 4]
@@ -172,13 +203,15 @@ def test_preview_reads_out_due_rows_and_changes_no_state() -> None:
             assert np.allclose(value, expected_walk(so_far, index), atol=1e-5)
 
 
-def test_padding_rows_are_never_read_out() -> None:
+def test_padding_rows_are_never_read_out(operations: CpuOperations) -> None:
     def nan_in_padding(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (total,) = programs.walk(inputs)
         total[3:] = torch.nan
         return [total]
 
-    runner = new_runner(graphs={**programs.GRAPHS, "walk": nan_in_padding}, buckets=(8,))
+    runner = new_runner(
+        graphs={**programs.GRAPHS, "walk": nan_in_padding}, buckets=(8,), operations=operations
+    )
     admit(runner, request(rows=3, steps=4))
     assert all(readout.is_finite for readout in run(runner))
     admit(runner, request(rows=1, steps=1))
@@ -186,12 +219,16 @@ def test_padding_rows_are_never_read_out() -> None:
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_nonfinite_state_is_detected_behind_integer_outputs(number: float) -> None:
+def test_nonfinite_state_is_detected_behind_integer_outputs(number: float, operations: CpuOperations) -> None:
     def level(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [inputs[0].nan_to_num().clamp(-9, 9).to(torch.int64)]
 
     end = dataclasses.replace(programs.WALK.readout, outputs=(TensorSpec("value", "int64", (2,)),))
-    runner = new_runner(dataclasses.replace(programs.WALK, readout=end), {**programs.GRAPHS, "end": level})
+    runner = new_runner(
+        dataclasses.replace(programs.WALK, readout=end),
+        {**programs.GRAPHS, "end": level},
+        operations=operations,
+    )
     fine, broken = (
         request(
             steps=2,

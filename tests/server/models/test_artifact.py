@@ -232,14 +232,6 @@ def test_format_without_runtime_is_skipped_with_warning(
         Repository(Device(), formats, 8, dict.fromkeys(formats, unavailable)).load(artifact)
 
 
-def test_cuda_graphs_without_effect_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    device = Device(cuda_graphs=True)
-    Repository(device, ("torchscript", "onnx"), 8)
-    assert not caplog.messages
-    Repository(device, ("onnx", "torchscript"), 8)
-    assert "--cuda-graphs has no effect on ONNX" in caplog.text
-
-
 def test_invalid_artifact_is_logged_and_others_are_served(
     models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ from server.core.spec import GoldenRows
 from server.models.batch_invariance import BatchInvarianceCheck, is_batch_invariant
 from server.models.golden_replay import GoldenReplay
 from server.runtime import Device, Graph
-from server.runtime.base import bind_by_copy, bind_with_capture
+from server.runtime.base import bind_by_copy
 from tests.support import programs
 from tests.support.programs import admit, new_runner, request
 
@@ -22,14 +22,14 @@ def golden(rows: int = 3, error: float = 0.0, tolerance: float = 1e-6) -> Golden
     """Return golden rows of the walk, whose outputs differ by `error`."""
     runner = new_runner(buckets=(64,))
     admit(runner, request(rows=rows, steps=3, seed=4, first_row=9))
-    outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in runner.advance().readouts]
+    outputs = [readout.rows.outputs["value"] for _ in range(3) for readout in runner.advance().wait()]
     return GoldenRows(
         "sample", 4, 9, rows, {}, {}, {"value": outputs[0] + np.float32(error)}, {"value": tolerance}
     )
 
 
 def new_replay(graphs: Mapping[str, Graph] = programs.GRAPHS) -> GoldenReplay:
-    return GoldenReplay(graphs, BUCKETS, torch.device("cpu"))
+    return GoldenReplay(graphs, BUCKETS, Device())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32, 50])
@@ -139,11 +139,3 @@ def test_invariance_check_binds_every_step_before_serving() -> None:
 def test_bound_step_with_different_bits_is_found() -> None:
     runner = new_runner(graphs={**programs.GRAPHS, "walk": Bindable(differs_if_small)}, buckets=BUCKETS)
     assert not is_batch_invariant(runner, golden())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures it")
-def test_graph_that_cannot_be_captured_is_called_directly(caplog: pytest.LogCaptureFixture) -> None:
-    input_, output = torch.ones(4, 2), torch.zeros(4, 2)
-    bind_with_capture(programs.identity, [input_], [output], Device("cuda", cuda_graphs=True))()
-    assert torch.equal(output, input_)
-    assert "cannot capture a CUDA graph" in caplog.text

@@ -7,15 +7,14 @@ step. While the device works through one buffer, a thread may fill the next.
 
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from samovar import noise
 from server.core.spec import NoiseSpec
+from server.execution.noise.base import NoiseKeys
 
 # A draw of few numbers takes as long as one of a thousand, so rows with few numbers are drawn more steps
 # ahead. The rest of a buffer is drawn at once for a row that joins, which is expensive for large rows.
@@ -25,38 +24,6 @@ _BUFFER_BYTES = 4 << 20
 
 Array = NDArray[Any]
 _DRAW = {"normal": noise.normal, "uniform": noise.uniform}
-
-
-@dataclass(frozen=True)
-class NoiseKeys:
-    """Keys of the random numbers of rows: seed, row index, step and number of steps, all [B]."""
-
-    seed: Array
-    row: Array
-    step: Array
-    num_steps: Array
-
-    def __len__(self) -> int:
-        return len(self.seed)
-
-    def __getitem__(self, rows: slice | Array) -> "NoiseKeys":
-        return NoiseKeys(self.seed[rows], self.row[rows], self.step[rows], self.num_steps[rows])
-
-    def advanced_by(self, steps: int) -> "NoiseKeys":
-        """Return the keys of the same rows, `steps` steps later."""
-        return NoiseKeys(self.seed, self.row, self.step + steps, self.num_steps)
-
-    def copy(self) -> "NoiseKeys":
-        return NoiseKeys(self.seed.copy(), self.row.copy(), self.step.copy(), self.num_steps.copy())
-
-    def equals(self, other: "NoiseKeys") -> Array:
-        """Return where both have the same key, bool [B].
-
-        Equal rows with fewer steps differ: their numbers end earlier.
-        """
-        equal: Array = (self.seed == other.seed) & (self.row == other.row) & (self.step == other.step)
-        equal &= self.num_steps == other.num_steps
-        return equal
 
 
 def draw(spec: NoiseSpec, keys: NoiseKeys) -> Array:
@@ -70,12 +37,6 @@ def _num_buffered_steps(row_bytes: int, slots: int) -> int:
     return max(1, min(steps, _BUFFER_BYTES // max(1, slots * row_bytes)))
 
 
-def _table(shape: Sequence[int], device: torch.device | None) -> Array:
-    is_cuda = device is not None and device.type == "cuda"
-    table: Array = torch.zeros(*shape, pin_memory=is_cuda).numpy()
-    return table
-
-
 class NoiseBuffer:
     """Random numbers of the next `length` steps of every slot, in host memory.
 
@@ -83,7 +44,6 @@ class NoiseBuffer:
         noise: the noise that a step reads.
         slots: number of slots.
         prefetch_executor: draws the next buffer in the background; without it numbers are drawn when needed.
-        device: a GPU that copies the numbers asynchronously, for which they are in pinned memory.
     """
 
     def __init__(
@@ -91,13 +51,15 @@ class NoiseBuffer:
         noise: Sequence[NoiseSpec],
         slots: int,
         prefetch_executor: Executor | None = None,
-        device: torch.device | None = None,
     ) -> None:
         row_bytes = sum(spec.tensor.row_bytes for spec in noise)
         self.length = _num_buffered_steps(row_bytes, slots)
         self._noise = tuple(noise)
         self._front, self._back = (
-            {spec.tensor.name: _table((self.length, slots, *spec.tensor.shape), device) for spec in noise}
+            {
+                spec.tensor.name: np.zeros((self.length, slots, *spec.tensor.shape), np.float32)
+                for spec in noise
+            }
             for _ in range(2)
         )
         self._prefetch_executor = prefetch_executor
