@@ -14,7 +14,8 @@ benchmarks:
   calls        one-row calls, compared with a no-op gRPC server and with a batched forward pass
   scale        memory and time by the number of queued rows and of loaded models
   determinism  bytes of rows in random traffic, compared with the same rows alone
-  device       on a GPU: step time by batch size, CUDA graphs, transfers
+
+On a GPU see also: python -m benchmarks.gpu --help
 
 examples:
   python -m benchmarks --quick

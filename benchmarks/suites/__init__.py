@@ -4,7 +4,7 @@ import importlib
 
 from benchmarks.suites.base import Bench, Benchmark, select
 
-NAMES = ("scheduling", "efficiency", "calls", "scale", "determinism", "device")
+NAMES = ("scheduling", "efficiency", "calls", "scale", "determinism")
 
 
 def load(name: str) -> Benchmark:

@@ -24,7 +24,8 @@ from samovar._messages import CallOptions
 from server.core.spec import GraphSpec, ProgramSpec, TensorSpec
 from server.engine.program_queue import RESERVED_SHARE
 from server.models import artifact
-from server.runtime import RUNTIMES, Device, Graph, bind_graph
+from server.runtime import RUNTIMES, Device, Graph, bind_graph, device_context
+from server.runtime.cuda_graph import capture
 
 BUCKETS = (8, 16, 32, 64)
 TARGET_BUCKETS = (8, 64)
@@ -176,23 +177,35 @@ def _call(client: samovar.Client, case: Case, program: ProgramSpec, rows: int) -
 
 
 class Loop:
-    """Graphs of a program, bound to the tensors of one full batch."""
+    """Graphs of a program, bound to the tensors of one full batch.
 
-    def __init__(self, directory: Path, case: Case, bucket: int) -> None:
+    Args:
+        directory: the artifact.
+        case: the program, and the steps of a row.
+        bucket: rows of the batch.
+        format_: format of the graphs.
+        on: device of the graphs; with `cuda_graphs`, each of them is captured as a CUDA graph.
+    """
+
+    def __init__(
+        self, directory: Path, case: Case, bucket: int, format_: str = "onnx", on: Device | None = None
+    ) -> None:
         _, spec = artifact.read(directory)
         self.program = spec.programs[case.operation]
-        self._case, self._bucket = case, bucket
-        self._device = Device(device())
-        self._files = spec.files["onnx"]
-        tensors = make_tensors(self.program, bucket, {**self.program.defaults(), **case.parameters})
-        tensors["num_steps"].fill_(case.steps)
-        self._tensors = {name: tensor.to(self._device.torch) for name, tensor in tensors.items()}
-        self._next_state = {spec.name: self._tensors[spec.name].clone() for spec in self.program.state}
-        self._run_batch = self._bind()
+        self._case, self._bucket, self._format = case, bucket, format_
+        self._device = on or Device(device())
+        self._files = spec.files[format_]
+        with device_context(self._device.torch):
+            tensors = make_tensors(self.program, bucket, {**self.program.defaults(), **case.parameters})
+            tensors["num_steps"].fill_(case.steps)
+            self._tensors = {name: tensor.to(self._device.torch) for name, tensor in tensors.items()}
+            self._next_state = {spec.name: self._tensors[spec.name].clone() for spec in self.program.state}
+            self._run_batch = self._bind()
 
     def rate(self, seconds: float) -> float:
         """Return the row steps per second of complete batches, over at least `seconds`."""
-        return self._case.calls * self._bucket * per_second(self._run_batch, seconds)
+        with device_context(self._device.torch):
+            return self._case.calls * self._bucket * per_second(self._run_batch, seconds)
 
     def _bind(self) -> Callable[[], None]:
         """Return a function that runs one batch; its steps alternate between two state buffers."""
@@ -212,6 +225,8 @@ class Loop:
                 steps[step % 2]()
                 step_index.add_(1)
             readout()
+            if self._device.is_cuda:
+                torch.cuda.current_stream(self._device.torch).synchronize()
 
         return run_batch
 
@@ -220,8 +235,9 @@ class Loop:
     ) -> Callable[[], None]:
         if graph is None:
             return lambda: None
-        loaded: Graph = RUNTIMES["onnx"](self._files[graph.name], graph, self._device)
-        return bind_graph(loaded, [tensors[spec.name] for spec in graph.inputs], outputs)
+        loaded: Graph = RUNTIMES[self._format](self._files[graph.name], graph, self._device)
+        call = bind_graph(loaded, [tensors[spec.name] for spec in graph.inputs], outputs)
+        return capture(call, outputs) if self._device.is_cuda and self._device.cuda_graphs else call
 
 
 def make_tensors(program: ProgramSpec, rows: int, parameters: Mapping[str, float]) -> dict[str, torch.Tensor]:

@@ -25,10 +25,8 @@ from benchmarks.suites import (
     select,
     short_among_long,
 )
-from benchmarks.suites import device as on_device
 from benchmarks.suites import load as load_suite
 from samovar.v1 import inference_pb2 as pb
-from server.runtime import Device
 from tests.support.live_server import RunningServer, serving
 
 
@@ -235,7 +233,6 @@ def test_efficiency_measures_programs_with_and_without_steps(bench: Bench) -> No
 def test_loop_runs_every_family(bench: Bench, case: efficiency.Case) -> None:
     directory = bench.models(case.model) / case.model / "1"
     assert efficiency.Loop(directory, case, 2).rate(0.0) > 0
-    assert on_device.call_seconds(directory, case, 2, Device()) > 0
 
 
 @pytest.mark.parametrize(
@@ -247,11 +244,6 @@ def test_server_rate_measures_any_operation(
     program = efficiency.Loop(bench.models(case.model) / case.model / "1", case, 2).program
     process = servers.Server(server.address, os.getpid(), server.app.metrics_port)
     assert efficiency.server_rate(process, case, program, 3) > 0
-
-
-def test_device_says_if_there_is_no_gpu(bench: Bench) -> None:
-    section = on_device.run(bench)
-    assert section.tables or "no GPU" in section.text
 
 
 def test_determinism_compares_torchscript(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,186 @@
+"""The engine beside bare loops over the same graphs, and step batching beside request batching."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import artifacts, load
+from benchmarks.gpu.base import Check, Finding, Note
+from benchmarks.load import Clients, poisson
+from benchmarks.report import Result, Table
+from benchmarks.servers import Server, samovar_server
+from benchmarks.statistics import Floats, percentile_of_each, ratio, spread
+from benchmarks.suites import scheduling
+from benchmarks.suites.efficiency import SINGLE_CALL, STEPPING, Case, Loop, server_rate
+from server.engine.program_queue import RESERVED_SHARE
+from server.runtime import Device
+
+FORMAT = "torchscript"
+BATCH_ROWS = 256
+REPEATS = 3
+LOOP_TARGET = "≥ 0.95"
+UNET = Case("unet", 20, "steps", level=1)
+UNET_ROWS = 64
+LOAD = 0.6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a run: batch sizes, seconds of a measurement, repeats and requests."""
+
+    batch_rows: int
+    seconds: float
+    repeats: int
+    burst: int
+    cases: Sequence[Case]
+
+
+def run(check: Check) -> Iterator[Finding]:
+    """Measure the families, then batching under load, then the U-Net, whose export takes the longest."""
+    settings = Settings(BATCH_ROWS, 1.0, REPEATS, 200, (*STEPPING, *SINGLE_CALL))
+    if check.is_rehearsal:
+        settings = Settings(16, 0.3, 1, 20, (STEPPING[3], SINGLE_CALL[1]))
+    unet = _start_unet_export(check)
+    try:
+        yield from _measure_families(check, settings)
+        with load.start_clients() as clients:
+            yield from _measure_batching(check, settings, clients)
+        yield from _measure_unet(check, settings, unet)
+    finally:
+        unet.kill()
+
+
+def _measure_families(check: Check, settings: Settings) -> Iterator[Finding]:
+    models = artifacts.link([case.model for case in settings.cases], check.artifacts)
+    rows = []
+    with _server(check, models, settings.batch_rows) as server:
+        for case in settings.cases:
+            bucket = _rows_of_level(settings.batch_rows, case.level)
+            rates = _compare(check, server, models / case.model / "1", case, bucket, settings)
+            if isinstance(rates, Note):
+                yield rates
+                continue
+            engine, loop = rates
+            rows.append((case.model, str(bucket), *_cells(engine, loop, case)))
+            if case.steps:
+                metric = f"{case.model}: engine / bare captured loop at {bucket} rows"
+                yield Result(metric, str(ratio(engine, loop)), LOOP_TARGET)
+            if case.model == artifacts.DIFFUSION:
+                images = spread([rate / case.steps for rate in engine])
+                yield Result("digits-diffusion: images/s at 20 evaluations", str(images))
+    columns = (
+        "model",
+        "rows per step",
+        "engine, row steps/s",
+        "loop, row steps/s",
+        "rows/s",
+        "engine / loop",
+    )
+    yield Table("gpu-engine", "the engine beside a bare loop", columns, rows)
+
+
+def _cells(engine: Sequence[float], loop: Sequence[float], case: Case) -> tuple[str, ...]:
+    rows = spread([rate / case.calls for rate in engine])
+    return str(spread(engine)), str(spread(loop)), str(rows), str(ratio(engine, loop))
+
+
+def _compare(
+    check: Check, server: Server, directory: Path, case: Case, bucket: int, settings: Settings
+) -> tuple[list[float], list[float]] | Note:
+    """Return the row steps per second of the engine and of a loop, or why they cannot be compared."""
+    try:
+        loop = Loop(directory, case, bucket, FORMAT, Device(check.device, cuda_graphs=True))
+        engine_rates, loop_rates = [], []
+        for _ in range(settings.repeats):
+            loop_rates.append(loop.rate(settings.seconds))
+            rows = round(loop_rates[-1] * settings.seconds / case.calls)
+            # Whole batches: the rows of the last one would otherwise be padding.
+            rows = max(1, rows // bucket) * bucket
+            engine_rates.append(server_rate(server, case, loop.program, rows))
+    except Exception as error:  # the other models are measured anyway
+        return Note(f"{case.model} was not measured: {type(error).__name__}: {error}")
+    return engine_rates, loop_rates
+
+
+def _rows_of_level(slots: int, level: int) -> int:
+    """Return how many slots rows of a level may take."""
+    return slots - math.ceil(level * slots * RESERVED_SHARE)
+
+
+def _measure_batching(check: Check, settings: Settings, clients: Clients) -> Iterator[Finding]:
+    """Compare bursts, and latencies at a load that step batching can serve."""
+    kinds = (scheduling.TEXTS,) if check.is_rehearsal else scheduling.WORKLOADS["mixed steps"]
+    models = artifacts.link([kind.model for kind in kinds], check.artifacts)
+    modes = ("step", "request")
+    with ExitStack() as stack:
+        servers = {mode: stack.enter_context(_server(check, models, 64, batching=mode)) for mode in modes}
+        rates: dict[str, list[float]] = {mode: [] for mode in modes}
+        for repeat in range(settings.repeats):
+            burst = scheduling.draw_requests(kinds, [0.0] * settings.burst, repeat)
+            for mode, server in servers.items():
+                rates[mode].append(clients.run_open(server.address, burst).rate)
+        throughput = str(ratio(rates["step"], rates["request"]))
+        yield Result("mixed steps: burst throughput, step / request batching", throughput, "≥ 1.3")
+        rate = LOAD * float(np.median(rates["step"]))
+        latencies: dict[str, list[Floats]] = {mode: [] for mode in modes}
+        for repeat in range(settings.repeats):
+            times = poisson(rate, settings.burst, np.random.default_rng(repeat))
+            requests = scheduling.draw_requests(kinds, times, 100 + repeat)
+            for mode, server in servers.items():
+                latencies[mode].append(clients.run_open(server.address, requests).latencies)
+    for percent in (50, 99):
+        step, request = (percentile_of_each(latencies[mode], percent) for mode in modes)
+        metric = f"mixed steps: p{percent} at {LOAD:.0%} load, step / request batching"
+        yield Result(metric, str(ratio(step, request)), "≤ 0.333")
+
+
+def _start_unet_export(check: Check) -> subprocess.Popen[bytes]:
+    """Start to export the U-Net, which is too large to travel."""
+    code = (
+        "import pathlib, sys; from benchmarks import artifacts; from export import custom_model; "
+        "custom_model.write(artifacts.CUSTOM_MODELS / 'unet.py', pathlib.Path(sys.argv[1]), 'unet', "
+        f"('{FORMAT}',))"
+    )
+    environment = {**os.environ, "UNET_WIDTH": "16"} if check.is_rehearsal else dict(os.environ)
+    with (check.directory / "unet.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(check.directory / "models")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _measure_unet(check: Check, settings: Settings, export: subprocess.Popen[bytes]) -> Iterator[Finding]:
+    """Compare the engine with a loop over the U-Net at 64 rows a step."""
+    if status := export.wait():
+        log = (check.directory / "unet.log").read_text().strip()
+        yield Note(f"the U-Net was not exported (status {status}): {log[-500:]}")
+        return
+    models, case = check.directory / "models", UNET
+    rows = 4 if check.is_rehearsal else UNET_ROWS
+    if check.is_rehearsal:
+        case = replace(case, steps=2)
+    with _server(check, models, case.num_slots(rows)) as server:
+        rates = _compare(check, server, models / case.model / "1", case, rows, settings)
+    if isinstance(rates, Note):
+        yield rates
+        return
+    engine, loop = rates
+    yield Result(f"U-Net: engine / bare captured loop at {rows} rows", str(ratio(engine, loop)), "≥ 0.9")
+    images = spread([rate / case.steps for rate in engine])
+    yield Result(f"U-Net: images/s at {case.steps} evaluations", str(images))
+
+
+def _server(
+    check: Check, models: Path, max_batch_rows: int, batching: str = "step"
+) -> AbstractContextManager[Server]:
+    options = ("--device", check.device, "--formats", FORMAT, "--max-batch-rows", str(max_batch_rows))
+    return samovar_server(models, *options, batching=batching)
