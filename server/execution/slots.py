@@ -120,8 +120,9 @@ class Slots:
         self, admissions: Sequence[Admission], counts: Sequence[int], new: slice
     ) -> Iterator[tuple[str, Array]]:
         """Yield what graphs and the noise may read of new rows: keys, step counters, parameters, inputs."""
-        yield SEED, self.seed[new].view(np.int64)
-        yield ROW, self.row[new]
+        if SEED in self.tables:
+            yield SEED, self.seed[new].view(np.int64)
+            yield ROW, self.row[new]
         yield STEP_INDEX, self.steps_done[new]
         yield NUM_STEPS, self.num_steps[new]
         requests = [admission.request for admission in admissions]
