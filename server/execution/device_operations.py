@@ -94,7 +94,7 @@ class CudaOperations:
     """Operations of a GPU, with copies through pinned memory.
 
     The allocator of pinned memory reuses a block only after the copies from and to it have been done. Copies
-    to the host run on a stream of their own, beside the kernels of the next step.
+    to the host run on a stream of their own, while the kernels of the next step run.
     """
 
     is_async = True

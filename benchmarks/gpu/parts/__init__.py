@@ -25,7 +25,7 @@ PARTS = (
     PartEntry("tests", 80, "The contract, fault and memory tests pass on the device."),
     PartEntry("step_time", 140, "Step time by rows, runtime and CUDA graphs; kernels and host time a step."),
     PartEntry("noise", 30, "Transfers, and random numbers drawn on the device or ahead on the host."),
-    PartEntry("engine", 120, "The engine beside bare loops and request batching; rows a second."),
+    PartEntry("engine", 120, "The engine compared with bare loops and request batching; rows per second."),
 )
 
 __all__ = ["PARTS", "PartEntry"]

@@ -1,4 +1,4 @@
-"""The engine beside bare loops over the same graphs, and step batching beside request batching."""
+"""The engine compared with bare loops over the same graphs, and step batching with request batching."""
 
 import math
 import os
@@ -83,7 +83,7 @@ def _measure_families(check: Check, settings: Settings) -> Iterator[Finding]:
         "rows/s",
         "engine / loop",
     )
-    yield Table("gpu-engine", "the engine beside a bare loop", columns, rows)
+    yield Table("gpu-engine", "the engine compared with a bare loop", columns, rows)
 
 
 def _cells(engine: Sequence[float], loop: Sequence[float], case: Case) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Kernel of random numbers: run by Triton's interpreter, and compiled for GPUs, neither of which needs a GPU."""
+"""Kernel of random numbers, run by the interpreter of Triton and compiled for GPUs. Neither needs a GPU."""
 
 import os
 import subprocess
