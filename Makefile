@@ -12,7 +12,7 @@ DEVICE  := $(if $(shell command -v nvidia-smi),gpu,cpu)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test bench check prose fmt proto stale-stubs image clean
+.PHONY: help setup models serve test bench gpu-bundle gpu-check gpu-rehearsal check prose fmt proto stale-stubs image clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -36,6 +36,15 @@ test: setup ## Run all tests; FAST=1 skips those that need artifacts of the fami
 
 bench: setup ## Measure speed and write docs/benchmarks.md, in minutes; QUICK=1 for rough figures
 	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick,--docs docs)
+
+gpu-bundle: setup ## Make what a GPU machine without network needs for gpu-check; ONNX=1 for ONNX Runtime too
+	$(BIN)/python -m benchmarks.gpu.bundle $(if $(ONNX),--onnxruntime)
+
+gpu-check: ## On the GPU machine: prove and measure everything on CUDA, in minutes (docs/gpu.md)
+	@benchmarks/gpu/check.sh $(GPU)
+
+gpu-rehearsal: ## Run gpu-check on the CPU of this machine, in a new Python 3.12 without network
+	@benchmarks/gpu/rehearse.sh
 
 check: setup prose stale-stubs ## Check format, lint, types, layers, contracts and prose
 	$(BIN)/ruff format --check .

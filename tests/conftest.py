@@ -11,7 +11,7 @@ import samovar
 from export.graphs.formats import DEFAULT_FORMATS, FORMATS
 from tests.support import artifact_cache
 from tests.support.datasets import DEFAULT_PAIRS, OTHER_PAIRS, TOKEN_PAIRS
-from tests.support.live_server import HANG_SECONDS, RunningServer, serving
+from tests.support.live_server import HANG_SECONDS, SETTINGS, RunningServer, serving
 
 # No test depends on the clock: examples have no deadline, and their generation may be slow. A failure prints
 # the line that reproduces it.
@@ -22,6 +22,14 @@ settings.load_profile("samovar")
 
 # A test that needs one of these fixtures exports artifacts or starts servers: `make test FAST=1` skips it.
 _SLOW_FIXTURES = {"default_models", "models_of", "other_models"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the servers: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    SETTINGS["device"] = config.getoption("--device")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     selected = [part for part in PARTS if not options.parts or part.name in options.parts]
     if options.child:
-        return _run_here(selected[0], options)
+        return run_here(selected[0], options)
     start = time.monotonic()
-    outcomes = [_run_in_process(part, options) for part in selected]
+    outcomes = [run_in_process(part, options) for part in selected]
     purposes = {part.name: part.purpose for part in PARTS}
     found = [result for part in PARTS if (result := results.load(part.name, options.out))]
     (options.out / PAGE).write_text(results.page(found, purposes))
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(result.is_green for result in outcomes) else 1
 
 
-def _run_in_process(part: PartEntry, options: argparse.Namespace) -> PartResult:
+def run_in_process(part: PartEntry, options: argparse.Namespace) -> PartResult:
     """Run a part in a process of its own, and stop its process group at its time limit."""
     print(f"\n== {part.name}: {part.purpose} At most {part.seconds:.0f} s.", flush=True)
     results.save(PartResult(part.name, options.device), options.out)
@@ -102,7 +102,8 @@ def _run_in_process(part: PartEntry, options: argparse.Namespace) -> PartResult:
     return result
 
 
-def _run_here(part: PartEntry, options: argparse.Namespace) -> int:
+def run_here(part: PartEntry, options: argparse.Namespace) -> int:
+    """Run a part in this process, and write its results after each finding; return 0, or 1 if it fails."""
     result = PartResult(part.name, device_name(options.device))
     check = Check(
         options.device, options.artifacts, options.out / "files" / part.name, options.device == "cpu"
@@ -133,7 +134,7 @@ def device_name(device: str) -> str:
 
 
 def _environment(device: str) -> dict[str, str]:
-    """Return the environment of a part: on few cores, threads that wait for each other cost more than they gain."""
+    """Return the environment of a part: on few cores, threads that wait for each other cost time."""
     one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return {**os.environ, **(one_thread if device == "cpu" else {})}
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks import artifacts
-from benchmarks.load import LoadResult, OpenLoopRequest, poisson
+from benchmarks.load import Clients, LoadResult, OpenLoopRequest, poisson
 from benchmarks.report import Result, Section, Table
 from benchmarks.servers import samovar_server
 from benchmarks.suites.base import Bench
@@ -52,17 +53,30 @@ def results(table: Table) -> list[Result]:
 
 
 def compare(bench: Bench, kinds: Sequence[Kind], format: str, num_rows: int) -> list[tuple[str, ...]]:
-    """Return the table rows of each model and of all models."""
+    """Return the table rows of each model and of all models, with their format."""
     models = bench.models(*(kind.model for kind in kinds), formats=(format,))
+    rows = compare_traffic(bench.clients, models, kinds, num_rows, "--intra-op-threads", "1")
+    return [(format, *row) for row in rows]
+
+
+def compare_traffic(
+    clients: Clients, models: Path, kinds: Sequence[Kind], num_rows: int, *options: str
+) -> list[tuple[str, ...]]:
+    """Send random traffic to a server with these options, and each request alone to a second one.
+
+    Returns:
+        For each model and for all: the model, its rows, those with equal bytes, the cancelled requests, and
+        the steps that the server discarded.
+    """
     traffic = draw_traffic(num_rows, kinds)
-    with samovar_server(models, "--intra-op-threads", "1") as server:
-        mixed = bench.clients.run_open(server.address, traffic, keep_outputs=True)
+    with samovar_server(models, *options) as server:
+        mixed = clients.run_open(server.address, traffic, keep_outputs=True)
         discarded = f"{server.metric(DISCARDED_STEPS):,.0f}"
-    with samovar_server(models, "--intra-op-threads", "1") as server:
-        alone = bench.clients.run_sequential(server.address, split(not_cancelled(traffic)))
+    with samovar_server(models, *options) as server:
+        alone = clients.run_sequential(server.address, split(not_cancelled(traffic)))
     equal = count_equal_rows(traffic, mixed, alone)
-    rows = [(format, kind.model, *_counts(traffic, mixed, equal, kind.model), "") for kind in kinds]
-    return [*rows, (format, "all", *_counts(traffic, mixed, equal), discarded)]
+    rows = [(kind.model, *_counts(traffic, mixed, equal, kind.model), "") for kind in kinds]
+    return [*rows, ("all", *_counts(traffic, mixed, equal), discarded)]
 
 
 def _counts(

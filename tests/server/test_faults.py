@@ -11,11 +11,12 @@ import torch
 
 import samovar
 from server.core.spec import GraphSpec
-from server.runtime import Device, Graph, OnnxGraph, Tensors
-from tests.support.live_server import RunningServer, scrape, serving
+from server.runtime import RUNTIMES, Device, Graph, Tensors
+from tests.support.live_server import SETTINGS, RunningServer, scrape, serving
 
 MODEL = "digits-diffusion"
 ROWS = 20
+GRAPH_FILES = {"onnx": "*.onnx", "torchscript": "*.pt"}
 
 
 class UnexpectedGraphError(BaseException):
@@ -24,20 +25,22 @@ class UnexpectedGraphError(BaseException):
 
 @dataclass
 class FaultyRuntime:
-    """ONNX Runtime whose graphs fail on demand.
+    """A runtime whose graphs fail on demand.
 
     Attributes:
+        format: format of the graphs.
         errors: the next calls of graphs raise these exceptions, the last one first.
         returns_nan: whether graphs return NaN in all floating-point outputs.
         num_opened: number of graphs that were opened.
     """
 
+    format: str
     errors: list[BaseException] = field(default_factory=list)
     returns_nan: bool = False
     num_opened: int = 0
 
     def __call__(self, path: Path, spec: GraphSpec, device: Device) -> Graph:
-        graph = OnnxGraph(path, spec, device)
+        graph = RUNTIMES[self.format](path, spec, device)
         self.num_opened += 1
 
         def call(inputs: Tensors) -> Tensors:
@@ -61,7 +64,8 @@ def models(models_of: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def runtime() -> FaultyRuntime:
-    return FaultyRuntime()
+    # ONNX Runtime for the CPU cannot use a GPU.
+    return FaultyRuntime("onnx" if SETTINGS["device"] == "cpu" else "torchscript")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,9 @@ def server(
     """A server of one model in a runtime that fails on demand."""
     directory = tmp_path_factory.mktemp("faulty")
     shutil.copytree(models / MODEL, directory / MODEL)
-    with serving(directory, runtimes={"onnx": runtime}, formats=("onnx",)) as running:
+    # A CUDA graph would hold the kernels of a call, but not the faults.
+    settings = {"formats": (runtime.format,), "cuda_graphs": False}
+    with serving(directory, runtimes={runtime.format: runtime}, **settings) as running:
         yield running
 
 
@@ -151,7 +157,8 @@ def test_device_thread_crash_reloads_graphs_and_keeps_results(
     server: RunningServer, runtime: FaultyRuntime, client: samovar.Client, models: Path, error: BaseException
 ) -> None:
     expected, before = sample(client), num_restarts(server)
-    runtime.num_opened, num_graphs = 0, len(list((models / MODEL / "1").glob("*.onnx")))
+    files = (models / MODEL / "1").glob(GRAPH_FILES[runtime.format])
+    runtime.num_opened, num_graphs = 0, len(list(files))
     runtime.errors.append(error)
     with pytest.raises(samovar.Unavailable, match="the engine failed; retry"):
         sample(client)

@@ -19,6 +19,16 @@ from server.runtime import RUNTIMES, OpenGraph
 HANG_SECONDS = 500.0
 
 
+# Settings of the servers of all tests. The option --device of pytest replaces the device.
+SETTINGS: dict[str, Any] = {
+    "port": 0,
+    "metrics_port": 0,
+    "device": "cpu",
+    "intra_op_threads": 1,
+    "drain_timeout": 5.0,
+}
+
+
 class RunningServer:
     """An `App` that runs until `stop`."""
 
@@ -96,10 +106,9 @@ def listening(
     Args:
         models: directory of artifacts.
         runtimes: functions that open graphs, by format.
-        **settings: fields of `Config` that differ from their defaults.
+        **settings: fields of `Config` that differ from SETTINGS.
     """
-    defaults = {"port": 0, "metrics_port": 0, "device": "cpu", "intra_op_threads": 1, "drain_timeout": 5.0}
-    server = RunningServer(Config(models=models, **{**defaults, **settings}), runtimes)
+    server = RunningServer(Config(models=models, **{**SETTINGS, **settings}), runtimes)
     try:
         yield server
     finally:

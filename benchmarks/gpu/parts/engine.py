@@ -1,9 +1,6 @@
 """The engine compared with bare loops over the same graphs, and step batching with request batching."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +10,9 @@ import numpy as np
 
 from benchmarks import artifacts, load
 from benchmarks.gpu.base import Check, Finding, Note
+from benchmarks.gpu.parts.step_time import REHEARSAL
+from benchmarks.gpu.timing import graphs
+from benchmarks.gpu.timing.compiling import ARTIFACT, Compiler, Job
 from benchmarks.load import Clients, poisson
 from benchmarks.report import Result, Table
 from benchmarks.servers import Server, samovar_server
@@ -26,8 +26,9 @@ FORMAT = "torchscript"
 BATCH_ROWS = 256
 REPEATS = 3
 LOOP_TARGET = "≥ 0.95"
-UNET = Case("unet", 20, "steps", level=1)
+UNET = replace(graphs.UNET, level=1)
 UNET_ROWS = 64
+_EXPORT, _EXPORT_SECONDS = Job(ARTIFACT, UNET.model), 60.0
 LOAD = 0.6
 
 
@@ -47,14 +48,12 @@ def run(check: Check) -> Iterator[Finding]:
     settings = Settings(BATCH_ROWS, 1.0, REPEATS, 200, (*STEPPING, *SINGLE_CALL))
     if check.is_rehearsal:
         settings = Settings(16, 0.3, 1, 20, (STEPPING[3], SINGLE_CALL[1]))
-    unet = _start_unet_export(check)
-    try:
+    with Compiler(check.directory / "compiled", check.device, _EXPORT_SECONDS, threads=4) as compiler:
+        _start_unet_export(check, compiler)
         yield from _measure_families(check, settings)
         with load.start_clients() as clients:
             yield from _measure_batching(check, settings, clients)
-        yield from _measure_unet(check, settings, unet)
-    finally:
-        unet.kill()
+        yield from _measure_unet(check, settings, compiler)
 
 
 def _measure_families(check: Check, settings: Settings) -> Iterator[Finding]:
@@ -141,33 +140,15 @@ def _measure_batching(check: Check, settings: Settings, clients: Clients) -> Ite
         yield Result(metric, str(ratio(step, request)), "≤ 0.333")
 
 
-def _start_unet_export(check: Check) -> subprocess.Popen[bytes]:
-    """Start to export the U-Net, which is too large to travel."""
-    code = (
-        "import pathlib, sys; from benchmarks import artifacts; from export import custom_model; "
-        "custom_model.write(artifacts.CUSTOM_MODELS / 'unet.py', pathlib.Path(sys.argv[1]), 'unet', "
-        f"('{FORMAT}',))"
-    )
-    environment = {**os.environ, "UNET_WIDTH": "16"} if check.is_rehearsal else dict(os.environ)
-    with (check.directory / "unet.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, str(check.directory / "models")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-
-
-def _measure_unet(check: Check, settings: Settings, export: subprocess.Popen[bytes]) -> Iterator[Finding]:
+def _measure_unet(check: Check, settings: Settings, compiler: Compiler) -> Iterator[Finding]:
     """Compare the engine with a loop over the U-Net at 64 rows a step."""
-    if status := export.wait():
-        log = (check.directory / "unet.log").read_text().strip()
-        yield Note(f"the U-Net was not exported (status {status}): {log[-500:]}")
+    models, case, rows = _unet_models(check), UNET, UNET_ROWS
+    outcome = compiler.wait(_EXPORT, _EXPORT_SECONDS)
+    if not _has_unet(models) and (outcome is None or outcome.error):
+        yield Note(f"the U-Net was not exported: {outcome.error if outcome else 'it took too long'}")
         return
-    models, case = check.directory / "models", UNET
-    rows = 4 if check.is_rehearsal else UNET_ROWS
     if check.is_rehearsal:
-        case = replace(case, steps=2)
+        case, rows = replace(case, steps=2), 4
     with _server(check, models, case.num_slots(rows)) as server:
         rates = _compare(check, server, models / case.model / "1", case, rows, settings)
     if isinstance(rates, Note):
@@ -177,6 +158,22 @@ def _measure_unet(check: Check, settings: Settings, export: subprocess.Popen[byt
     yield Result(f"U-Net: engine / bare captured loop at {rows} rows", str(ratio(engine, loop)), "≥ 0.9")
     images = spread([rate / case.steps for rate in engine])
     yield Result(f"U-Net: images/s at {case.steps} evaluations", str(images))
+
+
+def _start_unet_export(check: Check, compiler: Compiler) -> None:
+    """Start to export the U-Net, which is too large to travel, unless the part step_time has exported it."""
+    if not _has_unet(_unet_models(check)):
+        variables = {"UNET_WIDTH": str(REHEARSAL.unet_width)} if check.is_rehearsal else {}
+        compiler.start(_unet_models(check), [_EXPORT], variables)
+
+
+def _unet_models(check: Check) -> Path:
+    """Return the directory to which the part step_time exports the U-Net."""
+    return check.directory.parent / "step_time" / "models"
+
+
+def _has_unet(models: Path) -> bool:
+    return (models / UNET.model / "1" / "manifest.json").exists()
 
 
 def _server(
