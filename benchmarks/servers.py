@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import grpc
 import onnxruntime
@@ -18,16 +20,18 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_SECONDS = 120.0
+_LOG_CHARACTERS = 2000
 _PORTS = re.compile(r"listening on .*:(\d+); metrics on port (\d+)")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Running server process."""
+    """Running server process; `log` is what it has written to standard error, if it is kept."""
 
     address: str
     pid: int
     metrics_port: int = 0
+    log: Path | None = None
 
     @property
     def cpu_seconds(self) -> float:
@@ -62,21 +66,30 @@ def device() -> str:
 
 
 @contextmanager
-def samovar_server(models: Path, *options: str, batching: str = "step") -> Iterator[Server]:
-    """Start a server over a directory of artifacts, ready for calls, with a mode of benchmarks.batching."""
+def samovar_server(
+    models: Path, *options: str, batching: str = "step", log: Path | None = None
+) -> Iterator[Server]:
+    """Start a server over a directory of artifacts, ready for calls, with a mode of benchmarks.batching.
+
+    Args:
+        models: directory of the artifacts.
+        *options: command line of the server.
+        batching: the mode.
+        log: file for what the server writes to standard error (default: a temporary one).
+
+    Raises:
+        RuntimeError: the server exited, or does not serve after START_SECONDS; with the end of its log.
+    """
     command = [sys.executable, "-m", "benchmarks.batching", batching, "--models", str(models)]
     command += ["--port", "0", "--metrics-port", "0", "--max-rows-per-request", "200000"]
     command += ["--device", device(), *options]
-    with _running(command, stderr=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if match := _PORTS.search(line):
-                break
-        else:
-            raise RuntimeError(f"server exited before it listened on a port; command: {' '.join(command)}")
-        server = Server(f"127.0.0.1:{match[1]}", process.pid, int(match[2]))
-        _wait_until_serving(server.address)
-        yield server
+    with tempfile.TemporaryDirectory() as directory:
+        log = log or Path(directory) / "log"
+        with log.open("w") as file, _running(command, stderr=file) as process:
+            match = _wait_for_ports(process, log)
+            server = Server(f"127.0.0.1:{match[1]}", process.pid, int(match[2]), log)
+            _wait_until_serving(server.address)
+            yield server
 
 
 @contextmanager
@@ -88,15 +101,23 @@ def noop_server(reply_bytes: int) -> Iterator[Server]:
 
 
 @contextmanager
-def _running(command: list[str], stderr: bool = False) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if stderr else None, text=True
-    )
+def _running(command: list[str], stderr: IO[str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         yield process
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+def _wait_for_ports(process: subprocess.Popen[str], log: Path) -> re.Match[str]:
+    """Return the ports that a server has written to its log."""
+    deadline = time.monotonic() + START_SECONDS
+    while (match := _PORTS.search(log.read_text())) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the server did not start: {log.read_text()[-_LOG_CHARACTERS:]}")
+        time.sleep(0.02)
+    return match
 
 
 def _wait_until_serving(address: str) -> None:

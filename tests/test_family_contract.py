@@ -22,7 +22,7 @@ from samovar.operations import OPERATIONS, parse_program_name
 from samovar.v1 import inference_pb2 as pb
 from samovar.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.datasets import Pair, for_each_pair
-from tests.support.live_server import RunningServer, assert_idle, wait_until
+from tests.support.live_server import SETTINGS, RunningServer, assert_idle, wait_until
 
 pytestmark = [for_each_pair, pytest.mark.slow]
 
@@ -204,7 +204,9 @@ def test_formats_agree_on_every_operation(
 
 def tolerance(spec: samovar.DataSpec, name: str, array: Array) -> float:
     if array.dtype.kind == "f":
-        return 1e-4 * max(1.0, float(np.abs(array).max()))
+        # The formats choose other kernels on a GPU, which sum in another order.
+        share = 1e-4 if SETTINGS["device"] == "cpu" else 1e-3
+        return share * max(1.0, float(np.abs(array).max()))
     return float(spec.kind is DataKind.IMAGE and name == spec.tensor.name)
 
 

@@ -1,16 +1,13 @@
 """CUDA graphs: the kernels of a call, captured once and launched together."""
 
-import logging
-from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from server.runtime.base import Tensors, is_device_lost, is_out_of_memory, summarize_error
-
-log = logging.getLogger(__name__)
 
 # Runtimes choose and compile their kernels in the first calls with new shapes.
 WARM_UP_CALLS = 3
@@ -35,8 +32,9 @@ def capture(call: Callable[[], None], outputs: Tensors) -> Callable[[], None]:
         call()
     expected = [output.clone() for output in outputs]
     try:
-        graph = _capture(call)
+        graph = _capture(call, _pool.handle())
     except RuntimeError as error:
+        _pool.replace()
         if is_out_of_memory(error) or is_device_lost(error):
             raise
         raise NotCapturable(summarize_error(error)) from error
@@ -49,25 +47,59 @@ def capture(call: Callable[[], None], outputs: Tensors) -> Callable[[], None]:
     return replay
 
 
-def _capture(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _capture(call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
-    # Other threads may allocate and pin memory meanwhile.
-    graph.capture_begin(pool=_pool(), capture_error_mode="thread_local")
-    try:
-        call()
-    except BaseException:
-        with suppress(RuntimeError):  # the stream leaves its capture in any case
-            graph.capture_end()
-        raise
-    graph.capture_end()
+    with _no_garbage_collection():
+        # Other threads may allocate and pin memory meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            call()
+        except BaseException:
+            with suppress(RuntimeError):  # the stream leaves its capture in any case
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph
 
 
-@cache
-def _pool() -> Any:
-    """Return one memory pool for all captured graphs, which are never replayed at the same time."""
-    return torch.cuda.graph_pool_handle()
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep objects that call CUDA when they are freed: a capture would fail."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Pool:
+    """One memory pool for all captured graphs, which are never replayed at the same time.
+
+    PyTorch cannot use a pool again after its last graph is gone, or after a failed capture. So a graph of one
+    kernel stays in the pool, and a failed capture replaces it.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def handle(self) -> Any:
+        """Return the pool, on the current GPU and stream."""
+        if self._handle is None:
+            handle, scratch = torch.cuda.graph_pool_handle(), torch.zeros(1, device="cuda")
+            self._graphs.append(_capture(scratch.zero_, handle))
+            self._handle = handle
+        return self._handle
+
+    def replace(self) -> None:
+        """Use a new pool from now on; graphs in the old one still work."""
+        self._handle = None
+
+
+_pool = _Pool()
 
 
 def _has_same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

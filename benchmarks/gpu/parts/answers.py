@@ -3,12 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 import samovar
@@ -27,6 +27,7 @@ STEPS = 2
 SEED = 1
 CONCURRENT_ROUNDS = 3
 MAX_CONCURRENT_CALLS = 32
+_MAX_WARNINGS = 10
 TRAFFIC_ROWS = 2000
 # Largest difference from a CPU: of floats, relative to the largest element or 1; of pixels, in levels.
 FLOAT_TOLERANCE = 1e-3
@@ -45,29 +46,46 @@ def run(check: Check) -> Iterator[Finding]:
     names = (artifacts.LSTM, artifacts.GAN) if check.is_rehearsal else tuple(artifacts.FAMILIES)
     models = artifacts.link(names, check.artifacts)
     first, *others = FORMATS
-    start = time.monotonic()
-    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        # Both load at the same time.
-        pending = [
-            threads.submit(stack.enter_context, _server(models, device, first))
-            for device in ("cpu", check.device)
-        ]
-        reference, server = (future.result() for future in pending)
-        yield Result(f"seconds to load {len(names)} models as {first}", f"{time.monotonic() - start:.0f}")
+    formats = FORMATS if _has_onnx(check.device) else FORMATS[:-1]
+    with ExitStack() as stack, ThreadPoolExecutor(4) as threads:
+
+        def start(device: str, format_: str) -> Future[Server]:
+            log = check.directory / f"{device}-{format_}.log"
+            options = ("--device", device, "--formats", format_)
+            return threads.submit(stack.enter_context, samovar_server(models, *options, log=log))
+
+        began = time.monotonic()
+        reference, server = (future.result() for future in (start("cpu", first), start(check.device, first)))
+        yield Result(f"seconds to load {len(names)} models as {first}", f"{time.monotonic() - began:.0f}")
+        # The other servers load while the first one is compared.
+        starting = {format_: start(check.device, format_) for format_ in others if format_ in formats}
         expected = _ask_all(reference)
-        yield from _compare(server, expected, first, check.device)
-        yield from _repeat_concurrently(server)
-    yield from _compare_traffic(check)
-    for format_ in others:
-        try:
-            with _server(models, check.device, format_) as server:
-                yield from _compare(server, expected, format_, check.device)
-        except Exception as error:  # ONNX Runtime may lack its CUDA provider
-            yield Note(f"{format_} was not compared: {type(error).__name__}: {error}")
+        yield from _guard(f"{first} is compared", _compare(server, expected, first, check.device))
+        yield from _guard("requests at once are compared", _repeat_concurrently(server))
+        yield from _guard("traffic is compared", _compare_traffic(check))
+        for format_, future in starting.items():
+            findings = _compare_when_ready(future, expected, format_, check.device)
+            yield from _guard(f"{format_} is compared", findings)
+    if skipped := set(FORMATS) - set(formats):
+        yield Note(f"Skipped: {', '.join(skipped)}; this ONNX Runtime has no CUDA provider.")
 
 
-def _server(models: Path, device: str, format_: str) -> Any:
-    return samovar_server(models, "--device", device, "--formats", format_)
+def _has_onnx(device: str) -> bool:
+    return device == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _guard(requirement: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings, and a verdict that fails if they end with an error: what follows is found anyway."""
+    try:
+        yield from findings
+    except Exception as error:
+        yield Verdict(requirement, False, f"{type(error).__name__}: {error}")
+
+
+def _compare_when_ready(
+    future: "Future[Server]", expected: Answers, format_: str, device: str
+) -> Iterator[Finding]:
+    yield from _compare(future.result(), expected, format_, device)
 
 
 def _ask_all(server: Server) -> Answers:
@@ -143,8 +161,21 @@ def _compare(server: Server, expected: Answers, format_: str, device: str) -> It
     )
     detail = "; ".join(failures) or f"{len(rows)} operations, {kinds['bitwise']} bitwise"
     yield Verdict(requirement, not failures, detail)
+    yield from _read_log(server, format_, device)
     columns = ("model", "operation", "agreement with the CPU", "determinism")
     yield Table(f"gpu-answers-{format_}", f"operations as {format_}", columns, rows)
+
+
+def _read_log(server: Server, format_: str, device: str) -> Iterator[Finding]:
+    """Yield whether every program uses CUDA graphs, and the warnings of the server."""
+    assert server.log is not None
+    lines = server.log.read_text().splitlines()
+    if device != "cpu":
+        without = [line for line in lines if "as a CUDA graph" in line or "not use CUDA graphs" in line]
+        yield Verdict(f"every program as {format_} uses CUDA graphs", not without, "; ".join(without))
+    warnings = [line for line in lines if " WARNING " in line or " ERROR " in line]
+    if warnings:
+        yield Note(f"Warnings of the server of {format_}: {'; '.join(warnings[:_MAX_WARNINGS])}")
 
 
 def _agreement(
@@ -216,6 +247,7 @@ def _compare_traffic(check: Check) -> Iterator[Finding]:
             clients, models, kinds, 60 if check.is_rehearsal else TRAFFIC_ROWS, *options
         )
     *_, (_, compared, equal, *_) = rows
-    yield Result("rows in traffic with the bytes that they have alone", f"{equal} of {compared}", "all")
+    requirement = "rows in traffic have the bytes that they have alone, on a server that was started again"
+    yield Verdict(requirement, equal == compared, f"{equal} of {compared}")
     columns = ("model", "rows", "equal rows", "cancelled requests", "discarded row steps")
     yield Table("gpu-determinism", "rows in random traffic", columns, rows)

@@ -1,75 +1,102 @@
 """The contract, fault and memory tests of the project, with servers on the device."""
 
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.base import Check, Finding, Note, Verdict
 from benchmarks.report import Table
 
 ROOT = Path(__file__).parents[3]
-# In order of their value, with the seconds that each may take.
-SUITES = {"tests/gpu": 60.0, "tests/server/test_faults.py": 30.0, "tests/test_family_contract.py": 80.0}
+SUITES = ("tests/gpu", "tests/server/test_faults.py", "tests/test_family_contract.py")
 # The other data sets need more artifacts than the bundle carries.
 CONTRACT_MODELS = "digits or text"
 REHEARSED_MODELS = "digits-gan or text-lstm"
 WORKERS = 4
-_LOG_CHARACTERS = 1500
+SECONDS = 72.0
+_TEXT_CHARACTERS = 1500
 
 
 def run(check: Check) -> Iterator[Finding]:
-    """Run each suite; yield a verdict, and the failures with their last lines."""
+    """Run all suites at once; yield a verdict on each, and the last lines of its failures."""
+    end = time.monotonic() + SECONDS
+    suites = [_Suite.start(check, name) for name in SUITES]
     rows = []
-    for suite, seconds in SUITES.items():
-        report = check.directory / f"{Path(suite).stem}.xml"
-        report.unlink(missing_ok=True)
-        outcome = _run_pytest(check, suite, seconds, report)
-        if not report.exists():
-            yield Verdict(f"{suite} passes on {check.device}", False, outcome[-_LOG_CHARACTERS:])
-            continue
-        counts, failures = _read(report)
-        rows.append((suite, *(str(counts[kind]) for kind in ("passed", "failed", "skipped"))))
-        summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        yield Verdict(f"{suite} passes on {check.device}", not failures, summary)
-        for name, text in failures:
-            yield Note(f"{name} failed: {text[-_LOG_CHARACTERS:]}")
+    try:
+        for suite in suites:
+            has_ended = suite.wait(end - time.monotonic())
+            outcomes = suite.outcomes()
+            counts = Counter(outcome["outcome"] for outcome in outcomes)
+            rows.append((suite.name, *(str(counts[kind]) for kind in ("passed", "failed", "skipped"))))
+            summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or suite.output()
+            holds = has_ended and suite.process.returncode == 0 and bool(outcomes)
+            detail = summary if has_ended else f"stopped after {SECONDS:.0f} s: {summary}"
+            yield Verdict(f"{suite.name} passes on {check.device}", holds, detail)
+            for outcome in outcomes:
+                if outcome["outcome"] == "failed":
+                    yield Note(f"{outcome['test']} failed: {outcome['text'][-_TEXT_CHARACTERS:]}")
+    finally:
+        for suite in suites:
+            suite.kill()
     yield Table("gpu-tests", f"tests on {check.device}", ("tests", "passed", "failed", "skipped"), rows)
 
 
-def _run_pytest(check: Check, suite: str, seconds: float, report: Path) -> str:
-    """Run a suite; return the end of what it printed, or why it was stopped."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", suite, f"--junit-xml={report}"]
-    command += ["--device", check.device, "--tb=short"]
-    if suite.endswith("contract.py"):
-        command += ["-k", REHEARSED_MODELS if check.is_rehearsal else CONTRACT_MODELS]
-        if importlib.util.find_spec("xdist") and not check.is_rehearsal:
-            command += ["-n", str(WORKERS)]
-    try:
-        finished = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=dict(os.environ),
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
-    return finished.stdout + finished.stderr
+@dataclass(frozen=True)
+class _Suite:
+    """A run of pytest, which writes outcomes and what it prints to files."""
 
+    name: str
+    process: subprocess.Popen[bytes]
+    directory: Path
 
-def _read(report: Path) -> tuple[Counter[str], list[tuple[str, str]]]:
-    """Return the number of tests by outcome, and each failure with its text."""
-    counts, failures = Counter[str](), []
-    for case in ElementTree.parse(report).iter("testcase"):
-        broken = [child for child in case if child.tag in ("failure", "error")]
-        is_skipped = any(child.tag == "skipped" for child in case)
-        counts["failed" if broken else "skipped" if is_skipped else "passed"] += 1
-        failures += [(case.get("name", ""), child.text or child.get("message") or "") for child in broken]
-    return counts, failures
+    @classmethod
+    def start(cls, check: Check, name: str) -> "_Suite":
+        directory = check.directory / Path(name).stem
+        directory.mkdir(exist_ok=True)
+        outcomes = directory / "outcomes.jsonl"
+        outcomes.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.outcomes"]
+        # A new version of a library may warn; that is no reason to learn nothing of the device.
+        command += [name, "-W", "default", "--tb=short", "--device", check.device]
+        if name.endswith("contract.py"):
+            command += ["-k", REHEARSED_MODELS if check.is_rehearsal else CONTRACT_MODELS]
+            if importlib.util.find_spec("xdist") and not check.is_rehearsal:
+                command += ["-n", str(WORKERS)]
+        with (directory / "output").open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "SAMOVAR_TEST_OUTCOMES": str(outcomes.resolve())},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(name, process, directory)
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether the run has ended within some seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, seconds))
+        return self.process.returncode is not None
+
+    def outcomes(self) -> list[dict[str, str]]:
+        path = self.directory / "outcomes.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def output(self) -> str:
+        return (self.directory / "output").read_text()[-_TEXT_CHARACTERS:]
+
+    def kill(self) -> None:
+        """Stop the run with its workers and servers."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
