@@ -6,10 +6,13 @@ wheel of onnxruntime-gpu is cut into pieces, because a connection may limit what
 
 import argparse
 import hashlib
+import importlib.metadata
+import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import artifacts
@@ -21,7 +24,11 @@ REQUIREMENTS = Path(__file__).parent / "wheels.txt"
 ONNXRUNTIME = "onnxruntime-gpu==1.31.0"
 # A glibc of 2.28 and later runs all of these.
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64"]
-PIECE_BYTES = 55 << 20
+# A piece travels with the checkout, in 64 MiB or less.
+PIECE_BYTES = 49 << 20
+_LIBRARIES = ("torch", "onnx", "onnxscript")
+_CLIENT = ROOT / "clients" / "python"
+_NOT_SOURCE = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,27 +45,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bundle = options.out / "bundle"
     bundle.mkdir(parents=True, exist_ok=True)
     download_wheels(bundle / WHEELS, options.python)
-    artifacts.make(tuple(artifacts.FAMILIES), options.out / ARTIFACTS, "starter", FORMATS)
-    pack(options.out / ARTIFACTS, bundle)
+    pack(make_artifacts(options.out / ARTIFACTS), bundle)
     pack(make_test_artifacts(options.out / TEST_ARTIFACTS), bundle)
-    print(f"{bundle}: {_mebibytes(bundle):.0f} MiB")
+    print(f"checkout: {_mebibytes(_tracked_files()):.1f} MiB")
+    for path in sorted(bundle.iterdir()):
+        print(f"{path}: {_mebibytes([path]):.1f} MiB")
     if options.onnxruntime:
         wheel = download_onnxruntime(options.out / "onnxruntime", options.python)
-        pieces = cut(wheel, options.out / PIECES)
-        print(f"{options.out / PIECES}: {len(pieces)} pieces of {_mebibytes(options.out / PIECES):.0f} MiB")
+        for piece in cut(wheel, options.out / PIECES):
+            print(f"{piece}: {_mebibytes([piece]):.1f} MiB")
 
 
 def download_wheels(directory: Path, python: str) -> None:
     """Download the wheels of wheels.txt, and build those of the client and the project."""
+    # Two versions of a package cannot be installed.
+    shutil.rmtree(directory, ignore_errors=True)
     _pip("download", "--requirement", str(REQUIREMENTS), "--dest", str(directory), *_target(python))
-    # The metadata of the project itself: its packages run from the checkout.
-    _pip("wheel", "--no-deps", "--wheel-dir", str(directory), str(ROOT / "clients" / "python"), str(ROOT))
+    with tempfile.TemporaryDirectory() as copies:
+        # A build in the checkout leaves copies of modules there, which the next build takes for modules.
+        client, project = Path(copies) / "client", Path(copies) / "project"
+        shutil.copytree(_CLIENT, client, ignore=_NOT_SOURCE)
+        # The metadata of the project itself: its packages run from the checkout.
+        project.mkdir()
+        shutil.copy(ROOT / "pyproject.toml", project)
+        _pip("wheel", "--no-deps", "--wheel-dir", str(directory), str(client), str(project))
 
 
 def download_onnxruntime(directory: Path, python: str) -> Path:
     """Download onnxruntime-gpu; return the wheel."""
     _pip("download", ONNXRUNTIME, "--dest", str(directory), *_target(python))
-    return next(directory.glob("onnxruntime_gpu-*.whl"))
+    name = ONNXRUNTIME.replace("-", "_").replace("==", "-")
+    return next(directory.glob(f"{name}-cp{python.replace('.', '')}-*.whl"))
+
+
+def make_artifacts(directory: Path) -> Path:
+    """Make untrained artifacts of all families, again if the exporter has changed; return `directory`."""
+    stamp, made_from = directory / ".made-from", hash_of_exporter()
+    if not stamp.exists() or stamp.read_text() != made_from:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        stamp.write_text(made_from)
+    return artifacts.make(tuple(artifacts.FAMILIES), directory, "starter", FORMATS)
+
+
+def hash_of_exporter() -> str:
+    """Return a hash of the code that makes artifacts, and of the libraries that it uses."""
+    digest = hashlib.sha256(repr([importlib.metadata.version(name) for name in _LIBRARIES]).encode())
+    for source in (*sorted((ROOT / "export").rglob("*.py")), Path(artifacts.__file__)):
+        digest.update(f"{source.relative_to(ROOT)}\n".encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 def make_test_artifacts(directory: Path) -> Path:
@@ -86,7 +121,8 @@ def _without_hidden(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 def cut(wheel: Path, directory: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
     """Cut a wheel into pieces, and write their checksums and that of the wheel; return the pieces."""
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     pieces, lines, whole = [], [], hashlib.sha256()
     for number, data in enumerate(_blocks(wheel, piece_bytes)):
         piece = directory / f"piece-{number:02}"
@@ -124,8 +160,17 @@ def _pip(*arguments: str) -> None:
     subprocess.run([*command, *arguments[1:]], check=True)
 
 
-def _mebibytes(directory: Path) -> float:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / (1 << 20)
+def _tracked_files() -> list[Path]:
+    """Return the files of the checkout that travel; none if it is not under Git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    return [ROOT / name for name in names.split("\0") if name]
+
+
+def _mebibytes(paths: Iterable[Path]) -> float:
+    """Return the size of files, and of the files in directories."""
+    files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,)))
+    return sum(file.stat().st_size for file in files if file.is_file()) / (1 << 20)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ directory=$(cd "$directory" && pwd)
 if [ ! -e "$directory/venv/.ready" ]; then
     "$python" -m venv "$directory/venv"
     "$directory/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        torch numpy onnx onnxscript onnxruntime grpcio protobuf prometheus-client jinja2 pyarrow scikit-learn \
-        matplotlib tqdm pytest hypothesis psutil pillow setuptools
+        'torch==2.11.*' numpy onnx onnxscript onnxruntime grpcio protobuf prometheus-client jinja2 pyarrow scikit-learn \
+        matplotlib tqdm pytest pytest-benchmark pytest-cov pytest-mock anyio hypothesis psutil pillow setuptools
     touch "$directory/venv/.ready"
 fi
 rm -rf "$directory/home" "$directory/tree"

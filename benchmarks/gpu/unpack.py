@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 BUNDLE = Path("build/gpu/bundle")
 WHEELS, ARTIFACTS, TEST_ARTIFACTS = "wheels", "artifacts", "test-artifacts"
+SITE, ONNXRUNTIME = "site", "onnxruntime"
 PIECES = "onnxruntime-pieces"
 CHECKSUMS = "SHA256SUMS"
 PIP = ("install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check")
@@ -41,15 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def unpack(bundle: Path, home: Path) -> None:
-    """Install the wheels in `home`/site, and extract the artifacts; what is there already is kept."""
-    if not (bundle / WHEELS).is_dir():
+    """Install the wheels in `home`/site, and extract the artifacts; keep what the same files gave."""
+    wheels = sorted((bundle / WHEELS).glob("*.whl"))
+    if not wheels and not all((home / name).is_dir() for name in (SITE, ARTIFACTS, TEST_ARTIFACTS)):
         raise IncompleteBundle(f"{bundle} has no bundle: run `make gpu-bundle` and bring its output here")
-    if not (home / "site").is_dir():
-        _pip_install(sorted((bundle / WHEELS).glob("*.whl")), home / "site")
+    if wheels:
+        _replace(home / SITE, wheels, lambda: _pip_install(wheels, home / SITE))
     for name in (ARTIFACTS, TEST_ARTIFACTS):
-        if not (home / name).is_dir():
-            with tarfile.open(bundle / f"{name}.tar.xz") as archive:
-                archive.extractall(home, filter="data")
+        if (archive := bundle / f"{name}.tar.xz").exists():
+            _replace(home / name, [archive], partial(_extract, archive, home))
 
 
 def receive(files: Sequence[Path], home: Path) -> str:
@@ -57,6 +59,8 @@ def receive(files: Sequence[Path], home: Path) -> str:
     pieces = home / PIECES
     pieces.mkdir(parents=True, exist_ok=True)
     for file in files:
+        if not file.is_file():
+            raise IncompleteBundle(f"{file} is not here: bring it with this call")
         shutil.copyfile(file, pieces / file.name)
     missing = _missing_pieces(pieces)
     return f"missing: {', '.join(missing)}" if missing else "onnxruntime-gpu is complete"
@@ -64,13 +68,20 @@ def receive(files: Sequence[Path], home: Path) -> str:
 
 def install_onnxruntime(home: Path) -> str:
     """Join the pieces of onnxruntime-gpu and install it in `home`/onnxruntime; return what was done."""
-    site = home / "onnxruntime"
-    if site.is_dir():
-        return "onnxruntime-gpu is installed"
-    if missing := _missing_pieces(home / PIECES):
-        return f"ONNX on CUDA is skipped: onnxruntime-gpu lacks {', '.join(missing)}"
-    _pip_install([join(home)], site)
-    return "onnxruntime-gpu was joined and installed"
+    pieces = home / PIECES
+    if missing := _missing_pieces(pieces):
+        return (
+            f"ONNX on CUDA is skipped: onnxruntime-gpu lacks {', '.join(missing)}. "
+            "To include it, run `benchmarks/gpu/check.sh --receive FILE ...` with these files first"
+        )
+    site = home / ONNXRUNTIME
+    try:
+        _replace(site, [pieces / CHECKSUMS], lambda: _pip_install([join(home)], site))
+    except (IncompleteBundle, subprocess.CalledProcessError) as error:
+        # Half of a package would hide the ONNX Runtime of the machine.
+        shutil.rmtree(site, ignore_errors=True)
+        return f"ONNX on CUDA is skipped: {error}"
+    return "onnxruntime-gpu is installed"
 
 
 def join(home: Path) -> Path:
@@ -84,6 +95,23 @@ def join(home: Path) -> Path:
     if _sha256(wheel) != digest:
         raise IncompleteBundle(f"{name} is damaged: make the pieces again with `make gpu-bundle ONNX=1`")
     return wheel
+
+
+def _replace(directory: Path, sources: Sequence[Path], make: Callable[[], None]) -> None:
+    """Make a directory again, unless it was made from the same files and completely."""
+    stamp = directory.with_name(f".{directory.name}.made-from")
+    made_from = "".join(f"{_sha256(source)}  {source.name}\n" for source in sources)
+    if stamp.exists() and stamp.read_text() == made_from:
+        return
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    make()
+    stamp.write_text(made_from)
+
+
+def _extract(archive: Path, home: Path) -> None:
+    with tarfile.open(archive) as file:
+        file.extractall(home, filter="data")
 
 
 def _missing_pieces(pieces: Path) -> list[str]:

@@ -43,9 +43,40 @@ def test_damaged_piece_is_missing(wheel: Path, tmp_path: Path) -> None:
     pieces = bundle.cut(wheel, tmp_path / "pieces", piece_bytes=1000)
     pieces[1].write_bytes(bytes(1000))
     unpack.receive([*pieces, tmp_path / "pieces" / unpack.CHECKSUMS], tmp_path / "home")
-    assert unpack.install_onnxruntime(tmp_path / "home") == (
-        "ONNX on CUDA is skipped: onnxruntime-gpu lacks piece-01"
-    )
+    message = unpack.install_onnxruntime(tmp_path / "home")
+    assert message.startswith("ONNX on CUDA is skipped: onnxruntime-gpu lacks piece-01. To include it, run")
+
+
+def test_wheel_that_cannot_be_installed_only_skips_onnx(wheel: Path, tmp_path: Path) -> None:
+    pieces = bundle.cut(wheel, tmp_path / "pieces", piece_bytes=1000)
+    unpack.receive([*pieces, tmp_path / "pieces" / unpack.CHECKSUMS], tmp_path / "home")
+    assert "skipped" in unpack.install_onnxruntime(tmp_path / "home")
+    assert not (tmp_path / "home" / unpack.ONNXRUNTIME).exists()
+
+
+def test_piece_that_did_not_travel_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "piece-00")
+    assert unpack.main(["--home", str(tmp_path / "home"), "--receive", absent]) == 1
+    assert f"{absent} is not here" in capsys.readouterr().err
+
+
+def test_new_bundle_replaces_what_was_unpacked(tmp_path: Path) -> None:
+    def unpacked(text: str) -> str:
+        for name in (unpack.ARTIFACTS, unpack.TEST_ARTIFACTS):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "file").write_text(text)
+            bundle.pack(tmp_path / name, tmp_path / "bundle")
+        unpack.unpack(tmp_path / "bundle", tmp_path / "home")
+        return (tmp_path / "home" / unpack.ARTIFACTS / "file").read_text()
+
+    # An extraction that was stopped leaves a directory too.
+    for name in (unpack.SITE, unpack.ARTIFACTS, unpack.TEST_ARTIFACTS):
+        (tmp_path / "home" / name).mkdir(parents=True)
+    (tmp_path / "bundle").mkdir()
+    assert unpacked("old") == "old"
+    assert unpacked("new") == "new"
+    # A later call need not bring the bundle again.
+    unpack.unpack(tmp_path / "nothing", tmp_path / "home")
 
 
 def test_missing_bundle_is_reported_with_what_to_do(

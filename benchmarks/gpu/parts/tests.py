@@ -21,7 +21,7 @@ SUITES = ("tests/gpu", "tests/server/test_faults.py", "tests/test_family_contrac
 # The other data sets need more artifacts than the bundle carries.
 CONTRACT_MODELS = "digits or text"
 REHEARSED_MODELS = "digits-gan or text-lstm"
-WORKERS = 4
+WORKERS = 8
 SECONDS = 72.0
 _TEXT_CHARACTERS = 1500
 
