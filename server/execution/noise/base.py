@@ -11,8 +11,9 @@ from server.core.spec import STEP_INDEX, TensorSpec
 
 Array = NDArray[Any]
 
-# Tables of the keys of rows on a device: the bits of the seed, the index, and the step.
-SEED, ROW = "row_seed", "row_index"
+# Tables of the keys of rows on a device: the bits of the seed, the index, and the step. The dot keeps the
+# first two names from those of a program's tensors.
+SEED, ROW = "row.seed", "row.index"
 KEY_TABLES = (TensorSpec(SEED, "int64"), TensorSpec(ROW, "int64"), TensorSpec(STEP_INDEX, "int64"))
 
 
