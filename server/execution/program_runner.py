@@ -69,6 +69,10 @@ class ProgramRunner:
             for graph in spec.graphs
         }
         self.uses_cuda_graphs = device.is_cuda and device.cuda_graphs
+        # The host reads a done flag after each step, or one step later while an asynchronous device works on.
+        is_async = self._operations.is_async
+        self._done_flag = "" if is_async else spec.steps.done_flag
+        self._late_done_flag = spec.steps.done_flag if is_async else ""
         self.clear()
 
     @property
@@ -187,8 +191,7 @@ class ProgramRunner:
 
     def _take_steps(self, graph: GraphSpec, batch_rows: int, max_steps: int) -> int:
         """Take steps until a row ends or may end; return their number."""
-        has_flags = bool(self.spec.steps.done_flag) and not self._operations.is_async
-        may_end_early = has_flags or self.slots.has_previews
+        may_end_early = bool(self._done_flag) or self.slots.has_previews
         for taken in range(1, max_steps + 1):
             self._step(graph, batch_rows)
             if may_end_early or self.slots.has_ended:
@@ -216,12 +219,8 @@ class ProgramRunner:
         self.slots.count_step(self._frozen_rows())
 
     def _frozen_rows(self) -> torch.Tensor | None:
-        """Return which rows are done and yet take further steps, bool [2 * capacity] on the device.
-
-        The host learns of a done flag on a GPU one step later.
-        """
-        flag = self.spec.steps.done_flag
-        return self.slots.tables[flag] if flag and self._operations.is_async else None
+        """Return which rows are done and yet take further steps, bool [2 * capacity] on the device."""
+        return self.slots.tables[self._late_done_flag] if self._late_done_flag else None
 
     def _read_done_flags(self) -> Callable[[], None] | None:
         """Start to read the done flags; return a function that waits for them and ends the rows."""
@@ -276,8 +275,7 @@ class ProgramRunner:
         return self._read_out(is_due & ~self._done(), is_finished=False)
 
     def _read_finished(self) -> list[PendingReadout]:
-        has_flags = self.spec.steps.done_flag and not self._operations.is_async
-        if not (self.slots.has_ended or has_flags):
+        if not (self.slots.has_ended or self._done_flag):
             return []
         done = self._done()
         if readouts := self._read_out(done, is_finished=True):
@@ -287,8 +285,8 @@ class ProgramRunner:
     def _done(self) -> Mask:
         """Return which active rows are done, as far as the host knows, bool [num_active]."""
         done = self.slots.ended
-        if self.spec.steps.done_flag and not self._operations.is_async:
-            done |= self.slots.tables[self.spec.steps.done_flag].numpy()[: len(done)]
+        if self._done_flag:
+            done |= self.slots.tables[self._done_flag].numpy()[: len(done)]
         return done
 
     def _read_out(self, selected: Mask, *, is_finished: bool) -> list[PendingReadout]:

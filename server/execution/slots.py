@@ -141,10 +141,12 @@ class Slots:
             self.tables[name], self.next_state[name] = self.next_state[name], self.tables[name]
         self.side = 1 - self.side
         self._step_counter += 1
+        if self._step_index is None:
+            return
         # In place: a copy from the host would wait for the step on a GPU.
-        if self._step_index is not None and frozen is None:
+        if frozen is None:
             self._step_index[: self.num_active] += 1
-        elif self._step_index is not None and frozen is not None:
+        else:
             self.tables[STEP_INDEX][: self.num_active] += ~frozen[: self.num_active]
 
     @property

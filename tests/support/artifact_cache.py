@@ -62,8 +62,8 @@ def artifact(pair: Pair, formats: Sequence[str], timeout: float = _WAIT_FOREVER)
     Raises:
         Timeout: the other process needs longer.
     """
-    ready = Path(os.environ.get("SAMOVAR_TEST_ARTIFACTS", "/nonexistent")).resolve() / pair.model
-    if ready.is_dir():
+    directory = os.environ.get("SAMOVAR_TEST_ARTIFACTS")
+    if directory and (ready := Path(directory).resolve() / pair.model).is_dir():
         return ready
     entry = CACHE / _key(pair, tuple(formats))
     entry.mkdir(parents=True, exist_ok=True)
