@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import IO
 
 import grpc
-import onnxruntime
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from server.runtime.onnx import has_cuda_provider
 
 START_SECONDS = 120.0
 _LOG_CHARACTERS = 2000
@@ -61,8 +62,7 @@ class Server:
 @cache
 def device() -> str:
     """Return the device of servers and loops: cuda if both torch and ONNX Runtime can use it, else cpu."""
-    providers = onnxruntime.get_available_providers()
-    return "cuda" if torch.cuda.is_available() and "CUDAExecutionProvider" in providers else "cpu"
+    return "cuda" if torch.cuda.is_available() and has_cuda_provider() else "cpu"
 
 
 @contextmanager

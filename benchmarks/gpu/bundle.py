@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks import artifacts
 from benchmarks.gpu.unpack import ARTIFACTS, CHECKSUMS, PIECES, TEST_ARTIFACTS, WHEELS
+from server.core.spec import FORMATS
 
 ROOT = Path(__file__).parents[2]
-FORMATS = ("onnx", "torchscript", "torch_export")
 REQUIREMENTS = Path(__file__).parent / "wheels.txt"
 ONNXRUNTIME = "onnxruntime-gpu==1.31.0"
 # A glibc of 2.28 and later runs all of these.

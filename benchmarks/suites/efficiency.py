@@ -69,11 +69,11 @@ class Case:
 
     def num_slots(self, bucket: int) -> int:
         """Return the smallest number of slots of which rows of this level may fill `bucket`."""
-        return next(
-            size
-            for size in itertools.count(bucket)
-            if size - math.ceil(self.level * size * RESERVED_SHARE) >= bucket
-        )
+        return next(size for size in itertools.count(bucket) if self.num_rows(size) >= bucket)
+
+    def num_rows(self, slots: int) -> int:
+        """Return how many of some slots rows of this level may fill."""
+        return slots - math.ceil(self.level * slots * RESERVED_SHARE)
 
 
 STEPPING = (

@@ -83,9 +83,8 @@ def run(bench: Bench) -> Section:
     tables, plots = [], []
     with _start_servers(models, MODES[: 2 if bench.is_quick else None]) as servers:
         for name, kinds in workloads.items():
-            capacity, bursts = _measure_bursts(bench, name, kinds, servers)
-            outcomes = _measure_loads(bench, kinds, capacity, servers)
-            tables += [bursts, _latency_table(name, outcomes)]
+            workload, outcomes = measure_workload(bench, name, kinds, servers)
+            tables += workload
             if len(kinds) > 1:
                 tables.append(_model_table(name, kinds, outcomes[TARGET_LOAD]))
             plots.append(_plot(name, outcomes))
@@ -130,6 +129,15 @@ def _start_servers(models: Path, modes: Sequence[str]) -> Iterator[dict[str, Ser
         }
 
 
+def measure_workload(
+    bench: Bench, name: str, kinds: Sequence[Kind], servers: dict[str, Server], loads: Sequence[float] = LOADS
+) -> tuple[list[Table], Outcomes]:
+    """Measure bursts and Poisson arrivals; return their tables, and the outcomes of the arrivals by load."""
+    capacity, bursts = _measure_bursts(bench, name, kinds, servers)
+    outcomes = _measure_loads(bench, kinds, capacity, servers, loads)
+    return [bursts, _latency_table(name, outcomes)], outcomes
+
+
 def _measure_bursts(
     bench: Bench, name: str, kinds: Sequence[Kind], servers: dict[str, Server]
 ) -> tuple[float, Table]:
@@ -147,9 +155,9 @@ def _measure_bursts(
 
 
 def _measure_loads(
-    bench: Bench, kinds: Sequence[Kind], capacity: float, servers: dict[str, Server]
+    bench: Bench, kinds: Sequence[Kind], capacity: float, servers: dict[str, Server], loads: Sequence[float]
 ) -> Outcomes:
-    loads = (TARGET_LOAD,) if bench.is_quick else LOADS
+    loads = (TARGET_LOAD,) if bench.is_quick else loads
     seconds = bench.scale(0.5, 3.5)
     outcomes: Outcomes = {load: {mode: [] for mode in servers} for load in loads}
     for load in loads:

@@ -32,7 +32,7 @@ def capture(call: Callable[[], None], outputs: Tensors) -> Callable[[], None]:
         call()
     expected = [output.clone() for output in outputs]
     try:
-        graph = _capture(call, _pool.handle())
+        graph = record(call, _pool.handle())
     except RuntimeError as error:
         _pool.replace()
         if is_out_of_memory(error) or is_device_lost(error):
@@ -47,7 +47,16 @@ def capture(call: Callable[[], None], outputs: Tensors) -> Callable[[], None]:
     return replay
 
 
-def _capture(call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+def record(call: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Record the kernels that a call launches on the current stream, which is not the default one.
+
+    Args:
+        call: was called before, so that runtimes have chosen their kernels.
+        pool: memory pool of the graph (default: one of its own).
+
+    Raises:
+        RuntimeError: the call does something that a CUDA graph cannot hold.
+    """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
     with _no_garbage_collection():
@@ -90,7 +99,7 @@ class _Pool:
         """Return the pool, on the current GPU and stream."""
         if self._handle is None:
             handle, scratch = torch.cuda.graph_pool_handle(), torch.zeros(1, device="cuda")
-            self._graphs.append(_capture(scratch.zero_, handle))
+            self._graphs.append(record(scratch.zero_, handle))
             self._handle = handle
         return self._handle
 

@@ -106,10 +106,15 @@ def _run_options() -> onnxruntime.RunOptions:
     return options
 
 
+def has_cuda_provider() -> bool:
+    """Return whether this ONNX Runtime was built for CUDA."""
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def _providers(device: Device) -> list[Any]:
     if not device.is_cuda:
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if not has_cuda_provider():
         raise RuntimeUnavailable(
             "this onnxruntime has no CUDA provider: install onnxruntime-gpu, or serve with --device cpu"
         )

@@ -13,7 +13,7 @@ import torch
 from benchmarks import artifacts
 from benchmarks.gpu.base import Check, Note
 from benchmarks.gpu.parts import step_time
-from benchmarks.gpu.timing import clocks, compiling, graphs, networks, profiling
+from benchmarks.gpu.timing import clocks, compiling, graphs, networks, plans, profiling
 from benchmarks.gpu.timing.compiling import Compiler, Job
 from benchmarks.gpu.timing.graphs import CASES
 from benchmarks.gpu.timing.meter import Meter, Series
@@ -25,7 +25,7 @@ from server.runtime import Device
 
 CPU = torch.device("cpu")
 PLAN = dataclasses.replace(
-    step_time.REHEARSAL,
+    plans.REHEARSAL,
     cases=(CASES[artifacts.GAN],),
     rows=(1, 2),
     other_rows=(3,),

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 import samovar
@@ -20,6 +19,7 @@ from benchmarks.suites import determinism
 from samovar._messages import CallOptions
 from samovar.model import DataKind, ParameterType
 from samovar.operations import parse_program_name
+from server.runtime.onnx import has_cuda_provider
 
 FORMATS = ("torchscript", "torch_export", "onnx")
 ROWS = 8
@@ -46,7 +46,7 @@ def run(check: Check) -> Iterator[Finding]:
     names = (artifacts.LSTM, artifacts.GAN) if check.is_rehearsal else tuple(artifacts.FAMILIES)
     models = artifacts.link(names, check.artifacts)
     first, *others = FORMATS
-    formats = FORMATS if _has_onnx(check.device) else FORMATS[:-1]
+    formats = FORMATS if check.device == "cpu" or has_cuda_provider() else FORMATS[:-1]
     with ExitStack() as stack, ThreadPoolExecutor(4) as threads:
 
         def start(device: str, format_: str) -> Future[Server]:
@@ -68,10 +68,6 @@ def run(check: Check) -> Iterator[Finding]:
             yield from _guard(f"{format_} is compared", findings)
     if skipped := set(FORMATS) - set(formats):
         yield Note(f"Skipped: {', '.join(skipped)}; this ONNX Runtime has no CUDA provider.")
-
-
-def _has_onnx(device: str) -> bool:
-    return device == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _guard(requirement: str, findings: Iterator[Finding]) -> Iterator[Finding]:

@@ -1,26 +1,22 @@
 """The engine compared with bare loops over the same graphs, and step batching with request batching."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks import artifacts, load
 from benchmarks.gpu.base import Check, Finding, Note
-from benchmarks.gpu.parts.step_time import REHEARSAL
 from benchmarks.gpu.timing import graphs
 from benchmarks.gpu.timing.compiling import ARTIFACT, Compiler, Job
-from benchmarks.load import Clients, poisson
+from benchmarks.gpu.timing.plans import REHEARSAL
 from benchmarks.report import Result, Table
 from benchmarks.servers import Server, samovar_server
-from benchmarks.statistics import Floats, percentile_of_each, ratio, spread
+from benchmarks.statistics import ratio, spread
 from benchmarks.suites import scheduling
+from benchmarks.suites.base import Bench
 from benchmarks.suites.efficiency import SINGLE_CALL, STEPPING, Case, Loop, server_rate
-from server.engine.program_queue import RESERVED_SHARE
-from server.runtime import Device
+from server.runtime import Device, set_deterministic
 
 FORMAT = "torchscript"
 BATCH_ROWS = 256
@@ -29,30 +25,29 @@ LOOP_TARGET = "≥ 0.95"
 UNET = replace(graphs.UNET, level=1)
 UNET_ROWS = 64
 _EXPORT, _EXPORT_SECONDS = Job(ARTIFACT, UNET.model), 60.0
-LOAD = 0.6
+SCHEDULING_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run: batch sizes, seconds of a measurement, repeats and requests."""
+    """Sizes of a run: batch sizes, seconds of a measurement, and repeats."""
 
     batch_rows: int
     seconds: float
     repeats: int
-    burst: int
     cases: Sequence[Case]
 
 
 def run(check: Check) -> Iterator[Finding]:
     """Measure the families, then batching under load, then the U-Net, whose export takes the longest."""
-    settings = Settings(BATCH_ROWS, 1.0, REPEATS, 200, (*STEPPING, *SINGLE_CALL))
+    settings = Settings(BATCH_ROWS, 1.0, REPEATS, (*STEPPING, *SINGLE_CALL))
     if check.is_rehearsal:
-        settings = Settings(16, 0.3, 1, 20, (STEPPING[3], SINGLE_CALL[1]))
+        settings = Settings(16, 0.3, 1, (STEPPING[3], SINGLE_CALL[1]))
+    set_deterministic(Device(check.device))  # as the server computes
     with Compiler(check.directory / "compiled", check.device, _EXPORT_SECONDS, threads=4) as compiler:
         _start_unet_export(check, compiler)
         yield from _measure_families(check, settings)
-        with load.start_clients() as clients:
-            yield from _measure_batching(check, settings, clients)
+        yield from _measure_batching(check)
         yield from _measure_unet(check, settings, compiler)
 
 
@@ -61,7 +56,7 @@ def _measure_families(check: Check, settings: Settings) -> Iterator[Finding]:
     rows = []
     with _server(check, models, settings.batch_rows) as server:
         for case in settings.cases:
-            bucket = _rows_of_level(settings.batch_rows, case.level)
+            bucket = case.num_rows(settings.batch_rows)
             rates = _compare(check, server, models / case.model / "1", case, bucket, settings)
             if isinstance(rates, Note):
                 yield rates
@@ -108,36 +103,20 @@ def _compare(
     return engine_rates, loop_rates
 
 
-def _rows_of_level(slots: int, level: int) -> int:
-    """Return how many slots rows of a level may take."""
-    return slots - math.ceil(level * slots * RESERVED_SHARE)
-
-
-def _measure_batching(check: Check, settings: Settings, clients: Clients) -> Iterator[Finding]:
+def _measure_batching(check: Check) -> Iterator[Finding]:
     """Compare bursts, and latencies at a load that step batching can serve."""
-    kinds = (scheduling.TEXTS,) if check.is_rehearsal else scheduling.WORKLOADS["mixed steps"]
+    workloads = scheduling.QUICK_WORKLOADS if check.is_rehearsal else scheduling.WORKLOADS
+    name, kinds = next(iter(workloads.items()))
     models = artifacts.link([kind.model for kind in kinds], check.artifacts)
-    modes = ("step", "request")
     with ExitStack() as stack:
-        servers = {mode: stack.enter_context(_server(check, models, 64, batching=mode)) for mode in modes}
-        rates: dict[str, list[float]] = {mode: [] for mode in modes}
-        for repeat in range(settings.repeats):
-            burst = scheduling.draw_requests(kinds, [0.0] * settings.burst, repeat)
-            for mode, server in servers.items():
-                rates[mode].append(clients.run_open(server.address, burst).rate)
-        throughput = str(ratio(rates["step"], rates["request"]))
-        yield Result("mixed steps: burst throughput, step / request batching", throughput, "≥ 1.3")
-        rate = LOAD * float(np.median(rates["step"]))
-        latencies: dict[str, list[Floats]] = {mode: [] for mode in modes}
-        for repeat in range(settings.repeats):
-            times = poisson(rate, settings.burst, np.random.default_rng(repeat))
-            requests = scheduling.draw_requests(kinds, times, 100 + repeat)
-            for mode, server in servers.items():
-                latencies[mode].append(clients.run_open(server.address, requests).latencies)
-    for percent in (50, 99):
-        step, request = (percentile_of_each(latencies[mode], percent) for mode in modes)
-        metric = f"mixed steps: p{percent} at {LOAD:.0%} load, step / request batching"
-        yield Result(metric, str(ratio(step, request)), "≤ 0.333")
+        bench = Bench(check.artifacts, stack.enter_context(load.start_clients()), check.is_rehearsal)
+        servers = {
+            mode: stack.enter_context(_server(check, models, SCHEDULING_ROWS, batching=mode))
+            for mode in scheduling.MODES[:2]
+        }
+        tables, _ = scheduling.measure_workload(bench, name, kinds, servers, (scheduling.TARGET_LOAD,))
+    yield from scheduling.results(tables)
+    yield from tables
 
 
 def _measure_unet(check: Check, settings: Settings, compiler: Compiler) -> Iterator[Finding]:

@@ -1,25 +1,27 @@
 """Transfers, and random numbers drawn by the kernel on the device or by NumPy on the host."""
 
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
 from benchmarks.gpu.base import Check, Finding, Note, Verdict
+from benchmarks.gpu.timing import clocks
 from benchmarks.report import Table
 from benchmarks.statistics import format_number
 from server.core.spec import NoiseSpec, TensorSpec
 from server.execution.device_operations import DeviceOperations, operations_of
 from server.execution.noise.base import NoiseKeys
 from server.execution.noise.buffer import draw as draw_on_host
-from server.execution.noise.device import Draw
+from server.execution.noise.device import Draw, keys_on
 from server.runtime import Device, device_context
 
 # Rows of a step, and numbers of a row: a digit, a latent vector, an image of 3 x 32 x 32.
 CASES = ((64, 64), (256, 64), (64, 3072), (256, 3072))
 COMPARED_NUMBERS = 10_000_000
 MEBIBYTE = 1 << 20
+SECONDS = 0.1
 
 
 def run(check: Check) -> Iterator[Finding]:
@@ -44,7 +46,7 @@ def _compare(kernel: Draw, device: torch.device) -> Iterator[Finding]:
     for distribution in ("uniform", "normal"):
         spec = _spec(distribution, count)
         numbers = torch.zeros((rows, count), device=device)
-        kernel(spec, *_to_device(keys, device), numbers)
+        kernel(spec, *keys_on(device, keys), numbers)
         expected, found = draw_on_host(spec, keys), numbers.cpu().numpy()
         differing = int(np.count_nonzero(found != expected))
         ulp = float((np.abs(found - expected) / np.spacing(np.abs(expected))).max())
@@ -69,11 +71,11 @@ def _measure_noise(operations: DeviceOperations, is_rehearsal: bool) -> Table:
         spec, keys = _spec("normal", count), _keys(batch)
         numbers = torch.zeros((batch, count), device=operations.device)
         drawn = draw_on_host(spec, keys)
-        cells = [_microseconds(lambda: draw_on_host(spec, keys), 5)]  # noqa: B023
-        cells.append(_microseconds(lambda: operations.copy(drawn, numbers), 50))  # noqa: B023
+        host, device = torch.device("cpu"), operations.device
+        cells = [_microseconds(partial(draw_on_host, spec, keys), host)]
+        cells.append(_microseconds(partial(operations.copy, drawn, numbers), device))
         if kernel := operations.noise_kernel:
-            device_keys = _to_device(keys, operations.device)
-            cells.append(_microseconds(lambda: kernel(spec, *device_keys, numbers), 50))  # noqa: B023
+            cells.append(_microseconds(partial(kernel, spec, *keys_on(device, keys), numbers), device))
         else:
             cells.append("–")
         rows.append((str(batch), str(count), *cells))
@@ -89,7 +91,8 @@ def _measure_transfers(device: torch.device) -> Table:
             host = torch.zeros(size, dtype=torch.uint8, pin_memory=kind == "pinned")
             cells = []
             for target, source in ((on_device, host), (host, on_device)):
-                seconds = _seconds(lambda: target.copy_(source, non_blocking=True), 50)  # noqa: B023
+                copy = partial(target.copy_, source, non_blocking=True)
+                seconds = clocks.median_seconds(copy, device, SECONDS)
                 cells += [format_number(1e6 * seconds), format_number(size / (1 << 30) / seconds)]
             rows.append((f"{size // 1024:,}", kind, *cells))
     columns = ("KiB", "host memory", "to the GPU, µs", "GiB/s", "from the GPU, µs", "GiB/s")
@@ -105,28 +108,5 @@ def _keys(rows: int) -> NoiseKeys:
     return NoiseKeys(np.full(rows, 7, np.uint64), index, index % 20, np.full(rows, 20))
 
 
-def _to_device(keys: NoiseKeys, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    seeds, rows, steps = (
-        torch.from_numpy(array).to(device) for array in (keys.seed.view(np.int64), keys.row, keys.step)
-    )
-    return seeds, rows, steps
-
-
-def _microseconds(call: Callable[[], object], repeats: int) -> str:
-    return format_number(1e6 * _seconds(call, repeats))
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the mean seconds of a call, until the device has done it."""
-    call()
-    _synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _microseconds(call: Callable[[], object], device: torch.device) -> str:
+    return format_number(1e6 * clocks.median_seconds(call, device, SECONDS))

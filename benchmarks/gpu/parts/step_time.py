@@ -7,13 +7,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
-import onnxruntime
 import torch
 
-from benchmarks import artifacts
 from benchmarks.gpu.base import Check, Finding, Note
 from benchmarks.gpu.timing import clocks, compiling, graphs, networks, profiling
 from benchmarks.gpu.timing.clocks import Precision
@@ -27,87 +24,18 @@ from benchmarks.gpu.timing.compiling import (
 )
 from benchmarks.gpu.timing.graphs import UNET, StepGraph
 from benchmarks.gpu.timing.meter import LAUNCHES, MICROSECONDS, Meter, Series
+from benchmarks.gpu.timing.plans import FULL, REHEARSAL, Plan
 from benchmarks.gpu.timing.profiling import REPLAY
 from benchmarks.report import Result, Table
 from benchmarks.statistics import format_number
-from benchmarks.suites.efficiency import SINGLE_CALL, STEPPING, Case
+from benchmarks.suites.efficiency import Case
 from server.runtime import Device, Graph, device_context, set_deterministic
+from server.runtime.onnx import has_cuda_provider
 
 TORCHSCRIPT, TORCH_EXPORT, ONNX = graphs.FORMATS
 RATIO_ROWS = (1, 256)
 RATIO_TARGET, HOST_TARGET, BUSY_TARGET = "≤ 1.3", "≤ 30 µs", "≥ 0.85"
 MEBIBYTE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        cases: starter models.
-        rows: rows of a step that are measured first, in all runtimes.
-        other_rows: rows that are measured if time is left.
-        unet_rows: rows of a step of the U-Net, which is left out without any.
-        unet_width: width of the U-Net.
-        profile_rows: rows of the profiled steps of the starter models, and of the U-Net.
-        profile_calls: steps that are profiled.
-        profile_seconds: time limit of the profiler.
-        seconds: time for all.
-        item_seconds: time for one measurement.
-        job_seconds: time limit of one compilation.
-        threads: threads of a process that compiles.
-        packages: models for AOTInductor.
-        compiled: models for torch.compile.
-    """
-
-    cases: tuple[Case, ...]
-    rows: tuple[int, ...]
-    other_rows: tuple[int, ...]
-    unet_rows: tuple[int, ...]
-    unet_width: int
-    profile_rows: tuple[int, int]
-    profile_calls: int
-    profile_seconds: float
-    seconds: float
-    item_seconds: float
-    job_seconds: float
-    threads: int
-    packages: tuple[Case, ...] = ()
-    compiled: tuple[Case, ...] = ()
-
-
-FULL = Plan(
-    cases=(*STEPPING, *SINGLE_CALL),
-    rows=(1, 8, 64, 256),
-    other_rows=(2, 4, 16, 32, 128, 512, 1024),
-    unet_rows=(1, 2, 4, 8, 16, 32, 64, 128),
-    unet_width=networks.WIDTH,
-    profile_rows=(256, 64),
-    profile_calls=20,
-    profile_seconds=35,
-    seconds=128,
-    item_seconds=0.05,
-    job_seconds=90,
-    threads=4,
-    packages=(UNET, *STEPPING, *SINGLE_CALL),
-    compiled=(UNET, *STEPPING),
-)
-_QUICK = tuple(case for case in FULL.cases if case.model in artifacts.QUICK)
-REHEARSAL = Plan(
-    cases=_QUICK,
-    rows=(1, 8),
-    other_rows=(2,),
-    unet_rows=(1, 4),
-    unet_width=16,
-    profile_rows=(8, 4),
-    profile_calls=2,
-    profile_seconds=25,
-    seconds=60,
-    item_seconds=0.02,
-    job_seconds=45,
-    threads=1,
-    packages=_QUICK[-1:],
-)
 
 
 def run(check: Check) -> Iterator[Finding]:
@@ -341,7 +269,7 @@ class _Measurement:
         yield from _report_profiles([entry for entry in found if not entry.error], self._device.is_cuda)
 
     def _measure_onnx(self) -> Iterator[Finding]:
-        if self._device.is_cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        if self._device.is_cuda and not has_cuda_provider():
             yield Note("Not measured: this ONNX Runtime has no CUDA provider.")
             return
         yield from self._measure_families(ONNX)

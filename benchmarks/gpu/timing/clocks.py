@@ -1,16 +1,17 @@
 """Time of a call on a device and on the host, with its kernels launched one by one or as a CUDA graph."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from server.runtime.cuda_graph import record
 
 Call = Callable[[], object]
 Precision = Literal["float32", "TF32", "bfloat16"]
@@ -109,20 +110,7 @@ def capture(call: Call) -> Call:
     """
     for _ in range(WARM_UP_CALLS):
         call()
-    torch.cuda.current_stream().synchronize()
-    graph = torch.cuda.CUDAGraph()
-    gc.disable()  # an object that is freed during a capture may call CUDA
-    try:
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            call()
-        except BaseException:
-            with suppress(RuntimeError):  # the stream leaves its capture in any case
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    finally:
-        gc.enable()
+    graph = record(call)
     graph.replay()
     torch.cuda.current_stream().synchronize()
     replay: Call = graph.replay

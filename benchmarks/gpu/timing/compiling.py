@@ -173,13 +173,11 @@ def _run(job: Job, options: argparse.Namespace) -> None:
 
 
 def _export_unet(models: Path) -> None:
-    import onnxruntime
-
     from benchmarks.gpu.timing.graphs import UNET, UNET_FILE
     from export import custom_model
+    from server.runtime.onnx import has_cuda_provider
 
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    formats = ("torchscript", "torch_export", *(("onnx",) if has_cuda else ()))
+    formats = ("torchscript", "torch_export", *(("onnx",) if has_cuda_provider() else ()))
     shutil.rmtree(models / UNET.model, ignore_errors=True)
     custom_model.write(UNET_FILE, models, UNET.model, formats)
 

@@ -85,6 +85,14 @@ def find_kernel(device: torch.device) -> Draw | None:
     return draw
 
 
+def keys_on(device: torch.device, keys: NoiseKeys) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the seeds, row indices and steps of keys as a kernel reads them."""
+    seeds, rows, steps = (
+        torch.from_numpy(array).to(device) for array in (keys.seed.view(np.int64), keys.row, keys.step)
+    )
+    return seeds, rows, steps
+
+
 def check_kernel(draw: Draw, device: torch.device) -> None:
     """Raise RuntimeError if a kernel draws other numbers than the host.
 
@@ -92,15 +100,13 @@ def check_kernel(draw: Draw, device: torch.device) -> None:
     """
     seeds = np.array([0, 7, 2**64 - 1], np.uint64)
     rows, steps = np.array([0, 5, 2**32 - 1]), np.array([0, 999, 3])
-    device_seeds, device_rows, device_steps = (
-        torch.from_numpy(array).to(device) for array in (seeds.view(np.int64), rows, steps)
-    )
+    keys = NoiseKeys(seeds, rows, steps, steps + 1)
     for distribution, max_ulp in (("uniform", 0), ("normal", 1)):
         # Five numbers: a whole block of the generator, and a part of one.
         spec = NoiseSpec(TensorSpec(distribution, "float32", (5,)), distribution, stream=2)  # type: ignore[arg-type]
         out = torch.zeros((len(seeds), 5), device=device)
-        draw(spec, device_seeds, device_rows, device_steps, out)
-        expected = draw_on_host(spec, NoiseKeys(seeds, rows, steps, steps + 1))
+        draw(spec, *keys_on(device, keys), out)
+        expected = draw_on_host(spec, keys)
         difference = np.abs(out.cpu().numpy() - expected)
         if not np.all(difference <= max_ulp * np.spacing(np.abs(expected))):
             raise RuntimeError(f"its {distribution} numbers differ from the host's by {difference.max():.3g}")
